@@ -1,0 +1,69 @@
+"""The classes of a task: names, colours, and what does not count."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+IGNORE = 255
+"""The label of pixels that count neither in losses nor in scores."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Names and colours of the K classes, and the label values that are ignored besides 255."""
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    ignore: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.palette):
+            raise ValueError(f"{len(self.names)} class names, {len(self.palette)} colours; expected as many of each")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def numbered(cls, count: int) -> Classes:
+        """Classes known by number only.
+
+        >>> Classes.numbered(2).names
+        ('class 0', 'class 1')
+        """
+        return cls(tuple(f"class {k}" for k in range(count)), tuple(wheel(k) for k in range(count)))
+
+
+def read_classes(path: Path, ignore: Sequence[int] = ()) -> Classes:
+    """Reads ``classes.txt``: a class a line, ``name`` or ``name R G B``; others get a colour of :func:`wheel`."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no classes file; write one class a line, as 'road' or 'road 128 64 128'")
+    names: list[str] = []
+    palette: list[tuple[int, int, int]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"\s*(.+?)(?:\s+(\d+)\s+(\d+)\s+(\d+))?\s*", line)
+        assert match  # the pattern takes every non-empty line
+        r, g, b = (int(c) for c in match.groups()[1:]) if match[2] else wheel(len(names))
+        if max(r, g, b) > 255:
+            raise ValueError(f"{path}: colour {r} {g} {b} of class {match[1]!r} is outside 0..255")
+        names.append(match[1])
+        palette.append((r, g, b))
+    if len(names) < 2:
+        raise ValueError(f"{path}: {len(names)} classes, expected at least 2")
+    return Classes(tuple(names), tuple(palette), tuple(ignore))
+
+
+def wheel(index: int) -> tuple[int, int, int]:
+    """Colour of class ``index``, far from its neighbours' (its bits spread over the channels, as in PASCAL VOC).
+
+    >>> wheel(0), wheel(1), wheel(2)
+    ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+    """
+    channels = [0, 0, 0]
+    for bit in range(8):
+        channels[bit % 3] |= ((index >> bit) & 1) << (7 - bit // 3)
+    return channels[0], channels[1], channels[2]

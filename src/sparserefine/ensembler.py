@@ -1,0 +1,96 @@
+"""Ensembler: coarse and sparse logits at the sites -> refined logits at the sites (paper, section 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparserefine.uncertainty import entropy
+
+
+@dataclass(frozen=True)
+class EnsemblerConfig:
+    """Which ensembler.
+
+    Attributes:
+        name: ``gated`` (learnt), ``minimum_entropy`` or ``mean``.
+        fuser: of the gated one: ``residual``, blend + f(blend) that starts as the plain blend, or ``paper``, f(blend).
+    """
+
+    name: Literal["gated", "minimum_entropy", "mean"] = "gated"
+    fuser: Literal["residual", "paper"] = "residual"
+
+    def __post_init__(self) -> None:
+        if self.name not in ("gated", "minimum_entropy", "mean"):
+            raise ValueError(f"ensembler {self.name!r}, expected 'gated', 'minimum_entropy' or 'mean'")
+        if self.fuser not in ("residual", "paper"):
+            raise ValueError(f"fuser {self.fuser!r}, expected 'residual' or 'paper'")
+
+
+class Ensembler(nn.Module):
+    """What all ensemblers are: ``(coarse [N, K], sparse [N, K]) -> refined [N, K]``, all logits."""
+
+    def forward(self, coarse: Tensor, sparse: Tensor) -> Tensor:
+        """Refined logits ``[N, K]``."""
+        raise TypeError(f"{type(self).__name__} must define forward")
+
+    def macs(self, sites: int) -> int:
+        """Multiply-accumulates for that many sites."""
+        return sites * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+
+
+class GatedEnsembler(Ensembler):
+    """Paper, section 3.3: w = sigmoid(MLP[p1, p2, H1, H2]); blend = w y1 + (1 - w) y2; a fuser MLP on the blend.
+
+    Args:
+        num_classes: K.
+        fuser: ``residual``: blend + f(blend), the last layer of f zero at the start; ``paper``: f(blend).
+        hidden: width of both MLPs.
+    """
+
+    def __init__(self, num_classes: int, fuser: Literal["residual", "paper"] = "residual", hidden: int = 64) -> None:
+        super().__init__()
+        self.residual = fuser == "residual"
+        self.gate = nn.Sequential(nn.Linear(2 * (num_classes + 1), hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        last = nn.Linear(hidden, num_classes)
+        self.fuser = nn.Sequential(nn.Linear(num_classes, hidden), nn.ReLU(), last)
+        if self.residual:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, coarse: Tensor, sparse: Tensor) -> Tensor:
+        """Refined logits ``[N, K]``."""
+        seen = [coarse.softmax(1), sparse.softmax(1), entropy(coarse, 1)[:, None], entropy(sparse, 1)[:, None]]
+        w = torch.sigmoid(self.gate(torch.cat(seen, dim=1)))
+        blend = w * coarse + (1 - w) * sparse
+        refined: Tensor = blend + self.fuser(blend) if self.residual else self.fuser(blend)
+        return refined
+
+
+class MinimumEntropyEnsembler(Ensembler):
+    """At each site the logits of whichever prediction is more certain (the sparse one where they are equal)."""
+
+    def forward(self, coarse: Tensor, sparse: Tensor) -> Tensor:
+        """Refined logits ``[N, K]``."""
+        return torch.where((entropy(coarse, 1) < entropy(sparse, 1))[:, None], coarse, sparse)
+
+
+class MeanEnsembler(Ensembler):
+    """Logarithm of the mean of both probability vectors."""
+
+    def forward(self, coarse: Tensor, sparse: Tensor) -> Tensor:
+        """Refined logits ``[N, K]``."""
+        both = torch.stack([coarse.log_softmax(1), sparse.log_softmax(1)])
+        return both.logsumexp(0) - torch.log(torch.tensor(2.0, device=both.device))
+
+
+def build_ensembler(config: EnsemblerConfig, num_classes: int) -> Ensembler:
+    """The ensembler that ``config`` names."""
+    if config.name == "gated":
+        return GatedEnsembler(num_classes, config.fuser)
+    if config.name == "minimum_entropy":
+        return MinimumEntropyEnsembler()
+    return MeanEnsembler()

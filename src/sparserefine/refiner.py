@@ -1,0 +1,237 @@
+"""SparseRefiner: the whole method on one page (Liu et al., ECCV 2024, arXiv 2407.19014).
+
+image -> base -> coarse logits -> selector -> sites -> extractor -> sparse logits -> ensembler -> refined logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, FrozenBase, check_image, unit_range
+from sparserefine.classes import Classes
+from sparserefine.ensembler import EnsemblerConfig, build_ensembler
+from sparserefine.extractor import PRESETS, ExtractorConfig, SparseUNet
+from sparserefine.selector import Selector
+from sparserefine.sparse import Sites, get_engine
+from sparserefine.timing import StageTimer
+from sparserefine.uncertainty import Upsampling, Window, dense, entropy, sample
+
+
+class SparseRefiner(nn.Module):
+    """A frozen base plus the three stages that refine its prediction where it is uncertain.
+
+    Args:
+        base: the frozen model.
+        selector: which pixels are looked at again.
+        extractor: shape of the sparse network.
+        ensembler: how both predictions are blended.
+        classes: names and colours; numbered ones if not given.
+        upsampling: ``bilinear``, or ``nearest`` as in the published code; thresholds belong to this choice.
+        mean: subtracted from the refiner's own pixels in 0..1, per channel.
+        std: divided by, per channel.
+        engine: what executes the sparse network; see ``sparserefine info``.
+    """
+
+    def __init__(
+        self,
+        base: FrozenBase,
+        *,
+        selector: Selector | None = None,
+        extractor: ExtractorConfig = PRESETS["slim"],
+        ensembler: EnsemblerConfig | None = None,
+        classes: Classes | None = None,
+        upsampling: str = "bilinear",
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        engine: str = "auto",
+    ) -> None:
+        super().__init__()
+        k = base.num_classes
+        self.classes = classes or Classes.numbered(k)
+        if len(self.classes) != k:
+            raise ValueError(f"{len(self.classes)} class names for a base of {k} classes; expected as many")
+        if upsampling not in ("bilinear", "nearest"):
+            raise ValueError(f"upsampling {upsampling!r}, expected 'bilinear' or 'nearest'")
+        self.selector = selector or Selector(threshold=0.3)
+        self.selector.check(k)
+        self.extractor_config, self.ensembler_config = extractor, ensembler or EnsemblerConfig()
+        self.upsampling, self.mean, self.std = upsampling, tuple(mean), tuple(std)
+        self.base = base
+        self.extractor = SparseUNet(
+            extractor.channels(k), k, extractor.planes, blocks=extractor.blocks, down=extractor.down
+        )
+        self.ensembler = build_ensembler(self.ensembler_config, k)
+        self.engine = get_engine(engine)
+
+    def forward(self, image: Tensor) -> Refinement:
+        """Predicts full-size labels of a batch of images of one size.
+
+        Args:
+            image: ``[B, 3, H, W]``, uint8, or floating point in 0..1, on the device of the modules.
+        """
+        check_image(image)
+        timer = StageTimer(image.device)
+        with timer.stage("base"):
+            coarse = self.base(image)
+        return self.refine(image, coarse, timer=timer)
+
+    def refine(
+        self,
+        image: Tensor,
+        coarse: Tensor,
+        *,
+        windows: Sequence[Window] | None = None,
+        valid: Tensor | None = None,
+        timer: StageTimer | None = None,
+    ) -> Refinement:
+        """The method from given coarse logits on.
+
+        Args:
+            image: ``[B, 3, H, W]``.
+            coarse: the base's outputs ``[B, K, h, w]``.
+            windows: in training, the part of the whole image that each crop shows.
+            valid: ``bool [B, H, W]``, false where the image is padding: never selected.
+            timer: goes on with a timer that has already timed the base.
+        """
+        check_image(image)
+        self.base.checked(coarse, len(image))
+        timer = timer or StageTimer(image.device)
+        size = (image.shape[2], image.shape[3])
+        how = self._how(size)
+        with timer.stage("uncertainty"), torch.no_grad():
+            labels, entropies = self.engine.uncertainty(coarse, size, how, list(windows) if windows else None)
+        with timer.stage("select"):
+            sites = self.selector(entropies, valid)
+        with timer.stage("plan"):
+            plan = self.engine.geometry(sites, self.extractor.spec)
+        with timer.stage("gather"):
+            coarse_logits = sample(coarse, sites.coords, size, how, windows)
+            features = self._features(image, sites, coarse_logits)
+        with timer.stage("extractor"):
+            packed = None if torch.is_grad_enabled() else self.engine.prepare(self.extractor)
+            sparse_logits = (packed or self.extractor)(features, plan)
+        with timer.stage("ensembler"):
+            refined = self.ensembler(coarse_logits, sparse_logits.float())
+        sparse_macs = {"extractor": self.extractor.macs(plan), "ensembler": self.ensembler.macs(len(sites))}
+        return Refinement(
+            coarse, labels, entropies, how, sites, coarse_logits, sparse_logits, refined, timer, sparse_macs, self.base
+        )
+
+    def _how(self, size: tuple[int, int]) -> Upsampling:
+        if self.upsampling == "nearest":
+            return Upsampling("nearest", self.base.config.outputs, self.base.input_size(*size))
+        return Upsampling("bilinear", self.base.config.outputs)
+
+    def _features(self, image: Tensor, sites: Sites, coarse_logits: Tensor) -> Tensor:
+        """``[N, F]``: what :class:`ExtractorConfig` lists, in its order."""
+        parts = []
+        for name in self.extractor_config.features:
+            if name == "rgb":
+                mean, std = (torch.tensor(v, device=image.device) for v in (self.mean, self.std))
+                parts.append((unit_range(sites.gather(image)) - mean) / std)
+            elif name == "coords":
+                extent = torch.tensor([sites.height, sites.width], device=image.device)
+                parts.append((2 * sites.coords[:, 1:] + 1) / extent - 1)
+            elif name == "probabilities":
+                parts.append(coarse_logits.softmax(1))
+            else:
+                parts.append(entropy(coarse_logits, 1)[:, None])
+        return torch.cat(parts, dim=1)
+
+    def trained_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the extractor and the ensembler: all that training changes."""
+        yield from self.extractor.parameters()
+        yield from self.ensembler.parameters()
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Writes ``config.json`` and ``model.safetensors``; see :func:`sparserefine.storage.save_refiner`."""
+        from sparserefine.storage import save_refiner
+
+        save_refiner(self, folder, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        base: FrozenBase | None = None,
+        trust_base: bool = False,
+        engine: str = "auto",
+    ) -> SparseRefiner:
+        """Reads a refiner from a folder or a hub id; see :func:`sparserefine.storage.load_refiner`."""
+        from sparserefine.storage import load_refiner
+
+        return load_refiner(name, base=base, trust_base=trust_base, engine=engine)
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A prediction: coarse everywhere, refined at the sites. Nothing of size ``[K, H, W]`` until asked for.
+
+    Attributes:
+        coarse: the base's outputs, ``[B, K, h, w]``.
+        coarse_labels: ``uint8 [B, H, W]`` (int16 above 255 classes), before refinement.
+        coarse_entropy: ``float32 [B, H, W]`` [nats], before refinement: what the selector saw.
+        how: how ``coarse`` was upsampled.
+        sites: the N selected pixels.
+        coarse_logits: the base's logits at the sites, ``[N, K]``.
+        sparse_logits: the extractor's, ``[N, K]``.
+        refined_logits: the ensembler's, ``[N, K]``.
+    """
+
+    coarse: Tensor
+    coarse_labels: Tensor
+    coarse_entropy: Tensor
+    how: Upsampling
+    sites: Sites
+    coarse_logits: Tensor
+    sparse_logits: Tensor
+    refined_logits: Tensor
+    _timer: StageTimer
+    _sparse_macs: dict[str, int]
+    _base: FrozenBase
+
+    def labels(self) -> Tensor:
+        """Refined labels, ``uint8 [B, H, W]`` (int16 above 255 classes)."""
+        return self.with_sites(self.refined_logits.argmax(1))
+
+    def with_sites(self, site_labels: Tensor) -> Tensor:
+        """The coarse labels with ``site_labels [N]`` at the sites: how every variant of the method is scored."""
+        labels = self.coarse_labels.clone()
+        labels.view(-1)[self.sites.flat] = site_labels.to(labels.dtype)
+        return labels
+
+    def logits(self) -> Tensor:
+        """Refined logits of every pixel, ``float32 [B, K, H, W]``: 4 B K H W bytes, made by this call."""
+        size = (self.sites.height, self.sites.width)
+        result = dense(self.coarse, size, self.how)
+        batch, row, column = self.sites.coords.long().unbind(1)
+        result[batch, :, row, column] = self.refined_logits.to(result.dtype)
+        return result
+
+    def entropy(self) -> Tensor:
+        """Entropy that remains, ``float32 [B, H, W]`` [nats]: refined at the sites, the base's elsewhere."""
+        result = self.coarse_entropy.clone()
+        result.view(-1)[self.sites.flat] = entropy(self.refined_logits, 1).to(result.dtype)
+        return result
+
+    @property
+    def density(self) -> float:
+        """Share of the pixels that were looked at again, N / (B H W)."""
+        return self.sites.density
+
+    @property
+    def timings_ms(self) -> dict[str, float]:
+        """Milliseconds of each stage, in order; ``base`` is absent where coarse logits were given."""
+        return self._timer.milliseconds()
+
+    @property
+    def macs(self) -> dict[str, int | None]:
+        """Multiply-accumulates of the batch by stage; ``base`` is ``None`` where they cannot be counted."""
+        base = self._base.macs(self.sites.height, self.sites.width)
+        return {"base": None if base is None else base * self.sites.batch_size, **self._sparse_macs}

@@ -1,0 +1,90 @@
+"""Layers on the one primitive: convolution, batch normalisation that bears few rows, residual block."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparserefine.sparse.plan import Stencil
+
+
+def conv(x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
+    """``y[n] = sum_t x[table[n, t]] @ weight[t]`` with the stencil's engine, shapes checked.
+
+    Args:
+        x: ``[N_in, C_in]``, floating point.
+        weight: ``[T, C_in, C_out]``, the same dtype.
+        stencil: who reads whom.
+
+    Returns:
+        ``[N_out, C_out]``.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    if x.dim() != 2 or x.shape[0] != stencil.num_inputs:
+        raise ValueError(f"features are {tuple(x.shape)}, the stencil reads [{stencil.num_inputs}, C_in]")
+    if weight.dim() != 3 or weight.shape[0] != stencil.taps or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"weight is {tuple(weight.shape)}, expected [{stencil.taps}, {x.shape[1]}, C_out] for these features and taps"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.dtype != weight.dtype or not x.is_floating_point():
+        raise ValueError(f"features are {x.dtype}, weight {weight.dtype}; expected one floating-point dtype")
+    return stencil.engine.conv(x, weight, stencil)
+
+
+class SparseConv(nn.Module):
+    """Convolution without bias; ``weight [T, C_in, C_out]``, taps row-major (3x3, or 2x2 between ``cell`` levels)."""
+
+    def __init__(self, c_in: int, c_out: int, taps: int = 9) -> None:
+        super().__init__()
+        # Variance of a ReLU network is kept (He et al. 2015), counting every tap as present.
+        self.weight = nn.Parameter(torch.randn(taps, c_in, c_out) * math.sqrt(2 / (taps * c_in)))
+
+    def forward(self, x: Tensor, stencil: Stencil) -> Tensor:
+        """``[N_in, C_in]`` -> ``[N_out, C_out]``."""
+        return conv(x, self.weight, stencil)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        taps, c_in, c_out = self.weight.shape
+        return f"{c_in}, {c_out}, taps={taps}"
+
+
+class SparseBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of ``[N, C]`` rows.
+
+    In training with fewer than 2 rows there is no variance: the running statistics are used and not updated, and the
+    parameters still get a gradient, so that distributed training does not wait for one.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[N, C]`` -> ``[N, C]``."""
+        if not self.training or input.shape[0] >= 2:
+            return super().forward(input)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block of two submanifold 3x3 convolutions (He et al. 2016)."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = SparseBatchNorm(c_in), SparseConv(c_in, c_out)
+        self.norm2, self.conv2 = SparseBatchNorm(c_out), SparseConv(c_out, c_out)
+        self.shortcut = nn.Identity() if c_in == c_out else nn.Linear(c_in, c_out, bias=False)
+
+    def forward(self, x: Tensor, around: Stencil) -> Tensor:
+        """``[N, C_in]`` -> ``[N, C_out]``."""
+        y = self.conv1(F.relu(self.norm1(x), inplace=True), around)
+        y = self.conv2(F.relu(self.norm2(y), inplace=True), around)
+        result: Tensor = y + self.shortcut(x)
+        return result

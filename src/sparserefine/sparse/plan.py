@@ -1,0 +1,209 @@
+"""Plan: the neighbour tables of one set of sites over all levels of a U-Net, built once and passed explicitly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from sparserefine.sparse.sites import Sites
+
+if TYPE_CHECKING:
+    from sparserefine.sparse.engine import Engine
+
+DownKind = Literal["paper", "cell"]
+"""``paper``: 3x3, stride 2, no padding. ``cell``: 2x2, stride 2, every site has exactly one parent."""
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """What a network needs of its geometry: the number of levels and the kind of down-sampling between them."""
+
+    levels: int
+    down: DownKind
+
+    def __post_init__(self) -> None:
+        if self.levels < 1:
+            raise ValueError(f"levels = {self.levels}, expected at least 1")
+        if self.down not in ("paper", "cell"):
+            raise ValueError(f"down = {self.down!r}, expected 'paper' or 'cell'")
+
+    @property
+    def taps(self) -> int:
+        """Taps of the convolution between two levels: 9 or 4."""
+        return 9 if self.down == "paper" else 4
+
+
+@dataclass(frozen=True)
+class Stencil:
+    """Which input rows each output row of a convolution reads: ``y[n] = sum_t x[table[n, t]] @ W[t]``.
+
+    Attributes:
+        table: ``int32 [N_out, T]``, rows of the input, ``N_in`` where there is none (read as zero).
+        reverse: ``int32 [N_in, T]``, the transposed relation: rows of the output, ``N_out`` where there is none.
+        mirrored: ``reverse`` lists the taps in opposite order; true for the submanifold stencil, which is its own
+            transpose but for that.
+        engine: what executes convolutions with this stencil.
+    """
+
+    table: Tensor
+    reverse: Tensor
+    mirrored: bool
+    engine: Engine
+
+    @property
+    def num_inputs(self) -> int:
+        """N_in."""
+        return self.reverse.shape[0]
+
+    @property
+    def num_outputs(self) -> int:
+        """N_out."""
+        return self.table.shape[0]
+
+    @property
+    def taps(self) -> int:
+        """T."""
+        return self.table.shape[1]
+
+    def transposed(self) -> Stencil:
+        """The stencil of the transposed convolution."""
+        return Stencil(self.reverse, self.table, self.mirrored, self.engine)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the U-Net.
+
+    Attributes:
+        sites: the level's active cells.
+        around: the submanifold 3x3 stencil.
+        down: from this level to the next coarser one; ``None`` on the last. Up-sampling is ``down.transposed()``.
+    """
+
+    sites: Sites
+    around: Stencil
+    down: Stencil | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All levels of one site set, full size first."""
+
+    levels: tuple[Level, ...]
+    spec: PlanSpec
+
+
+def build_plan(sites: Sites, spec: PlanSpec, engine: Engine) -> Plan:
+    """The reference geometry, on any device: index images, no hash map.
+
+    A padded int32 image holds each active cell's row, so that a neighbour costs one read (DESIGN: "an image is a grid").
+    """
+    levels: list[Level] = []
+    index = _index_image(sites)
+    for depth in range(spec.levels):
+        table = _neighbour_table(sites, index)
+        around = Stencil(table, table, True, engine)
+        if depth == spec.levels - 1:
+            levels.append(Level(sites, around, None))
+            break
+        coarser = _coarser_sites(sites, spec.down)
+        coarser_index = _index_image(coarser)
+        down = Stencil(
+            _children_table(coarser, sites, index, spec.down),
+            _parents_table(sites, coarser, coarser_index, spec.down),
+            False,
+            engine,
+        )
+        levels.append(Level(sites, around, down))
+        sites, index = coarser, coarser_index
+    return Plan(tuple(levels), spec)
+
+
+_PAD = 1  # cells around the image that read as "no site": the reach of every stencil here
+
+
+def _index_image(sites: Sites) -> Tensor:
+    """``int32 [B, H+2, W+2]``: the row of each site, N where there is none."""
+    image = torch.full(
+        (sites.batch_size, sites.height + 2 * _PAD, sites.width + 2 * _PAD),
+        len(sites),
+        dtype=torch.int32,
+        device=sites.coords.device,
+    )
+    rows = torch.arange(len(sites), dtype=torch.int32, device=image.device)
+    image.view(-1)[_position(sites.coords.long(), image)] = rows
+    return image
+
+
+def _position(coords: Tensor, index: Tensor) -> Tensor:
+    """Flat position of ``int64 [N, 3]`` unpadded coordinates in a padded index image."""
+    _, h, w = index.shape
+    batch, row, column = coords.unbind(1)
+    return (batch * h + row + _PAD) * w + column + _PAD
+
+
+def _read(index: Tensor, base: Tensor, offsets: list[int]) -> Tensor:
+    """``int32 [N, T]``: the index image at ``base + offset`` for each offset."""
+    table = torch.empty(len(base), len(offsets), dtype=torch.int32, device=index.device)
+    flat = index.view(-1)
+    for tap, offset in enumerate(offsets):
+        table[:, tap] = flat[base + offset]
+    return table
+
+
+def _neighbour_table(sites: Sites, index: Tensor) -> Tensor:
+    w = index.shape[2]
+    offsets = [dr * w + dc for dr in (-1, 0, 1) for dc in (-1, 0, 1)]
+    return _read(index, _position(sites.coords.long(), index), offsets)
+
+
+def _kernel_size(down: DownKind) -> int:
+    return 3 if down == "paper" else 2
+
+
+def _coarser_size(size: int, down: DownKind) -> int:
+    return max(0, (size - 3) // 2 + 1) if down == "paper" else (size + 1) // 2
+
+
+def _coarser_sites(sites: Sites, down: DownKind) -> Sites:
+    """Cells of the next level that have a site in their window."""
+    h, w = _coarser_size(sites.height, down), _coarser_size(sites.width, down)
+    active = torch.zeros(sites.batch_size, h, w, dtype=torch.bool, device=sites.coords.device)
+    batch, row, column = sites.coords.long().unbind(1)
+    # A window of 3 reaches one cell further: an even row 2o also belongs to cell o - 1.
+    for extra_row in (0, 1) if down == "paper" else (0,):
+        for extra_column in (0, 1) if down == "paper" else (0,):
+            r, c = row // 2 - extra_row, column // 2 - extra_column
+            inside = (r >= 0) & (r < h) & (c >= 0) & (c < w)
+            inside &= (row - 2 * r <= 2) & (column - 2 * c <= 2)
+            active[batch[inside], r[inside], c[inside]] = True
+    return Sites.from_mask(active)
+
+
+def _children_table(coarser: Sites, sites: Sites, index: Tensor, down: DownKind) -> Tensor:
+    """``int32 [N_coarse, T]``: site ``2 o + tap`` of each coarse cell ``o``."""
+    width, size = index.shape[2], _kernel_size(down)
+    coords = coarser.coords.long()
+    coords[:, 1:] *= 2
+    # `cell` on odd sizes reads one row or column past the image: that is the padding, so "no site".
+    return _read(index, _position(coords, index), [r * width + c for r in range(size) for c in range(size)])
+
+
+def _parents_table(sites: Sites, coarser: Sites, coarser_index: Tensor, down: DownKind) -> Tensor:
+    """``int32 [N, T]``: the coarse cell ``o`` with ``2 o + tap`` = the site, for each tap."""
+    size = _kernel_size(down)
+    table = torch.full((len(sites), size * size), len(coarser), dtype=torch.int32, device=sites.coords.device)
+    batch, row, column = sites.coords.long().unbind(1)
+    _, h, w = coarser_index.shape
+    flat = coarser_index.view(-1)
+    for tap in range(size * size):
+        r, c = row - tap // size, column - tap % size
+        even = ((r | c) & 1 == 0).nonzero()[:, 0]
+        # r = -2 .. gives cell -1, which is padding; larger than the level is padding too or, past it, clamped onto it.
+        cell_r = (r[even] // 2 + _PAD).clamp(0, h - 1)
+        cell_c = (c[even] // 2 + _PAD).clamp(0, w - 1)
+        table[even, tap] = flat[(batch[even] * h + cell_r) * w + cell_c]
+    return table

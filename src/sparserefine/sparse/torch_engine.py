@@ -1,0 +1,117 @@
+"""The reference engine: a chunked gather-GEMM in plain torch, on any device, and its gradients.
+
+The primitive is registered with ``torch.library`` as an operator of its own, with shapes for tracing and with gradients
+that are the same primitive: torch.compile and torch.export see one opaque node, not a Python loop over chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparserefine.sparse.plan import Plan, PlanSpec, Stencil, build_plan
+from sparserefine.sparse.sites import Sites
+from sparserefine.uncertainty import Upsampling, Window, uncertainty
+
+_CHUNK_BYTES = {"cpu": 2 << 20, "other": 64 << 20}  # CPU: gathered rows stay in the second-level cache
+
+
+class TorchEngine:
+    """Defines what every other engine must compute; another engine may inherit what it does not do itself."""
+
+    name = "torch"
+
+    def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
+        """Neighbour tables of all levels; see :func:`sparserefine.sparse.plan.build_plan`."""
+        return build_plan(sites, spec, self)
+
+    def conv(self, x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
+        """``[N_in, C_in]``, ``[T, C_in, C_out]`` -> ``[N_out, C_out]``, differentiable in ``x`` and ``weight``."""
+        y: Tensor = gather_gemm(x, weight, stencil.table, stencil.reverse, stencil.mirrored)
+        return y
+
+    def prepare(self, network: torch.nn.Module) -> None:
+        """A packed form of a whole network; ``None``: there is none, run the modules one by one."""
+
+    def uncertainty(
+        self, logits: Tensor, size: tuple[int, int], how: Upsampling, windows: list[Window] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Labels and entropy at full size; see :func:`sparserefine.uncertainty.uncertainty`."""
+        return uncertainty(logits, size, how, windows)
+
+
+def _chunks(table: Tensor, channels: int, itemsize: int) -> list[tuple[int, int]]:
+    n, taps = table.shape
+    budget = _CHUNK_BYTES.get(table.device.type, _CHUNK_BYTES["other"])
+    rows = max(512, budget // max(1, taps * channels * itemsize))
+    return [(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def _with_zero_row(x: Tensor) -> Tensor:
+    """A missing neighbour is row N of the table: a zero row, so that no branch is needed."""
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])
+
+
+@torch.library.custom_op("sparserefine::gather_gemm", mutates_args=())
+def gather_gemm(x: Tensor, weight: Tensor, table: Tensor, reverse: Tensor, mirrored: bool) -> Tensor:
+    """``y[n] = sum_t x[table[n, t]] @ weight[t]``; ``reverse`` and ``mirrored`` serve the gradient, see Stencil."""
+    taps, c_in, c_out = weight.shape
+    y = x.new_empty(table.shape[0], c_out)
+    padded, matrix, flat = _with_zero_row(x), weight.reshape(taps * c_in, c_out), table.reshape(-1)
+    chunks = _chunks(table, c_in, x.element_size())
+    gathered = x.new_empty(max((e - s for s, e in chunks), default=0) * taps, c_in)
+    for start, end in chunks:
+        rows = gathered[: (end - start) * taps]
+        torch.index_select(padded, 0, flat[start * taps : end * taps], out=rows)
+        torch.mm(rows.view(end - start, taps * c_in), matrix, out=y[start:end])
+    return y
+
+
+@gather_gemm.register_fake
+def _(x: Tensor, weight: Tensor, table: Tensor, reverse: Tensor, mirrored: bool) -> Tensor:
+    return x.new_empty(table.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("sparserefine::gather_gemm_weight", mutates_args=())
+def gather_gemm_weight(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
+    """Gradient of the weight: ``dW[t] = sum_n outer(x[table[n, t]], grad[n])``, ``[T, C_in, C_out]``."""
+    taps, c_in, c_out = table.shape[1], x.shape[1], grad.shape[1]
+    # Half precision would lose small terms of a sum over all sites.
+    total = torch.zeros(taps * c_in, c_out, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    padded, flat = _with_zero_row(x), table.reshape(-1)
+    for start, end in _chunks(table, c_in, x.element_size()):
+        rows = padded.index_select(0, flat[start * taps : end * taps])
+        partial = rows.view(end - start, taps * c_in).t()
+        if total.dtype == x.dtype:
+            total.addmm_(partial, grad[start:end])
+        else:
+            total += partial @ grad[start:end]
+    return total.view(taps, c_in, c_out).to(x.dtype)
+
+
+@gather_gemm_weight.register_fake
+def _(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
+    return x.new_empty(table.shape[1], x.shape[1], grad.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    x, weight, table, reverse, mirrored = inputs
+    ctx.save_for_backward(x, weight, table, reverse)
+    ctx.mirrored = mirrored
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    x, weight, table, reverse = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        flipped = weight.flip(0) if ctx.mirrored else weight
+        grad_x = gather_gemm(grad, flipped.transpose(1, 2).contiguous(), reverse, table, ctx.mirrored)
+    if ctx.needs_input_grad[1]:
+        grad_weight = gather_gemm_weight(x, grad, table)
+    return grad_x, grad_weight, None, None, None
+
+
+gather_gemm.register_autograd(_backward, setup_context=_save)

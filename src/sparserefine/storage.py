@@ -1,0 +1,180 @@
+"""A refiner on disk: a folder with ``config.json`` and ``model.safetensors``. No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sparserefine.base import BaseConfig, FrozenBase
+from sparserefine.bases import load_base
+from sparserefine.classes import Classes
+from sparserefine.data.images import written_whole
+from sparserefine.ensembler import EnsemblerConfig
+from sparserefine.extractor import ExtractorConfig
+from sparserefine.refiner import SparseRefiner
+from sparserefine.selector import Selector
+
+FORMAT_VERSION = 1
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+T = TypeVar("T")
+
+
+def save_refiner(refiner: SparseRefiner, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Writes extractor, ensembler and configuration; the base is named, not copied.
+
+    Each file appears under its name only when it is whole. ``config.json`` comes last and holds the digest of the
+    weights, so a folder whose writing was interrupted is recognised.
+
+    Args:
+        refiner: what to store.
+        folder: made if need be; files of other names in it are left alone.
+        dtype: of the stored floating-point weights; loading gives float32 again.
+    """
+    folder = Path(folder)
+    weights = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in refiner.state_dict().items()
+        if not name.startswith("base.")
+    }
+    with written_whole(folder / _WEIGHTS) as temporary:
+        save_file(weights, temporary)
+        stored = load_file(temporary)
+        if any(not torch.equal(stored[name], tensor) for name, tensor in weights.items()):
+            raise OSError(f"{folder / _WEIGHTS}: what was written reads back differently; is the disk sound?")
+    config = {
+        "format_version": FORMAT_VERSION,
+        "classes": list(refiner.classes.names),
+        "palette": [list(colour) for colour in refiner.classes.palette],
+        "selector": asdict(refiner.selector),
+        "extractor": asdict(refiner.extractor_config),
+        "ensembler": asdict(refiner.ensembler_config),
+        "upsampling": refiner.upsampling,
+        "mean": list(refiner.mean),
+        "std": list(refiner.std),
+        "base": asdict(refiner.base.config),
+        "weights_sha256": _digest(folder / _WEIGHTS),
+    }
+    with written_whole(folder / _CONFIG) as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_refiner(
+    name: str | Path, *, base: FrozenBase | None = None, trust_base: bool = False, engine: str = "auto"
+) -> SparseRefiner:
+    """Reads what :func:`save_refiner` wrote, in evaluation mode.
+
+    Args:
+        name: a folder, or a hub id such as ``user/refiner`` (needs ``pip install huggingface_hub``).
+        base: the base itself, where the configuration does not name one or another one is wanted.
+        trust_base: allows a base of kind ``python:``, which runs code that the configuration names.
+        engine: see :class:`SparseRefiner`.
+
+    Raises:
+        ValueError: the folder is incomplete, of another format version, or does not fit the base.
+        FileNotFoundError: there is no such folder and no such hub id.
+    """
+    folder = _local_folder(name)
+    config = _read_config(folder / _CONFIG)
+    where = f"{folder / _CONFIG}"
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{where}: format_version {config.get('format_version')!r}, this sparserefine reads {FORMAT_VERSION}; "
+            "update sparserefine or store the refiner again"
+        )
+    expected = {
+        *("format_version", "classes", "palette", "selector", "extractor", "ensembler"),
+        *("upsampling", "mean", "std", "base", "weights_sha256"),
+    }
+    if set(config) != expected:
+        raise ValueError(f"{where}: keys missing or unknown: {', '.join(sorted(set(config) ^ expected))}")
+    weights = folder / _WEIGHTS
+    if not weights.is_file() or _digest(weights) != config["weights_sha256"]:
+        raise ValueError(
+            f"{weights}: missing, or not the file that {_CONFIG} was written with; store the refiner again"
+        )
+    classes = Classes(tuple(config["classes"]), _tuples(config["palette"]))
+    if base is None:
+        base_config = _parse(BaseConfig, config["base"], f"{where}: base")
+        if not base_config.name:
+            raise ValueError(f"{where}: names no base (it was built in Python); pass it as base=FrozenBase(...)")
+        base = load_base(base_config, len(classes), folder=folder, trust_base=trust_base)
+    elif base.num_classes != len(classes):
+        raise ValueError(f"{where}: {len(classes)} classes, the base given has {base.num_classes}")
+    refiner = SparseRefiner(
+        base,
+        selector=_parse(Selector, config["selector"], f"{where}: selector"),
+        extractor=_parse(ExtractorConfig, config["extractor"], f"{where}: extractor"),
+        ensembler=_parse(EnsemblerConfig, config["ensembler"], f"{where}: ensembler"),
+        classes=classes,
+        upsampling=config["upsampling"],
+        mean=_tuples(config["mean"]),
+        std=_tuples(config["std"]),
+        engine=engine,
+    )
+    try:
+        missing, unexpected = refiner.load_state_dict(load_file(weights), strict=False)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{weights}: does not fit {_CONFIG}: {error}") from error
+    missing = [key for key in missing if not key.startswith("base.")]
+    if missing or unexpected:
+        raise ValueError(f"{weights}: missing {missing[:3]}, unexpected {unexpected[:3]}; does not fit {_CONFIG}")
+    return refiner.eval()
+
+
+def _local_folder(name: str | Path) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / _CONFIG).is_file():
+            raise ValueError(f"{folder}: no {_CONFIG} in it; expected a folder written by save_pretrained")
+        return folder
+    if isinstance(name, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name}: no such folder")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"{name}: no such folder; if it is a hub id, `pip install huggingface_hub` lets me fetch it"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{name}: no such folder, and the hub gave none of that id ({error})") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: holds {type(config).__name__}, expected an object")
+    return config
+
+
+def _parse(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A dataclass from JSON values; errors name the key and the file."""
+    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    if set(values) - known:
+        raise ValueError(f"{where}: unknown key {sorted(set(values) - known)[0]!r}, expected {sorted(known)}")
+    try:
+        return cls(**{key: _tuples(value) for key, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,120 @@
+"""Labels and entropy of coarse logits at full resolution, without ever holding ``[K, H, W]`` there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparserefine.uncertainty.upsample import AxisTaps, Upsampling, Window, entropy_limit, normalised, taps_of
+
+__all__ = ["Upsampling", "Window", "dense", "entropy", "entropy_limit", "label_dtype", "sample", "uncertainty"]
+
+_CHUNK_ELEMENTS = 1 << 20  # of one upsampled strip [K, rows, W]: 4 MiB, bounded whatever the image
+
+
+def entropy(logits: Tensor, dim: int = -1) -> Tensor:
+    """Shannon entropy of softmax(logits) along ``dim`` [nats]: H = log sum exp(z) - sum p z, with z the shifted logits.
+
+    >>> float(entropy(torch.tensor([0.0, 0.0])))  # ln 2
+    0.6931471824645996
+    """
+    shifted = logits - logits.amax(dim, keepdim=True)
+    exponent = shifted.exp()
+    total = exponent.sum(dim)
+    # Rounding may give -1e-8 for a certain prediction; an entropy is never negative.
+    return (total.log() - (shifted * exponent).sum(dim) / total).clamp_min(0)
+
+
+def label_dtype(num_classes: int) -> torch.dtype:
+    """uint8, or int16 above 255 classes."""
+    return torch.uint8 if num_classes <= 255 else torch.int16
+
+
+def uncertainty(
+    logits: Tensor,
+    size: tuple[int, int],
+    how: Upsampling | None = None,
+    windows: Sequence[Window] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Label and entropy of each full-resolution pixel: upsample, then softmax, entropy and argmax, strip by strip.
+
+    Args:
+        logits: the base's outputs, ``[B, K, h, w]``, floating point.
+        size: H and W of the result [px].
+        how: interpolation and meaning of ``logits``.
+        windows: for each image the part of it that the result shows; ``None``: all of it.
+
+    Returns:
+        Labels ``[B, H, W]`` (uint8, int16 above 255 classes) and entropy ``float32 [B, H, W]`` [nats].
+    """
+    how = how or Upsampling()
+    batch, classes = logits.shape[:2]
+    labels = torch.empty(batch, *size, dtype=label_dtype(classes), device=logits.device)
+    entropies = torch.empty(batch, *size, dtype=torch.float32, device=logits.device)
+    for b in range(batch):
+        rows, columns = taps_of(logits, size, how, windows[b] if windows else None)
+        step = max(1, _CHUNK_ELEMENTS // max(1, classes * size[1]))
+        for top in range(0, size[0], step):
+            part = slice(top, min(top + step, size[0]))
+            strip = normalised(_strip(logits[b], rows, columns, part), how, dim=0)
+            labels[b, part] = strip.argmax(0).to(labels.dtype)
+            entropies[b, part] = entropy(strip, dim=0)
+    return labels, entropies
+
+
+def dense(logits: Tensor, size: tuple[int, int], how: Upsampling | None = None) -> Tensor:
+    """Full-resolution logits ``float32 [B, K, H, W]``, for who asks for them: 4 K H W bytes an image."""
+    how = how or Upsampling()
+    rows, columns = taps_of(logits, size, how, None)
+    return torch.stack([normalised(_strip(image, rows, columns, slice(0, size[0])), how, dim=0) for image in logits])
+
+
+def sample(
+    logits: Tensor,
+    coords: Tensor,
+    size: tuple[int, int],
+    how: Upsampling | None = None,
+    windows: Sequence[Window] | None = None,
+) -> Tensor:
+    """Full-resolution logits at some pixels only.
+
+    Args:
+        logits: ``[B, K, h, w]``.
+        coords: ``int [N, 3]``: batch, row, column.
+        size: H and W [px] that rows and columns refer to.
+        how: as for :func:`uncertainty`.
+        windows: as for :func:`uncertainty`.
+
+    Returns:
+        ``float32 [N, K]``.
+    """
+    how = how or Upsampling()
+    result = torch.empty(coords.shape[0], logits.shape[1], device=logits.device)
+    bounds = torch.searchsorted(
+        coords[:, 0].contiguous(), torch.arange(logits.shape[0] + 1, dtype=coords.dtype, device=coords.device)
+    ).tolist()
+    for b, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if start == end:
+            continue
+        rows, columns = taps_of(logits, size, how, windows[b] if windows else None)
+        r, c = coords[start:end, 1].long(), coords[start:end, 2].long()
+        cells = logits[b].float().flatten(1).t().contiguous()  # [h w, K]: a site reads four whole rows
+        width = logits.shape[3]
+        top, bottom, left, right = rows.low[r] * width, rows.high[r] * width, columns.low[c], columns.high[c]
+        across = columns.weight[c, None]
+        upper = torch.lerp(cells[top + left], cells[top + right], across)
+        lower = torch.lerp(cells[bottom + left], cells[bottom + right], across)
+        result[start:end] = normalised(torch.lerp(upper, lower, rows.weight[r, None]), how, dim=1)
+    return result
+
+
+def _strip(image: Tensor, rows: AxisTaps, columns: AxisTaps, part: slice) -> Tensor:
+    """Rows ``part`` of ``image [K, h, w]`` upsampled: ``float32 [K, rows, W]``."""
+    low, high, weight = rows.low[part], rows.high[part], rows.weight[part, None]
+    first, last = int(low[0]), int(high[-1])
+    coarse = image[:, first : last + 1].float()
+    # Columns first, on the few coarse rows that this strip reads.
+    wide = torch.lerp(coarse.index_select(2, columns.low), coarse.index_select(2, columns.high), columns.weight)
+    return torch.lerp(wide.index_select(1, low - first), wide.index_select(1, high - first), weight)
