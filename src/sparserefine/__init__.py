@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sparserefine.base import BaseConfig, FrozenBase
-    from sparserefine.classes import Classes
-    from sparserefine.data.images import read_image, read_label
-    from sparserefine.ensembler import EnsemblerConfig
-    from sparserefine.extractor import PRESETS, ExtractorConfig, SparseUNet
-    from sparserefine.refiner import Refinement, SparseRefiner
-    from sparserefine.selector import Selector
+    from sparserefine.base import BaseConfig as BaseConfig
+    from sparserefine.base import FrozenBase as FrozenBase
+    from sparserefine.classes import Classes as Classes
+    from sparserefine.data.images import read_image as read_image
+    from sparserefine.data.images import read_label as read_label
+    from sparserefine.ensembler import EnsemblerConfig as EnsemblerConfig
+    from sparserefine.extractor import PRESETS as PRESETS
+    from sparserefine.extractor import ExtractorConfig as ExtractorConfig
+    from sparserefine.extractor import SparseUNet as SparseUNet
+    from sparserefine.refiner import Refinement as Refinement
+    from sparserefine.refiner import SparseRefiner as SparseRefiner
+    from sparserefine.selector import Selector as Selector
 
 _HOMES = {
     "BaseConfig": "base",

@@ -76,8 +76,8 @@ class FrozenBase(nn.Module):
     that contains this one changes neither. It runs without recording gradients.
 
     Args:
-        model: a module or any callable, ``float32 [B, 3, h, w]`` -> coarse outputs: a tensor, a tuple or list whose first
-            item it is, a mapping with ``logits`` or ``out``, or an object with ``.logits``.
+        model: a module or any callable, ``float32 [B, 3, h, w]`` -> coarse outputs: a tensor, a tuple or list that
+            starts with it, a mapping with ``logits`` or ``out``, or an object with ``.logits``.
         num_classes: K; checked against every output.
         config: input size, normalisation and meaning of the outputs.
     """
@@ -86,8 +86,8 @@ class FrozenBase(nn.Module):
         super().__init__()
         if num_classes < 2:
             raise ValueError(
-                f"num_classes = {num_classes}, expected at least 2; a model with one foreground channel z becomes one of two "
-                "with torch.cat([torch.zeros_like(z), z], 1)"
+                f"num_classes = {num_classes}, expected at least 2; a model with one foreground channel z becomes one "
+                "of two with torch.cat([torch.zeros_like(z), z], 1)"
             )
         self.model = model
         self.num_classes = num_classes
@@ -143,8 +143,8 @@ class FrozenBase(nn.Module):
         bad = int(logits.numel() - logits.isfinite().sum())
         if bad:
             raise ValueError(
-                f"base {self.label}: {bad} of {logits.numel()} coarse logits are NaN or infinite; check its weights, its "
-                "normalisation, and the precision it runs in"
+                f"base {self.label}: {bad} of {logits.numel()} coarse logits are NaN or infinite; check its "
+                "weights, its normalisation, and the precision it runs in"
             )
         if self.config.outputs == "scores" and logits.min() < 0:
             raise ValueError(
@@ -194,7 +194,7 @@ def _tensor_of(output: Any, label: str) -> Tensor:
         keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
         raise TypeError(
             f"base {label}: returned {type(output).__name__}{keys}, expected a tensor, a tuple that starts with one, a "
-            "mapping with 'logits' or 'out', or an object with .logits; wrap the model in a function that returns the tensor"
+            "mapping with 'logits' or 'out', or an object with .logits; wrap the model in a function that returns it"
         )
     return found
 

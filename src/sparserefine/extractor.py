@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparserefine.sparse import DownKind, Plan, PlanSpec, ResidualBlock, SparseBatchNorm, SparseConv
+from sparserefine.sparse import DownKind, Plan, PlanSpec, ResidualBlock, SparseBatchNorm, SparseConv, Stencil
 
 Feature = Literal["rgb", "coords", "probabilities", "entropy"]
-"""Inputs at a site: its normalised colour; its row and column in -1..1; the base's class probabilities; their entropy."""
+"""Inputs at a site: its colour, normalised; row and column in -1..1; the base's probabilities; their entropy."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class SparseUNet(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = PlanSpec(len(planes), down)
-        pairs = list(zip(planes[:-1], planes[1:], strict=True))
+        pairs = list(pairwise(planes))
         self.stem = SparseConv(in_channels, planes[0])
         self.descend = nn.ModuleList(_blocks(c, c, blocks) for c in planes)
         self.down_norms = nn.ModuleList(SparseBatchNorm(fine) for fine, _ in pairs)
@@ -89,8 +90,7 @@ class SparseUNet(nn.Module):
         x = self.stem(features, plan.levels[0].around)
         skips: list[Tensor] = []
         for depth, level in enumerate(plan.levels):
-            for block in self.descend[depth]:  # type: ignore[union-attr]
-                x = block(x, level.around)
+            x = _through(self.descend[depth], x, level.around)
             if level.down is not None:
                 skips.append(x)
                 x = self.down_convs[depth](F.relu(self.down_norms[depth](x), inplace=True), level.down)
@@ -99,8 +99,7 @@ class SparseUNet(nn.Module):
             assert level.down is not None
             x = self.up_convs[depth](F.relu(self.up_norms[depth](x), inplace=True), level.down.transposed())
             x = torch.cat([skips.pop(), x], dim=1)
-            for block in self.ascend[depth]:  # type: ignore[union-attr]
-                x = block(x, level.around)
+            x = _through(self.ascend[depth], x, level.around)
         logits: Tensor = self.head(F.relu(self.head_norm(x), inplace=True))
         return logits
 
@@ -120,6 +119,12 @@ class SparseUNet(nn.Module):
 
 def _blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
     return nn.ModuleList(ResidualBlock(c_in if i == 0 else c_out, c_out) for i in range(count))
+
+
+def _through(blocks: nn.Module, x: Tensor, around: Stencil) -> Tensor:
+    for block in blocks.children():
+        x = block(x, around)
+    return x
 
 
 def _rows(module: nn.Module, rows: int) -> int:

@@ -83,7 +83,7 @@ class SparseRefiner(nn.Module):
     def refine(
         self,
         image: Tensor,
-        coarse: Tensor,
+        coarse: Tensor | Sequence[Tensor],
         *,
         windows: Sequence[Window] | None = None,
         valid: Tensor | None = None,
@@ -93,18 +93,22 @@ class SparseRefiner(nn.Module):
 
         Args:
             image: ``[B, 3, H, W]``.
-            coarse: the base's outputs ``[B, K, h, w]``.
+            coarse: the base's outputs ``[B, K, h, w]``, or B times ``[K, h, w]`` where their sizes differ.
             windows: in training, the part of the whole image that each crop shows.
             valid: ``bool [B, H, W]``, false where the image is padding: never selected.
             timer: goes on with a timer that has already timed the base.
         """
         check_image(image)
-        self.base.checked(coarse, len(image))
+        if isinstance(coarse, Tensor):
+            self.base.checked(coarse, len(image))
+        else:
+            for item in coarse:
+                self.base.checked(item[None], 1)
         timer = timer or StageTimer(image.device)
         size = (image.shape[2], image.shape[3])
-        how = self._how(size)
+        how = self.how(size)
         with timer.stage("uncertainty"), torch.no_grad():
-            labels, entropies = self.engine.uncertainty(coarse, size, how, list(windows) if windows else None)
+            labels, entropies = self.engine.uncertainty(coarse, size, how, windows)
         with timer.stage("select"):
             sites = self.selector(entropies, valid)
         with timer.stage("plan"):
@@ -122,7 +126,8 @@ class SparseRefiner(nn.Module):
             coarse, labels, entropies, how, sites, coarse_logits, sparse_logits, refined, timer, sparse_macs, self.base
         )
 
-    def _how(self, size: tuple[int, int]) -> Upsampling:
+    def how(self, size: tuple[int, int]) -> Upsampling:
+        """How the base's outputs for an image of ``size`` [px] become full-resolution logits."""
         if self.upsampling == "nearest":
             return Upsampling("nearest", self.base.config.outputs, self.base.input_size(*size))
         return Upsampling("bilinear", self.base.config.outputs)
@@ -174,7 +179,7 @@ class Refinement:
     """A prediction: coarse everywhere, refined at the sites. Nothing of size ``[K, H, W]`` until asked for.
 
     Attributes:
-        coarse: the base's outputs, ``[B, K, h, w]``.
+        coarse: the base's outputs, ``[B, K, h, w]`` (or a list of B).
         coarse_labels: ``uint8 [B, H, W]`` (int16 above 255 classes), before refinement.
         coarse_entropy: ``float32 [B, H, W]`` [nats], before refinement: what the selector saw.
         how: how ``coarse`` was upsampled.
@@ -184,7 +189,7 @@ class Refinement:
         refined_logits: the ensembler's, ``[N, K]``.
     """
 
-    coarse: Tensor
+    coarse: Tensor | Sequence[Tensor]
     coarse_labels: Tensor
     coarse_entropy: Tensor
     how: Upsampling

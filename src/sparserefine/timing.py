@@ -22,7 +22,7 @@ class StageTimer:
     def stage(self, name: str) -> Iterator[None]:
         """Times the body under ``name``."""
         if self._cuda:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             first.record()
             yield
             last.record()

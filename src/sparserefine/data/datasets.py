@@ -44,18 +44,18 @@ class Dataset:
         image, label = read_image(sample.image), read_label(sample.label)
         if image.shape[1:] != label.shape:
             raise ValueError(
-                f"{sample.label}: label is {tuple(label.shape)} pixels, image {sample.image.name} {tuple(image.shape[1:])}; "
-                "they must be equal"
+                f"{sample.label}: label is {tuple(label.shape)} pixels, image {sample.image.name} "
+                f"{tuple(image.shape[1:])}; they must be equal"
             )
-        if len(self.classes) == 2 and not self.classes.ignore and label.max() == 255 and label.unique().numel() <= 2:
+        if len(self.classes) == 2 and not self.classes.ignore and bool(((label == 0) | (label == 255)).all()):
             label = label.clamp(max=1)  # black-and-white masks as image editors write them
         for value in self.classes.ignore:
             label[label == value] = IGNORE
         unknown = label[(label != IGNORE) & (label >= len(self.classes))]
         if unknown.numel():
             raise ValueError(
-                f"{sample.label}: {unknown.numel()} pixels have label {int(unknown[0])}, expected 0..{len(self.classes) - 1} "
-                f"or {IGNORE} (ignored); list further values under data.ignore"
+                f"{sample.label}: {unknown.numel()} pixels have label {int(unknown[0])}, expected "
+                f"0..{len(self.classes) - 1} or {IGNORE} (ignored); list further values under data.ignore"
             )
         return image, label.to(torch.uint8 if len(self.classes) <= 255 else torch.int16)
 

@@ -64,7 +64,7 @@ def read_image(path: str | Path) -> Tensor:
             wide = np.asarray(image).astype(np.int64)
             if wide.min() < 0 or wide.max() > 65535:
                 raise ImageError(
-                    f"{path}: integer pixels from {wide.min()} to {wide.max()}, expected 0..65535; convert it to 16 bits"
+                    f"{path}: integer pixels {wide.min()}..{wide.max()}, expected 0..65535; convert it to 16 bits"
                 )
             grey = ((wide * 255 + 32767) // 65535).astype(np.uint8)
             array = np.repeat(grey[..., None], 3, axis=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -31,7 +31,11 @@ class Engine(Protocol):
         """A whole network packed for inference, or ``None`` to run its modules."""
 
     def uncertainty(
-        self, logits: Tensor, size: tuple[int, int], how: Upsampling, windows: list[Window] | None = None
+        self,
+        logits: Tensor | Sequence[Tensor],
+        size: tuple[int, int],
+        how: Upsampling,
+        windows: Sequence[Window] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Labels and entropy at full size."""
 

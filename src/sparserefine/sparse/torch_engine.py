@@ -6,6 +6,7 @@ that are the same primitive: torch.compile and torch.export see one opaque node,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,11 @@ class TorchEngine:
         """A packed form of a whole network; ``None``: there is none, run the modules one by one."""
 
     def uncertainty(
-        self, logits: Tensor, size: tuple[int, int], how: Upsampling, windows: list[Window] | None = None
+        self,
+        logits: Tensor | Sequence[Tensor],
+        size: tuple[int, int],
+        how: Upsampling,
+        windows: Sequence[Window] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Labels and entropy at full size; see :func:`sparserefine.uncertainty.uncertainty`."""
         return uncertainty(logits, size, how, windows)

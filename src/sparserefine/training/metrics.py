@@ -42,3 +42,45 @@ def accuracy(matrix: Tensor) -> float:
 def foreground(per_class: Tensor) -> float:
     """One figure for a row of a table: class 1 of a two-class task, else the mean over the classes that occur."""
     return float(per_class[1] if len(per_class) == 2 else per_class.nanmean())
+
+
+def boundary_band(mask: Tensor, width: int) -> Tensor:
+    """Pixels of ``mask``, ``bool [H, W]``, that are at most ``width`` px from its contour (image border included).
+
+    Cheng et al., "Boundary IoU" (CVPR 2021): the mask less its erosion by a square of 2 width + 1.
+    """
+    outside = _any_within(_any_within(~mask, width, 1), width, 0)
+    return mask & outside
+
+
+def _any_within(x: Tensor, reach: int, dim: int) -> Tensor:
+    """Whether any of the 2 reach + 1 entries around each is true; what lies past the ends counts as true.
+
+    By differences of running sums, so that the cost does not grow with ``reach``.
+    """
+    shape = list(x.shape)
+    shape[dim] = reach + 1
+    ends = torch.ones(shape, dtype=torch.bool, device=x.device)
+    total = torch.cat([ends, x, ends], dim).cumsum(dim, dtype=torch.int32)
+    n, window = x.shape[dim], 2 * reach + 1
+    return total.narrow(dim, window, n) > total.narrow(dim, 0, n)
+
+
+def boundary_counts(labels: Tensor, truth: Tensor, num_classes: int, width: int | None = None) -> Tensor:
+    """Intersection and union of the boundary bands of each class in one image, ``int64 [2, K]``.
+
+    Args:
+        labels: predicted classes ``[H, W]``.
+        truth: true classes ``[H, W]``; pixels of 255 do not count.
+        num_classes: K.
+        width: of the band [px]; ``None``: 2 % of the image's diagonal, as published. Where objects are thinner than
+            the band it holds them whole, and boundary IoU is IoU.
+    """
+    if width is None:
+        width = max(1, round(0.02 * float(truth.shape[0] ** 2 + truth.shape[1] ** 2) ** 0.5))
+    valid = truth != IGNORE
+    counts = torch.zeros(2, num_classes, dtype=torch.int64)
+    for k in range(num_classes):
+        a, b = boundary_band((labels == k) & valid, width), boundary_band(truth == k, width)
+        counts[0, k], counts[1, k] = int((a & b).sum()), int((a | b).sum())
+    return counts

@@ -33,7 +33,7 @@ def label_dtype(num_classes: int) -> torch.dtype:
 
 
 def uncertainty(
-    logits: Tensor,
+    logits: Tensor | Sequence[Tensor],
     size: tuple[int, int],
     how: Upsampling | None = None,
     windows: Sequence[Window] | None = None,
@@ -41,7 +41,7 @@ def uncertainty(
     """Label and entropy of each full-resolution pixel: upsample, then softmax, entropy and argmax, strip by strip.
 
     Args:
-        logits: the base's outputs, ``[B, K, h, w]``, floating point.
+        logits: the base's outputs, ``[B, K, h, w]``, floating point; or B times ``[K, h, w]`` where sizes differ.
         size: H and W of the result [px].
         how: interpolation and meaning of ``logits``.
         windows: for each image the part of it that the result shows; ``None``: all of it.
@@ -50,11 +50,11 @@ def uncertainty(
         Labels ``[B, H, W]`` (uint8, int16 above 255 classes) and entropy ``float32 [B, H, W]`` [nats].
     """
     how = how or Upsampling()
-    batch, classes = logits.shape[:2]
-    labels = torch.empty(batch, *size, dtype=label_dtype(classes), device=logits.device)
-    entropies = torch.empty(batch, *size, dtype=torch.float32, device=logits.device)
+    batch, classes, device = len(logits), logits[0].shape[0], logits[0].device
+    labels = torch.empty(batch, *size, dtype=label_dtype(classes), device=device)
+    entropies = torch.empty(batch, *size, dtype=torch.float32, device=device)
     for b in range(batch):
-        rows, columns = taps_of(logits, size, how, windows[b] if windows else None)
+        rows, columns = taps_of(logits[b], size, how, windows[b] if windows else None)
         step = max(1, _CHUNK_ELEMENTS // max(1, classes * size[1]))
         for top in range(0, size[0], step):
             part = slice(top, min(top + step, size[0]))
@@ -64,15 +64,15 @@ def uncertainty(
     return labels, entropies
 
 
-def dense(logits: Tensor, size: tuple[int, int], how: Upsampling | None = None) -> Tensor:
+def dense(logits: Tensor | Sequence[Tensor], size: tuple[int, int], how: Upsampling | None = None) -> Tensor:
     """Full-resolution logits ``float32 [B, K, H, W]``, for who asks for them: 4 K H W bytes an image."""
     how = how or Upsampling()
-    rows, columns = taps_of(logits, size, how, None)
+    rows, columns = taps_of(logits[0], size, how, None)
     return torch.stack([normalised(_strip(image, rows, columns, slice(0, size[0])), how, dim=0) for image in logits])
 
 
 def sample(
-    logits: Tensor,
+    logits: Tensor | Sequence[Tensor],
     coords: Tensor,
     size: tuple[int, int],
     how: Upsampling | None = None,
@@ -81,7 +81,7 @@ def sample(
     """Full-resolution logits at some pixels only.
 
     Args:
-        logits: ``[B, K, h, w]``.
+        logits: as for :func:`uncertainty`.
         coords: ``int [N, 3]``: batch, row, column.
         size: H and W [px] that rows and columns refer to.
         how: as for :func:`uncertainty`.
@@ -91,17 +91,17 @@ def sample(
         ``float32 [N, K]``.
     """
     how = how or Upsampling()
-    result = torch.empty(coords.shape[0], logits.shape[1], device=logits.device)
+    result = torch.empty(coords.shape[0], logits[0].shape[0], device=coords.device)
     bounds = torch.searchsorted(
-        coords[:, 0].contiguous(), torch.arange(logits.shape[0] + 1, dtype=coords.dtype, device=coords.device)
+        coords[:, 0].contiguous(), torch.arange(len(logits) + 1, dtype=coords.dtype, device=coords.device)
     ).tolist()
     for b, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         if start == end:
             continue
-        rows, columns = taps_of(logits, size, how, windows[b] if windows else None)
+        rows, columns = taps_of(logits[b], size, how, windows[b] if windows else None)
         r, c = coords[start:end, 1].long(), coords[start:end, 2].long()
         cells = logits[b].float().flatten(1).t().contiguous()  # [h w, K]: a site reads four whole rows
-        width = logits.shape[3]
+        width = logits[b].shape[2]
         top, bottom, left, right = rows.low[r] * width, rows.high[r] * width, columns.low[c], columns.high[c]
         across = columns.weight[c, None]
         upper = torch.lerp(cells[top + left], cells[top + right], across)

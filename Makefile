@@ -1,0 +1,39 @@
+# make demo    installs into .venv and shows the method on an embedded 8-megapixel photograph
+# make test    the same for linters, types and the test-suite
+# CONSTRAINTS=FILE  other pinned versions, e.g. of torch;  PYTHON=python3.12  another interpreter
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS)
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/sparserefine demo --out demo/
+
+test: lint
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff format --check src tests examples
+	$(VENV)/bin/ruff check src tests examples
+	$(VENV)/bin/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) demo build dist

@@ -1,0 +1,256 @@
+"""The command line: each command is the Python function of the same name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparserefine import __version__
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from sparserefine.config import Config
+    from sparserefine.refiner import SparseRefiner
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what help says of it, its arguments, and what runs it (returns the exit code)."""
+
+    summary: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[ArgumentParser, Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code. Errors that a user can mend are one line, without a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] in ("-V", "--version"):
+        print(f"sparserefine {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"sparserefine: no command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_USAGE
+    from jsonargparse import ArgumentParser
+
+    command = COMMANDS[name]
+    parser = ArgumentParser(prog=f"sparserefine {name}", description=command.summary, exit_on_error=False)
+    command.add_arguments(parser)
+    try:
+        return command.run(parser, parser.parse_args(_config_as_option(parser, rest)))
+    except ArgumentError as error:
+        print(f"sparserefine {name}: {error}\n`sparserefine {name} --help` lists what is known", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("sparserefine: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (ValueError, OSError, ImportError, TypeError) as error:
+        # What this package raises says what was seen, what was expected and the cure; a traceback would hide it.
+        print(f"sparserefine {name}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return (
+        "usage: sparserefine [--version] COMMAND ...\n\n"
+        "High-resolution segmentation at low-resolution cost, for the model you already trained.\n\n"
+        + "\n".join(lines)
+        + "\n\n`sparserefine COMMAND --help` tells the arguments of a command."
+    )
+
+
+def _config_as_option(parser: ArgumentParser, arguments: list[str]) -> list[str]:
+    """``train CONFIG.yaml`` is ``train --config CONFIG.yaml``, where the command has a configuration."""
+    takes_config = any("--config" in action.option_strings for action in parser._actions)
+    if takes_config and arguments and not arguments[0].startswith("-"):
+        return ["--config", *arguments]
+    return arguments
+
+
+def _add_config(parser: ArgumentParser) -> None:
+    from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+
+    from sparserefine.config import Config
+
+    parser.usage = f"{parser.prog} CONFIG.yaml [options] [--a.b value ...]"
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; also taken as the first argument")
+    parser.add_class_arguments(Config)
+
+
+def _config(parser: ArgumentParser, arguments: Namespace) -> Config:
+    from sparserefine.config import Config
+
+    values = parser.instantiate(arguments)
+    return Config(**{name: values[name] for name in Config.__dataclass_fields__})
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {name}: not available here ({str(error).splitlines()[0]}); try auto or cpu"
+        ) from error
+    return device
+
+
+def _add_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+
+
+def _add_refiner(parser: ArgumentParser) -> None:
+    parser.add_argument("--refiner", required=True, help="folder or hub id of a refiner, or demo: the embedded one")
+    parser.add_argument("--engine", default="auto", help="what executes the sparse network; see `sparserefine info`")
+    parser.add_argument(
+        "--threshold", type=float, help="entropy in nats above which a pixel is refined, not the stored"
+    )
+    parser.add_argument("--budget", type=int, help="most sites of an image, not the stored")
+    _add_device(parser)
+
+
+def _refiner(arguments: Namespace, **options: Any) -> SparseRefiner:
+    from sparserefine.demo import demo_refiner_folder
+    from sparserefine.refiner import SparseRefiner
+    from sparserefine.selector import Selector
+
+    folder = demo_refiner_folder() if arguments.refiner == "demo" else arguments.refiner
+    refiner = SparseRefiner.from_pretrained(folder, engine=arguments.engine, **options)
+    if arguments.threshold is not None or arguments.budget is not None:
+        stored = refiner.selector
+        refiner.selector = Selector(
+            stored.threshold if arguments.threshold is None else arguments.threshold,
+            stored.budget if arguments.budget is None else arguments.budget,
+        )
+        refiner.selector.check(len(refiner.classes))
+    return refiner.to(_device(arguments.device))
+
+
+def _add_logits(parser: ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace stored logits of another base")
+    _add_device(parser)
+
+
+def _run_logits(parser: ArgumentParser, arguments: Namespace) -> int:
+    from sparserefine.logits import store_logits
+
+    config = _config(parser, arguments)
+    report = store_logits(config, device=_device(arguments.device), overwrite=arguments.overwrite)
+    print(f"{report.computed} stored in {config.logits.folder}, {report.present} were there")
+    return 0
+
+
+def _add_train(parser: ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from last.ckpt in --out")
+
+
+def _run_train(parser: ArgumentParser, arguments: Namespace) -> int:
+    from sparserefine.train import train
+
+    print(f"best refiner: {train(_config(parser, arguments), resume=arguments.resume)}")
+    return 0
+
+
+def _add_evaluate(parser: ArgumentParser) -> None:
+    _add_config(parser)
+    _add_refiner(parser)
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="which split of the data")
+    parser.add_argument("--dense", help="another base to compare with, as unet:FILE, at --dense_ratio of the size")
+    parser.add_argument("--dense_ratio", type=float, default=1.0, help="input size of --dense relative to the image")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each image; times are medians")
+    parser.add_argument("--json", help="also write the figures to this file")
+
+
+def _run_evaluate(parser: ArgumentParser, arguments: Namespace) -> int:
+    from dataclasses import asdict, replace
+
+    from tqdm import tqdm
+
+    from sparserefine.bases import load_base
+    from sparserefine.data.images import written_whole
+    from sparserefine.evaluate import evaluate
+
+    config, device = _config(parser, arguments), _device(arguments.device)
+    data = config.data.read(getattr(config.data, arguments.split))
+    classes = len(data.classes)
+    refiner = _refiner(arguments, base=load_base(config.base, classes))
+    dense = None
+    if arguments.dense:
+        dense_config = replace(config.base, name=arguments.dense, ratio=arguments.dense_ratio, size=None)
+        dense = load_base(dense_config, classes).to(device)
+    images = (data.read(index) for index in tqdm(range(len(data)), desc=arguments.split, unit="image"))
+    result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)
+    print(result.table())
+    if arguments.json:
+        with written_whole(arguments.json) as temporary:
+            temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _add_predict(parser: ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", help="image files, folders, or glob patterns in quotes")
+    _add_refiner(parser)
+    parser.add_argument("--out", required=True, help="folder of the label images (index PNG)")
+    parser.add_argument("--overlay", action="store_true", help="also write the labels drawn over the image")
+    parser.add_argument("--overwrite", action="store_true", help="replace label images that are there already")
+    parser.add_argument("--trust_base", action="store_true", help="allow a base that runs code (python:...)")
+
+
+def _run_predict(parser: ArgumentParser, arguments: Namespace) -> int:
+    from sparserefine.predict import predict
+
+    refiner = _refiner(arguments, trust_base=arguments.trust_base)
+    report = predict(arguments.inputs, refiner, arguments.out, overlay=arguments.overlay, overwrite=arguments.overwrite)
+    for failure in report.failures:
+        print(f"{failure.name}: {failure.reason}", file=sys.stderr)
+    print(report.summary())
+    return EXIT_FAILED if report.failures else 0
+
+
+def _add_demo(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the pictures and demo.json")
+    _add_device(parser)
+
+
+def _run_demo(parser: ArgumentParser, arguments: Namespace) -> int:
+    from sparserefine.demo import demo
+
+    print(demo(arguments.out, device=_device(arguments.device)))
+    return 0
+
+
+def _run_info(parser: ArgumentParser, arguments: Namespace) -> int:
+    from sparserefine.info import info
+
+    print("\n".join(f"{name:<16} {text}" for name, text in info().items()))
+    return 0
+
+
+COMMANDS = {
+    "demo": Command("Shows the method on an embedded 8-megapixel photograph.", _add_demo, _run_demo),
+    "predict": Command("Labels images with a stored refiner.", _add_predict, _run_predict),
+    "logits": Command("Stores the base's coarse logits for training.", _add_logits, _run_logits),
+    "train": Command("Trains a refiner for a frozen base.", _add_train, _run_train),
+    "evaluate": Command("Scores coarse, refined, oracle and dense predictions.", _add_evaluate, _run_evaluate),
+    "info": Command("Versions, devices and engines.", lambda parser: None, _run_info),
+}

@@ -1,0 +1,169 @@
+"""Configuration of logits, training and evaluation: one YAML file, one tree of frozen dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sparserefine.base import BaseConfig
+from sparserefine.data.datasets import Dataset, folder, hrf
+from sparserefine.ensembler import EnsemblerConfig
+from sparserefine.extractor import PRESETS, ExtractorConfig
+from sparserefine.selector import Selector
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images.
+
+    Attributes:
+        name: reader; ``hrf``, or ``folder`` for ``images/`` + ``labels/`` + ``classes.txt``.
+        root: the dataset's folder.
+        train: split to train on: for ``hrf`` subject numbers as ``06-13``, for ``folder`` a subfolder or list.
+        val: split that checkpoints, thresholds and schedules are chosen on.
+        test: split that is reported once.
+        ignore: label values that are no class, besides 255 (``folder`` only).
+    """
+
+    name: Literal["hrf", "folder"]
+    root: str
+    train: str = "train"
+    val: str = "val"
+    test: str = "test"
+    ignore: tuple[int, ...] = ()
+
+    def read(self, split: str) -> Dataset:
+        """The dataset of a split string (not of its name ``train``, ``val`` or ``test``)."""
+        if self.name == "hrf":
+            return hrf(self.root, split)
+        return folder(self.root, split, ignore=self.ignore)
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """Images of ``split`` get their coarse logits from ``base``, which was not trained on them."""
+
+    split: str
+    base: str
+
+
+@dataclass(frozen=True)
+class LogitsConfig:
+    """Where coarse logits come from in training.
+
+    Attributes:
+        source: ``stored``: read what ``sparserefine logits`` wrote; ``live``: computed at the start, kept in memory.
+        folder: of the stored logits.
+        crossfit: bases for images that the base itself was trained on, where it is over-confident.
+    """
+
+    source: Literal["stored", "live"] = "live"
+    folder: str = ""
+    crossfit: tuple[CrossFit, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.source not in ("stored", "live"):
+            raise ValueError(f"logits.source = {self.source!r}, expected 'stored' or 'live'")
+        if self.source == "stored" and not self.folder:
+            raise ValueError("logits.source = 'stored' needs logits.folder")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random crops for training (paper, section 4.1).
+
+    Attributes:
+        crop: height and width [px]; smaller images are padded, and padding is never selected.
+        scale: range of the random resize.
+        max_class_share: a crop whose largest class covers more is drawn again, up to ten times.
+        flip: mirror left and right with probability 1/2.
+        flip_vertical: also upside down; for images without an "up".
+        photometric: random brightness, contrast, saturation and hue.
+    """
+
+    crop: tuple[int, int] = (512, 1024)
+    scale: tuple[float, float] = (0.5, 2.0)
+    max_class_share: float = 0.75
+    flip: bool = True
+    flip_vertical: bool = False
+    photometric: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.crop) < 1:
+            raise ValueError(f"augment.crop = {self.crop}, expected at least 1 pixel each way")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"augment.scale = {self.scale}, expected 0 < low <= high")
+        if not 0 < self.max_class_share <= 1:
+            raise ValueError(f"augment.max_class_share = {self.max_class_share}, expected more than 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Optimisation: AdamW with a cosine schedule (paper, section 4.1).
+
+    Attributes:
+        steps: optimiser steps.
+        batch: crops a step.
+        lr: peak learning rate.
+        weight_decay: of weights; biases and normalisation are not decayed.
+        warmup: share of the steps over which the rate rises linearly.
+        dice: weight of a Dice loss on the refined prediction; 0: cross entropies only, as in the paper.
+        val_every: steps between validations, which are also when checkpoints are written.
+        seed: of initialisation and crops.
+        workers: processes that prepare crops.
+        precision: as Lightning names it: ``32-true``, ``bf16-mixed``, ``16-mixed``.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        cache_gb: decoded images kept in memory, at most [GB].
+    """
+
+    steps: int = 10_000
+    batch: int = 8
+    lr: float = 3e-4
+    weight_decay: float = 0.05
+    warmup: float = 0.02
+    dice: float = 0.0
+    val_every: int = 500
+    seed: int = 0
+    workers: int = 0
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    cache_gb: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "lr", "val_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"training.{name} = {getattr(self, name)}, expected more than 0")
+        for name in ("weight_decay", "warmup", "dice", "workers", "cache_gb"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name} = {getattr(self, name)}, expected at least 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that the commands ``logits``, ``train`` and ``evaluate`` need.
+
+    Attributes:
+        data: images and splits.
+        base: the frozen model.
+        out: folder of the trained refiner: ``best/``, ``last/``, ``last.ckpt``, ``log.jsonl``.
+        selector: threshold and budget.
+        extractor: the sparse network; ``preset`` names one of the presets instead.
+        ensembler: the blend.
+        upsampling: of the coarse logits, ``bilinear`` or ``nearest``.
+        logits: where coarse logits come from in training.
+        augment: crops.
+        training: optimisation.
+        boundary_px: width of the band of boundary IoU [px]; ``null``: 2 % of the image's diagonal, as published.
+    """
+
+    data: DataConfig
+    base: BaseConfig
+    out: str
+    selector: Selector = Selector(threshold=0.3)
+    extractor: ExtractorConfig = PRESETS["slim"]
+    ensembler: EnsemblerConfig = EnsemblerConfig()
+    upsampling: Literal["bilinear", "nearest"] = "bilinear"
+    logits: LogitsConfig = LogitsConfig()
+    augment: AugmentConfig = AugmentConfig()
+    training: TrainingConfig = TrainingConfig()
+    boundary_px: int | None = None

@@ -1,0 +1,206 @@
+"""Training crops: image, label and the matching window of the coarse logits, moved together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
+
+from sparserefine.base import resize
+from sparserefine.classes import IGNORE
+from sparserefine.config import AugmentConfig
+from sparserefine.data.datasets import Dataset
+from sparserefine.uncertainty import Window
+
+_TRIES = 10  # for a crop without a class that covers too much
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One augmented crop.
+
+    Attributes:
+        image: ``uint8 [3, h, w]``.
+        label: integers ``[h, w]``, 255 where ignored or padded.
+        valid: ``bool [h, w]``, false where padded.
+        logits: the whole image's coarse outputs ``float32 [K, h', w']``, mirrored like the crop.
+        window: the part of them that the crop shows.
+    """
+
+    image: Tensor
+    label: Tensor
+    valid: Tensor
+    logits: Tensor
+    window: Window
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """Crops of one size; images they come from may differ in size, so their logits are a list."""
+
+    image: Tensor
+    label: Tensor
+    valid: Tensor
+    logits: list[Tensor]
+    windows: list[Window]
+
+    @classmethod
+    def collate(cls, crops: list[Crop]) -> CropBatch:
+        """Stacks crops."""
+        return cls(
+            torch.stack([c.image for c in crops]),
+            torch.stack([c.label for c in crops]),
+            torch.stack([c.valid for c in crops]),
+            [c.logits for c in crops],
+            [c.window for c in crops],
+        )
+
+    def to(self, device: torch.device) -> CropBatch:
+        """The same on another device."""
+        logits = [item.to(device, non_blocking=True) for item in self.logits]
+        image, label, valid = (x.to(device, non_blocking=True) for x in (self.image, self.label, self.valid))
+        return CropBatch(image, label, valid, logits, self.windows)
+
+
+class Uniform:
+    """Uniform random numbers from one seed, in plain Python."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, low: float, high: float) -> float:
+        """One number in [low, high)."""
+        return low + (high - low) * float(torch.rand((), generator=self._generator, dtype=torch.float64))
+
+
+def random_crop(image: Tensor, label: Tensor, logits: Tensor, config: AugmentConfig, uniform: Uniform) -> Crop:
+    """One augmented crop of a whole image.
+
+    Args:
+        image: ``uint8 [3, H, W]``.
+        label: integers ``[H, W]``.
+        logits: coarse outputs of the whole image ``[K, h', w']``.
+        config: what to vary.
+        uniform: source of randomness.
+    """
+    height, width = label.shape
+    scale = math.exp(uniform(math.log(config.scale[0]), math.log(config.scale[1])))
+    # The source rectangle has whole pixels, so that labels need no guessing; its resize decides the exact scales.
+    source = [min(size, max(1, round(crop / scale))) for size, crop in zip((height, width), config.crop, strict=True)]
+    target = [min(crop, max(1, round(s * scale))) for s, crop in zip(source, config.crop, strict=True)]
+    for _ in range(_TRIES):
+        top = math.floor(uniform(0, height - source[0] + 1))
+        left = math.floor(uniform(0, width - source[1] + 1))
+        part = label[top : top + source[0], left : left + source[1]]
+        counted = part[part != IGNORE]
+        if counted.numel() and float(counted.long().bincount().max()) <= config.max_class_share * counted.numel():
+            break
+    size = (target[0], target[1])
+    pixels = resize(image[None, :, top : top + source[0], left : left + source[1]], size)[0]
+    part = F.interpolate(part[None, None].float(), size, mode="nearest-exact")[0, 0].to(label.dtype)
+    if config.photometric:
+        pixels = _photometric(pixels, uniform)
+
+    ratio = (target[0] / source[0], target[1] / source[1])
+    full = (height * ratio[0], width * ratio[1])
+    offset = [top * ratio[0], left * ratio[1]]
+    for axis, wanted in ((1, config.flip), (0, config.flip_vertical)):
+        if wanted and uniform(0, 1) < 0.5:
+            pixels, part, logits = pixels.flip(axis + 1), part.flip(axis), logits.flip(axis + 1)
+            offset[axis] = full[axis] - offset[axis] - size[axis]
+
+    pad = (0, config.crop[1] - size[1], 0, config.crop[0] - size[0])
+    return Crop(
+        F.pad(pixels.round().clamp(0, 255).to(torch.uint8), pad),
+        F.pad(part, pad, value=IGNORE),
+        F.pad(torch.ones(size, dtype=torch.bool), pad),
+        logits.float(),
+        Window(full, (offset[0], offset[1])),
+    )
+
+
+def _photometric(pixels: Tensor, uniform: Uniform) -> Tensor:
+    """Brightness, contrast, saturation and hue as one affine map of the colours, each with probability 1/2.
+
+    Saturation and hue scale and turn the two chroma axes of YIQ; the ranges are those of the usual segmentation recipe
+    (+-32 of 255, 0.5-1.5, 0.5-1.5, +-18 degrees).
+    """
+
+    def sometimes(low: float, high: float, otherwise: float) -> float:
+        return uniform(low, high) if uniform(0, 1) < 0.5 else otherwise
+
+    brightness = sometimes(-32, 32, 0)
+    contrast = sometimes(0.5, 1.5, 1)
+    saturation = sometimes(0.5, 1.5, 1)
+    hue = math.radians(sometimes(-18, 18, 0))
+    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    turn = torch.eye(3)
+    turn[1:, 1:] = saturation * torch.tensor([[math.cos(hue), -math.sin(hue)], [math.sin(hue), math.cos(hue)]])
+    colour = torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    return (torch.einsum("ij,jhw->ihw", contrast * colour, pixels) + brightness).clamp(0, 255)
+
+
+class CropDataset(TorchDataset[Crop]):
+    """Endless crops, numbered: crop ``i`` depends on the seed and ``i`` only, so any run can be gone on with.
+
+    Args:
+        data: images and labels.
+        logits: coarse outputs of a whole image, by index in ``data`` and image size.
+        config: augmentation.
+        seed: of everything random.
+        cache_gb: decoded images kept in memory, at most [GB].
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        logits: Callable[[int, tuple[int, int]], Tensor],
+        config: AugmentConfig,
+        seed: int,
+        cache_gb: float,
+    ) -> None:
+        self.data, self.logits, self.config, self.seed = data, logits, config, seed
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+        self._room = cache_gb * 1e9
+
+    def __getitem__(self, index: int) -> Crop:
+        order = torch.randperm(
+            len(self.data), generator=torch.Generator().manual_seed(self.seed + index // len(self.data))
+        )
+        which = int(order[index % len(self.data)])
+        image, label = self._read(which)
+        logits = self.logits(which, (label.shape[0], label.shape[1]))
+        return random_crop(image, label, logits, self.config, Uniform(self.seed * 1_000_003 + index))
+
+    def _read(self, which: int) -> tuple[Tensor, Tensor]:
+        if which in self._cache:
+            return self._cache[which]
+        pair = self.data.read(which)
+        size = sum(x.numel() * x.element_size() for x in pair)
+        if size <= self._room:
+            self._room -= size
+            self._cache[which] = pair
+        return pair
+
+
+class EpochSampler(Sampler[int]):
+    """Numbers of the crops of one epoch: ``epoch * length`` and on; the trainer calls ``set_epoch``."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.epoch = length, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """What the trainer tells at the start of an epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.epoch * self.length, (self.epoch + 1) * self.length))
+
+    def __len__(self) -> int:
+        return self.length

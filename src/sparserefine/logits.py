@@ -1,0 +1,114 @@
+"""``sparserefine logits``: stores the base's coarse logits, so that training does not run the base again and again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparserefine.base import FrozenBase
+from sparserefine.bases import load_base
+from sparserefine.config import Config
+from sparserefine.data.datasets import Dataset
+from sparserefine.data.stored_logits import StoredLogits, dequantised
+
+
+@dataclass(frozen=True)
+class LogitsReport:
+    """What :func:`store_logits` did: images computed now, and images that were there already."""
+
+    computed: int
+    present: int
+
+
+class CoarseLogits:
+    """Coarse logits of the images of one split, each from the base that may judge it (see ``logits.crossfit``).
+
+    Args:
+        config: names the bases.
+        data: the split.
+        split: the split's string; cross-fit bases apply to the images that their own splits share with it.
+        device: to run bases on.
+    """
+
+    def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
+        self.config, self.data, self.device = config, data, device
+        self._fold_of = {
+            sample.name: fold.base for fold in config.logits.crossfit for sample in config.data.read(fold.split).samples
+        }
+        self._bases: dict[str, FrozenBase] = {}
+        self._identities: dict[str, str] = {}
+
+    def base(self, name: str) -> FrozenBase:
+        """The base for the sample of that name."""
+        source = self._fold_of.get(name, self.config.base.name)
+        if source not in self._bases:
+            base_config = replace(self.config.base, name=source)
+            self._bases[source] = load_base(base_config, len(self.data.classes)).to(self.device)
+        return self._bases[source]
+
+    def identity(self, name: str) -> str:
+        """Identity of :meth:`base`, its digest computed once."""
+        source = self._fold_of.get(name, self.config.base.name)
+        if source not in self._identities:
+            self._identities[source] = self.base(name).identity
+        return self._identities[source]
+
+    def compute(self, index: int) -> tuple[Tensor, tuple[int, int]]:
+        """Coarse logits ``[K, h, w]`` of image ``index`` and the image's size."""
+        image, _ = self.data.read(index)
+        logits = self.base(self.data.samples[index].name)(image[None].to(self.device))
+        return logits[0].cpu(), (image.shape[1], image.shape[2])
+
+    def stored(self, index: int, image_size: tuple[int, int]) -> Tensor:
+        """``float32 [K, h, w]`` from ``logits.folder``; refused if another base made them."""
+        name = self.data.samples[index].name
+        half = StoredLogits(self.config.logits.folder).read(name, base=self.identity(name), image_size=image_size)
+        return half.float()
+
+    def live(self) -> LiveLogits:
+        """All of them, computed now and kept in memory."""
+        steps = tqdm(range(len(self.data)), desc="coarse logits", unit="image", delay=2)
+        return LiveLogits([self.compute(index)[0].half() for index in steps])
+
+
+@dataclass(frozen=True)
+class LiveLogits:
+    """Coarse logits in memory, in the precision of stored ones."""
+
+    items: list[Tensor]
+
+    def __call__(self, index: int, image_size: tuple[int, int]) -> Tensor:
+        """``float32 [K, h, w]`` of image ``index``."""
+        return dequantised(self.items[index])
+
+
+def store_logits(config: Config, *, device: torch.device, overwrite: bool = False) -> LogitsReport:
+    """Stores the coarse logits of all splits; goes on where an interrupted run stopped.
+
+    Raises:
+        ValueError: no ``logits.folder``, or it holds logits of another base and ``overwrite`` is false.
+    """
+    if not config.logits.folder:
+        raise ValueError("logits.folder is empty; say where to store them")
+    store = StoredLogits(config.logits.folder)
+    computed = present = 0
+    for split in dict.fromkeys((config.data.train, config.data.val, config.data.test)):
+        data = config.data.read(split)
+        source = CoarseLogits(config, data, device)
+        for index, sample in enumerate(tqdm(data.samples, desc=f"logits of {split}", unit="image")):
+            there, wanted = store.base_of(sample.name), source.identity(sample.name)
+            if there == wanted:
+                present += 1
+                continue
+            if there is not None and not overwrite:
+                raise ValueError(
+                    f"{store.path(sample.name)}: holds logits of base {there}, this configuration's is {wanted}; "
+                    "choose another logits.folder, or pass --overwrite"
+                )
+            logits, size = source.compute(index)
+            store.write(sample.name, logits, base=wanted, image_size=size)
+            computed += 1
+    return LogitsReport(computed, present)

@@ -1,0 +1,107 @@
+"""Shared by the tests: tolerances, site patterns, and the dense rules that the sparse network is judged by.
+
+Nothing in here imports sparserefine: what judges it stands on torch.nn.functional alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TOLERANCE = {  # (rtol, atol) for values of size about 1; the reference is computed in float64
+    torch.float64: (1e-10, 1e-10),
+    torch.float32: (1e-4, 1e-5),
+    torch.float16: (1e-2, 1e-2),
+    torch.bfloat16: (5e-2, 5e-2),
+}
+DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
+
+PATTERNS = ("none", "one", "border", "all", "random")
+SIZES = [pytest.param(size, id="{}x{}".format(*size)) for size in ((1, 1), (1, 7), (2, 2), (3, 3), (6, 8), (9, 7))]
+KERNEL = {"paper": 3, "cell": 2}
+"""Width of the convolution between two levels."""
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Equal within the tolerance of ``dtype``, by default of the result's own; shapes equal, nothing NaN."""
+    rtol, atol = TOLERANCE[dtype or actual.dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+def mask_of(pattern: str, size: tuple[int, int], batch: int = 1) -> Tensor:
+    """``bool [batch, H, W]``; of three images or more, the second one is empty."""
+    height, width = size
+    mask = torch.zeros(batch, height, width, dtype=torch.bool)
+    if pattern == "one":
+        mask[:, height // 2, width // 2] = True
+    elif pattern == "border":
+        mask[:, [0, -1]] = True
+        mask[:, :, [0, -1]] = True
+    elif pattern == "all":
+        mask[:] = True
+    elif pattern == "random":
+        mask = torch.rand(batch, height, width, generator=torch.Generator().manual_seed(1)) < 0.4
+    if batch >= 3:
+        mask[1] = False
+    return mask
+
+
+def on_grid(rows: Tensor, mask: Tensor) -> Tensor:
+    """``[N, C]`` in row-major order of the N true pixels of ``mask`` -> ``[B, C, H, W]``, zero elsewhere."""
+    b, r, c = mask.nonzero(as_tuple=True)
+    image = rows.new_zeros(*mask.shape, rows.shape[1])
+    return image.index_put((b, r, c), rows).permute(0, 3, 1, 2)
+
+
+def at_sites(image: Tensor, mask: Tensor) -> Tensor:
+    """``[B, C, H, W]`` -> ``[N, C]``."""
+    return image.permute(0, 2, 3, 1)[mask]
+
+
+def coarser_mask(mask: Tensor, down: str) -> Tensor:
+    """Active cells of the next level: those with a site in their window, which is what max-pooling computes."""
+    b, h, w = mask.shape
+    if down == "paper":
+        if min(h, w) < 3:
+            return mask.new_zeros(b, max(0, (h - 3) // 2 + 1), max(0, (w - 3) // 2 + 1))
+        return F.max_pool2d(mask[:, None].float(), 3, stride=2)[:, 0] > 0
+    return F.max_pool2d(mask[:, None].float(), 2, stride=2, ceil_mode=True)[:, 0] > 0
+
+
+def dense_around(image: Tensor, weight: Tensor) -> Tensor:
+    """3x3 convolution, padding 1. ``weight [9, C_in, C_out]``, taps row-major."""
+    # One pixel too much right and bottom, cut off again: images of no pixels are no special case, here and below.
+    return F.conv2d(F.pad(image, (1, 2, 1, 2)), _kernel(weight))[..., : image.shape[2], : image.shape[3]]
+
+
+def dense_down(image: Tensor, weight: Tensor, down: str) -> Tensor:
+    """``paper``: 3x3, stride 2, no padding. ``cell``: 2x2, stride 2, zeros added right and bottom to an even size."""
+    h, w = image.shape[2:]
+    if down == "cell":
+        return F.conv2d(F.pad(image, (0, w % 2, 0, h % 2)), _kernel(weight), stride=2)
+    full = F.conv2d(F.pad(image, (0, 3, 0, 3)), _kernel(weight), stride=2)
+    return full[..., : max(0, (h - 3) // 2 + 1), : max(0, (w - 3) // 2 + 1)]
+
+
+def dense_up(image: Tensor, weight: Tensor, down: str, size: tuple[int, int]) -> Tensor:
+    """Transposed convolution, stride 2, cut to ``size``; pixels that it does not reach are zero."""
+    k = KERNEL[down]
+    kernel = weight.view(k, k, *weight.shape[1:]).permute(2, 3, 0, 1)
+    return F.conv_transpose2d(F.pad(image, (0, 1, 0, 1)), kernel, stride=2)[..., : size[0], : size[1]]
+
+
+def _kernel(weight: Tensor) -> Tensor:
+    k = {9: 3, 4: 2}[weight.shape[0]]
+    return weight.view(k, k, *weight.shape[1:]).permute(3, 2, 0, 1)
+
+
+def shared(path: str) -> Path:
+    """A file or folder of the material that lies beside the project; skips the test where it is not there."""
+    found = Path(__file__).resolve().parents[2] / "shared" / path
+    if not found.exists():
+        pytest.skip(f"needs {found}")
+    return found

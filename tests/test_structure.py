@@ -1,0 +1,102 @@
+"""The directions of imports: who may know whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparserefine
+
+ROOT = Path(sparserefine.__file__).parent
+FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
+STAGES = ("base", "selector", "extractor", "ensembler", "refiner")
+USES = ("training", "predict", "evaluate", "cli", "demo", "data")
+HEAVY = ("torchvision", "timm", "segmentation_models_pytorch", "transformers", "lightning", "onnxruntime", "triton")
+
+
+def imported(path: Path, *, at_import: bool = False) -> set[str]:
+    """Absolute names that a file imports: ``{"torch.nn", "sparserefine.sparse.plan.Plan"}``.
+
+    Args:
+        path: a Python file.
+        at_import: only what runs when the module is imported: not in functions, not under ``if TYPE_CHECKING``.
+    """
+    names: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if at_import and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return names
+
+
+def project_parts(path: Path) -> set[str]:
+    """First names inside the package: ``sparserefine.sparse.plan.Plan`` -> ``sparse``."""
+    return {name.split(".")[1] for name in imported(path) if name.startswith("sparserefine.")}
+
+
+def below(*folders: str) -> list[str]:
+    return [name for name in FILES if name.split("/")[0] in folders]
+
+
+@pytest.mark.parametrize("name", below("sparse"))
+def test_sparse_knows_only_itself_and_uncertainty(name: str) -> None:
+    assert project_parts(FILES[name]) <= {"sparse", "uncertainty"}
+
+
+@pytest.mark.parametrize("name", below("uncertainty"))
+def test_uncertainty_knows_only_itself(name: str) -> None:
+    assert project_parts(FILES[name]) <= {"uncertainty"}
+
+
+@pytest.mark.parametrize("name", below(*STAGES))
+def test_stages_do_not_know_their_uses(name: str) -> None:
+    assert not project_parts(FILES[name]) & set(USES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_heavy_libraries_load_where_they_are_used(name: str) -> None:
+    if name.split("/")[0] == "training":
+        pytest.skip("training is imported only to train")
+    top = {module.split(".")[0] for module in imported(FILES[name], at_import=True)}
+    assert not top & set(HEAVY)
+
+
+def test_the_files_that_these_rules_are_about_exist() -> None:
+    assert set(STAGES) <= set(FILES)
+    assert below("sparse")
+    assert below("uncertainty")
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_is_quick_and_silent() -> None:
+    """No torch, and nothing printed before our own line."""
+    code = "import sys, sparserefine; print(sorted({'torch', 'numpy', 'PIL', 'lightning'} & set(sys.modules)))"
+    assert run(code) == "[]"
+
+
+@pytest.mark.parametrize("name", sparserefine.__all__)
+def test_public_names_resolve(name: str) -> None:
+    assert getattr(sparserefine, name) is not None
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Refiner'"):
+        _ = sparserefine.Refiner
