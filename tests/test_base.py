@@ -90,6 +90,14 @@ def test_downsizing_is_an_antialiased_bilinear_resize(length: int, out: int) -> 
     assert_close(resize(image, (out, out)), a @ image.double() @ a.T, torch.float32)
 
 
+@pytest.mark.parametrize("config", [BaseConfig(ratio=1.0), BaseConfig(ratio=0.5)], ids=str)
+def test_the_model_sees_a_contiguous_float32_tensor(config: BaseConfig) -> None:
+    channels_last = torch.rand(2, 6, 8, 3, dtype=torch.float64).permute(0, 3, 1, 2)
+    seen = seen_by(config, channels_last)
+    assert seen.is_contiguous()
+    assert seen.dtype == torch.float32
+
+
 def test_image_is_left_alone() -> None:
     for image in (pixels(), pixels().float() / 255):
         before = image.clone()
@@ -174,7 +182,7 @@ def test_integers_are_no_logits() -> None:
 def test_negative_scores_are_refused() -> None:
     scores = with_bad_values((2, K, 3, 4), -0.25)
     base = FrozenBase(lambda x: scores, K, BaseConfig("my model", ratio=1.0, outputs="scores"))
-    with pytest.raises(ValueError, match="base my model: outputs='scores' but the smallest is -0.25"):
+    with pytest.raises(ValueError, match=r"base my model: outputs='scores' but the smallest is -0.25"):
         base(pixels())
     assert torch.equal(FrozenBase(lambda x: scores.abs(), K, base.config)(pixels()), scores.abs())
 

@@ -240,9 +240,9 @@ def _run_demo(parser: ArgumentParser, arguments: Namespace) -> int:
 
 
 def _run_info(parser: ArgumentParser, arguments: Namespace) -> int:
-    from sparserefine.info import info
+    from sparserefine.info import info_text
 
-    print("\n".join(f"{name:<16} {text}" for name, text in info().items()))
+    print(info_text())
     return 0
 
 

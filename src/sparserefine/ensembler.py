@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 from sparserefine.uncertainty import entropy
 
+_CHUNK_ROWS = {
+    "cpu": 1 << 14,
+    "other": 1 << 20,
+}  # of the hidden layers at inference: 4 MiB on the CPU, not N x 64 floats
+
 
 @dataclass(frozen=True)
 class EnsemblerConfig:
@@ -54,17 +59,25 @@ class GatedEnsembler(Ensembler):
     def __init__(self, num_classes: int, fuser: Literal["residual", "paper"] = "residual", hidden: int = 64) -> None:
         super().__init__()
         self.residual = fuser == "residual"
-        self.gate = nn.Sequential(nn.Linear(2 * (num_classes + 1), hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.gate = nn.Sequential(nn.Linear(2 * (num_classes + 1), hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 1))
         last = nn.Linear(hidden, num_classes)
-        self.fuser = nn.Sequential(nn.Linear(num_classes, hidden), nn.ReLU(), last)
+        self.fuser = nn.Sequential(nn.Linear(num_classes, hidden), nn.ReLU(inplace=True), last)
         if self.residual:
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
     def forward(self, coarse: Tensor, sparse: Tensor) -> Tensor:
         """Refined logits ``[N, K]``."""
-        seen = [coarse.softmax(1), sparse.softmax(1), entropy(coarse, 1)[:, None], entropy(sparse, 1)[:, None]]
-        w = torch.sigmoid(self.gate(torch.cat(seen, dim=1)))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._refined(coarse, sparse)
+        rows = _CHUNK_ROWS.get(coarse.device.type, _CHUNK_ROWS["other"])
+        return torch.cat([self._refined(c, s) for c, s in zip(coarse.split(rows), sparse.split(rows), strict=True)])
+
+    def _refined(self, coarse: Tensor, sparse: Tensor) -> Tensor:
+        # One row per class: softmax and entropy over the few values of a short row are slow.
+        c, s = coarse.t().contiguous(), sparse.t().contiguous()
+        seen = torch.cat([c.softmax(0), s.softmax(0), entropy(c, 0)[None], entropy(s, 0)[None]])
+        w = torch.sigmoid(self.gate(seen.t()))
         blend = w * coarse + (1 - w) * sparse
         refined: Tensor = blend + self.fuser(blend) if self.residual else self.fuser(blend)
         return refined

@@ -22,12 +22,14 @@ MENDED: Colour = (86, 180, 233)
 """Sky blue (Okabe and Ito's palette for all kinds of colour vision)."""
 BROKEN: Colour = (230, 120, 0)
 """Orange: between Okabe and Ito's orange and vermilion."""
-STILL_WRONG: Colour = (135, 135, 135)
-STILL_RIGHT: Colour = (45, 45, 45)
+STILL_WRONG: Colour = (112, 112, 112)
+STILL_RIGHT: Colour = (38, 38, 38)
 SITE: Colour = (0, 225, 255)
 """Cyan: no photograph turned to grey has it, and it is far from the dimmed greys in lightness too."""
 UNKNOWN: Colour = (128, 128, 128)
 """Labels that are no class, such as 255."""
+
+_STRIP = 256  # rows that are blended at once: bounds memory, as the image may have 100 megapixels
 
 _HEAT = (
     (0, 0, 4),
@@ -59,21 +61,18 @@ def overlay(image: Tensor, labels: Tensor, classes: Classes, alpha: float = 0.5)
         raise ValueError(f"alpha = {alpha}, expected 0..1")
     result = _bytes(image)
     labels = _plane(labels, result)
-    shown = (labels >= 0) & (labels < len(classes))
-    if classes.palette[0] == (0, 0, 0):
-        shown &= labels != 0
-    index = labels[shown].long()
-    for channel, colours in zip(result, torch.tensor(classes.palette).t(), strict=True):
-        channel[shown] = torch.lerp(channel[shown].float(), colours[index].float(), alpha).round().to(torch.uint8)
+    bare_background = classes.palette[0] == (0, 0, 0)
+    for top in range(0, labels.shape[0], _STRIP):
+        index, pixels = _class_index(labels[top : top + _STRIP], classes), result[:, top : top + _STRIP]
+        shown = (index < len(classes)) & ((index != 0) | (not bare_background))
+        blend = torch.lerp(pixels.float(), _class_colours(index, classes).float(), alpha).round().to(torch.uint8)
+        pixels.copy_(torch.where(shown, blend, pixels))
     return result
 
 
 def labels_picture(labels: Tensor, classes: Classes) -> Tensor:
     """Labels, integers ``[H, W]``, in the classes' colours; labels that are no class are grey."""
-    labels = _plane(labels)
-    known = (labels >= 0) & (labels < len(classes))
-    index = torch.where(known, labels, len(classes)).int()
-    return _looked_up(index, torch.tensor([*classes.palette, UNKNOWN], dtype=torch.uint8))
+    return _class_colours(_class_index(_plane(labels), classes), classes)
 
 
 def heat(values: Tensor, limit: float) -> Tensor:
@@ -162,7 +161,7 @@ def side_by_side(panels: Sequence[tuple[str, Tensor]], zoom: int = 1, columns: i
     columns = min(columns or len(panels), len(panels))
     size, font, captions = _fitting([caption for caption, _ in panels], width)
     line, gap = round(1.3 * size), max(4, size // 2)
-    strip = line * max(len(lines) for lines in captions) + line // 2
+    strip = line * max(len(lines) for lines in captions) + 3 * line // 4
     rows = math.ceil(len(panels) / columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + strip) + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -221,6 +220,16 @@ def _plane(plane: Tensor, like: Tensor | None = None) -> Tensor:
             f"labels or mask are {tuple(plane.shape)}, expected {tuple(like.shape[-2:])} as the other input"
         )
     return plane.detach().cpu()
+
+
+def _class_index(labels: Tensor, classes: Classes) -> Tensor:
+    """``int32 [H, W]``: the class, or K where the label is none."""
+    index = labels.int()
+    return index.masked_fill((index < 0) | (index >= len(classes)), len(classes))
+
+
+def _class_colours(index: Tensor, classes: Classes) -> Tensor:
+    return _looked_up(index, torch.tensor([*classes.palette, UNKNOWN], dtype=torch.uint8))
 
 
 def _looked_up(index: Tensor, colours: Tensor) -> Tensor:

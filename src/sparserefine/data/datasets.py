@@ -60,7 +60,7 @@ class Dataset:
         return image, label.to(torch.uint8 if len(self.classes) <= 255 else torch.int16)
 
 
-HRF_CLASSES = Classes(("background", "vessel"), ((0, 0, 0), (255, 255, 255)))
+HRF_CLASSES = Classes(("background", "vessel"), ((0, 0, 0), (0, 230, 110)))
 
 
 def hrf(root: str | Path, split: str) -> Dataset:

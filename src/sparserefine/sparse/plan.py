@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -46,12 +47,16 @@ class Stencil:
         mirrored: ``reverse`` lists the taps in opposite order; true for the submanifold stencil, which is its own
             transpose but for that.
         engine: what executes convolutions with this stencil.
+        single: ``int32 [N_out]`` where every output has exactly one tap t of one input i: ``T i + t``; ``None``: not so.
+        reverse_single: the same of the transposed relation.
     """
 
     table: Tensor
     reverse: Tensor
     mirrored: bool
     engine: Engine
+    single: Tensor | None = None
+    reverse_single: Tensor | None = None
 
     @property
     def num_inputs(self) -> int:
@@ -70,7 +75,7 @@ class Stencil:
 
     def transposed(self) -> Stencil:
         """The stencil of the transposed convolution."""
-        return Stencil(self.reverse, self.table, self.mirrored, self.engine)
+        return Stencil(self.reverse, self.table, self.mirrored, self.engine, self.reverse_single, self.single)
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,9 @@ def build_plan(sites: Sites, spec: PlanSpec, engine: Engine) -> Plan:
             break
         coarser = _coarser_sites(sites, spec.down)
         coarser_index = _index_image(coarser)
-        down = Stencil(
-            _children_table(coarser, sites, index, spec.down),
-            _parents_table(sites, coarser, coarser_index, spec.down),
-            False,
-            engine,
-        )
+        parents, single = _parents_table(sites, coarser, coarser_index, spec.down)
+        children = _children_table(coarser, index, spec.down)
+        down = Stencil(children, parents, False, engine, reverse_single=single)
         levels.append(Level(sites, around, down))
         sites, index = coarser, coarser_index
     return Plan(tuple(levels), spec)
@@ -147,11 +149,8 @@ def _position(coords: Tensor, index: Tensor) -> Tensor:
 
 def _read(index: Tensor, base: Tensor, offsets: list[int]) -> Tensor:
     """``int32 [N, T]``: the index image at ``base + offset`` for each offset."""
-    table = torch.empty(len(base), len(offsets), dtype=torch.int32, device=index.device)
-    flat = index.view(-1)
-    for tap, offset in enumerate(offsets):
-        table[:, tap] = flat[base + offset]
-    return table
+    positions = base[:, None] + torch.tensor(offsets, device=base.device)
+    return index.view(-1).index_select(0, positions.view(-1)).view(positions.shape)
 
 
 def _neighbour_table(sites: Sites, index: Tensor) -> Tensor:
@@ -168,22 +167,32 @@ def _coarser_size(size: int, down: DownKind) -> int:
     return max(0, (size - 3) // 2 + 1) if down == "paper" else (size + 1) // 2
 
 
+def _parents(sites: Sites, down: DownKind) -> Iterator[tuple[Tensor, Tensor]]:
+    """Coordinates ``[N, 3]`` of coarse cells ``o`` with ``2 o + tap`` = the site, and that tap, ``[N]``.
+
+    A window of 3 reaches one cell further than one of 2, so an even row 2o also belongs to cell o - 1; an odd one comes
+    twice. A cell -1, or one past the last, is in the padding: no such cell.
+    """
+    coords = sites.coords.long()
+    reaches = (0, 1) if down == "paper" else (0,)
+    for row_reach in reaches:
+        for column_reach in reaches:
+            cells = coords - coords.new_tensor([0, row_reach, column_reach])
+            cells[:, 1:] >>= 1
+            _, row, column = (coords - 2 * cells).unbind(1)
+            yield cells, row * _kernel_size(down) + column
+
+
 def _coarser_sites(sites: Sites, down: DownKind) -> Sites:
     """Cells of the next level that have a site in their window."""
     h, w = _coarser_size(sites.height, down), _coarser_size(sites.width, down)
-    active = torch.zeros(sites.batch_size, h, w, dtype=torch.bool, device=sites.coords.device)
-    batch, row, column = sites.coords.long().unbind(1)
-    # A window of 3 reaches one cell further: an even row 2o also belongs to cell o - 1.
-    for extra_row in (0, 1) if down == "paper" else (0,):
-        for extra_column in (0, 1) if down == "paper" else (0,):
-            r, c = row // 2 - extra_row, column // 2 - extra_column
-            inside = (r >= 0) & (r < h) & (c >= 0) & (c < w)
-            inside &= (row - 2 * r <= 2) & (column - 2 * c <= 2)
-            active[batch[inside], r[inside], c[inside]] = True
-    return Sites.from_mask(active)
+    active = torch.zeros(sites.batch_size, h + 2 * _PAD, w + 2 * _PAD, dtype=torch.bool, device=sites.coords.device)
+    for cells, _ in _parents(sites, down):
+        active.view(-1)[_position(cells, active)] = True
+    return Sites.from_mask(active[:, _PAD:-_PAD, _PAD:-_PAD])
 
 
-def _children_table(coarser: Sites, sites: Sites, index: Tensor, down: DownKind) -> Tensor:
+def _children_table(coarser: Sites, index: Tensor, down: DownKind) -> Tensor:
     """``int32 [N_coarse, T]``: site ``2 o + tap`` of each coarse cell ``o``."""
     width, size = index.shape[2], _kernel_size(down)
     coords = coarser.coords.long()
@@ -192,18 +201,14 @@ def _children_table(coarser: Sites, sites: Sites, index: Tensor, down: DownKind)
     return _read(index, _position(coords, index), [r * width + c for r in range(size) for c in range(size)])
 
 
-def _parents_table(sites: Sites, coarser: Sites, coarser_index: Tensor, down: DownKind) -> Tensor:
-    """``int32 [N, T]``: the coarse cell ``o`` with ``2 o + tap`` = the site, for each tap."""
-    size = _kernel_size(down)
-    table = torch.full((len(sites), size * size), len(coarser), dtype=torch.int32, device=sites.coords.device)
-    batch, row, column = sites.coords.long().unbind(1)
-    _, h, w = coarser_index.shape
-    flat = coarser_index.view(-1)
-    for tap in range(size * size):
-        r, c = row - tap // size, column - tap % size
-        even = ((r | c) & 1 == 0).nonzero()[:, 0]
-        # r = -2 .. gives cell -1, which is padding; larger than the level is padding too or, past it, clamped onto it.
-        cell_r = (r[even] // 2 + _PAD).clamp(0, h - 1)
-        cell_c = (c[even] // 2 + _PAD).clamp(0, w - 1)
-        table[even, tap] = flat[(batch[even] * h + cell_r) * w + cell_c]
-    return table
+def _parents_table(sites: Sites, coarser: Sites, coarser_index: Tensor, down: DownKind) -> tuple[Tensor, Tensor | None]:
+    """``int32 [N, T]``: the coarse cell ``o`` with ``2 o + tap`` = the site, for each tap; and ``Stencil.single``."""
+    taps = _kernel_size(down) ** 2
+    table = torch.full((len(sites), taps), len(coarser), dtype=torch.int32, device=sites.coords.device)
+    single = None
+    for cells, tap in _parents(sites, down):
+        parent = coarser_index.view(-1).index_select(0, _position(cells, coarser_index))
+        table.scatter_(1, tap[:, None], parent[:, None])
+        if down == "cell":
+            single = parent * taps + tap.to(torch.int32)
+    return table, single

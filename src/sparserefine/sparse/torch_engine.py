@@ -30,7 +30,11 @@ class TorchEngine:
 
     def conv(self, x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
         """``[N_in, C_in]``, ``[T, C_in, C_out]`` -> ``[N_out, C_out]``, differentiable in ``x`` and ``weight``."""
-        y: Tensor = gather_gemm(x, weight, stencil.table, stencil.reverse, stencil.mirrored)
+        y: Tensor
+        if stencil.single is not None:
+            y = gemm_gather(x, weight, stencil.single, stencil.table, stencil.reverse)
+        else:
+            y = gather_gemm(x, weight, stencil.table, stencil.reverse, stencil.mirrored, stencil.reverse_single)
         return y
 
     def prepare(self, network: torch.nn.Module) -> None:
@@ -60,8 +64,15 @@ def _with_zero_row(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("sparserefine::gather_gemm", mutates_args=())
-def gather_gemm(x: Tensor, weight: Tensor, table: Tensor, reverse: Tensor, mirrored: bool) -> Tensor:
-    """``y[n] = sum_t x[table[n, t]] @ weight[t]``; ``reverse`` and ``mirrored`` serve the gradient, see Stencil."""
+def gather_gemm(
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    reverse: Tensor,
+    mirrored: bool,
+    reverse_single: Tensor | None = None,
+) -> Tensor:
+    """``y[n] = sum_t x[table[n, t]] @ weight[t]``; what follows ``table`` serves the gradient, see Stencil."""
     taps, c_in, c_out = weight.shape
     y = x.new_empty(table.shape[0], c_out)
     padded, matrix, flat = _with_zero_row(x), weight.reshape(taps * c_in, c_out), table.reshape(-1)
@@ -75,7 +86,14 @@ def gather_gemm(x: Tensor, weight: Tensor, table: Tensor, reverse: Tensor, mirro
 
 
 @gather_gemm.register_fake
-def _(x: Tensor, weight: Tensor, table: Tensor, reverse: Tensor, mirrored: bool) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    reverse: Tensor,
+    mirrored: bool,
+    reverse_single: Tensor | None = None,
+) -> Tensor:
     return x.new_empty(table.shape[0], weight.shape[2])
 
 
@@ -101,22 +119,59 @@ def _(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
     return x.new_empty(table.shape[1], x.shape[1], grad.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-    x, weight, table, reverse, mirrored = inputs
-    ctx.save_for_backward(x, weight, table, reverse)
+@torch.library.custom_op("sparserefine::gemm_gather", mutates_args=())
+def gemm_gather(x: Tensor, weight: Tensor, single: Tensor, table: Tensor, reverse: Tensor) -> Tensor:
+    """:func:`gather_gemm` where every output has one tap: all T products of each input, of which each output takes one.
+
+    Gathering first would multiply T - 1 zero rows per output. ``table`` and ``reverse`` serve the gradient, see Stencil.
+    """
+    taps, c_in, c_out = weight.shape
+    products = x @ weight.transpose(0, 1).reshape(c_in, taps * c_out)
+    return products.view(-1, c_out).index_select(0, single)
+
+
+@gemm_gather.register_fake
+def _(x: Tensor, weight: Tensor, single: Tensor, table: Tensor, reverse: Tensor) -> Tensor:
+    return x.new_empty(single.shape[0], weight.shape[2])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool, Tensor | None], output: Tensor) -> None:
+    x, weight, table, reverse, mirrored, reverse_single = inputs
+    ctx.save_for_backward(x, weight, table, reverse, reverse_single)
     ctx.mirrored = mirrored
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-    x, weight, table, reverse = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    x, weight, table, reverse, reverse_single = ctx.saved_tensors
     grad = grad.contiguous()
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
         flipped = weight.flip(0) if ctx.mirrored else weight
-        grad_x = gather_gemm(grad, flipped.transpose(1, 2).contiguous(), reverse, table, ctx.mirrored)
+        transposed = flipped.transpose(1, 2).contiguous()
+        if reverse_single is not None:
+            grad_x = gemm_gather(grad, transposed, reverse_single, reverse, table)
+        else:
+            grad_x = gather_gemm(grad, transposed, reverse, table, ctx.mirrored)
     if ctx.needs_input_grad[1]:
         grad_weight = gather_gemm_weight(x, grad, table)
+    return grad_x, grad_weight, None, None, None, None
+
+
+def _save_single(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_single(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    x, weight, single, table, reverse = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_x = gather_gemm(grad, weight.transpose(1, 2).contiguous(), reverse, table, False, single)
+    if ctx.needs_input_grad[1]:
+        # Seen from the inputs, which have all their taps, the gradient is that of the transposed weight.
+        grad_weight = gather_gemm_weight(grad, x, reverse).transpose(1, 2)
     return grad_x, grad_weight, None, None, None
 
 
 gather_gemm.register_autograd(_backward, setup_context=_save)
+gemm_gather.register_autograd(_backward_single, setup_context=_save_single)

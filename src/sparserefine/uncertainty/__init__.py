@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparserefine.uncertainty.upsample import AxisTaps, Upsampling, Window, entropy_limit, normalised, taps_of
 
 __all__ = ["Upsampling", "Window", "dense", "entropy", "entropy_limit", "label_dtype", "sample", "uncertainty"]
 
-_CHUNK_ELEMENTS = 1 << 20  # of one upsampled strip [K, rows, W]: 4 MiB, bounded whatever the image
+_CHUNK_ELEMENTS = 1 << 19  # of one upsampled strip [K, rows, W]: 2 MiB stay in the cache, whatever the image
 
 
 def entropy(logits: Tensor, dim: int = -1) -> Tensor:
@@ -20,11 +21,20 @@ def entropy(logits: Tensor, dim: int = -1) -> Tensor:
     >>> float(entropy(torch.tensor([0.0, 0.0])))  # ln 2
     0.6931471824645996
     """
+    if logits.shape[dim] == 2:
+        first, second = logits.unbind(dim)
+        return _entropy_of_two(second - first)
     shifted = logits - logits.amax(dim, keepdim=True)
     exponent = shifted.exp()
     total = exponent.sum(dim)
     # Rounding may give -1e-8 for a certain prediction; an entropy is never negative.
     return (total.log() - (shifted * exponent).sum(dim) / total).clamp_min(0)
+
+
+def _entropy_of_two(margin: Tensor) -> Tensor:
+    """Entropy of two classes from the difference m of their logits: log(1 + exp(-|m|)) + |m| sigmoid(-|m|)."""
+    certainty = margin.abs()
+    return F.softplus(-certainty) + certainty * torch.sigmoid(-certainty)
 
 
 def label_dtype(num_classes: int) -> torch.dtype:
@@ -53,15 +63,33 @@ def uncertainty(
     batch, classes, device = len(logits), logits[0].shape[0], logits[0].device
     labels = torch.empty(batch, *size, dtype=label_dtype(classes), device=device)
     entropies = torch.empty(batch, *size, dtype=torch.float32, device=device)
+    # Interpolation is linear, so of two classes only the difference of the logits need be interpolated.
+    margin_only = classes == 2 and how.outputs == "logits"
+    step = max(1, _CHUNK_ELEMENTS // max(1, classes * size[1]))
     for b in range(batch):
         rows, columns = taps_of(logits[b], size, how, windows[b] if windows else None)
-        step = max(1, _CHUNK_ELEMENTS // max(1, classes * size[1]))
+        image = logits[b].float()
+        image = image[1:] - image[:1] if margin_only else image
         for top in range(0, size[0], step):
             part = slice(top, min(top + step, size[0]))
-            strip = normalised(_strip(logits[b], rows, columns, part), how, dim=0)
-            labels[b, part] = strip.argmax(0).to(labels.dtype)
-            entropies[b, part] = entropy(strip, dim=0)
+            strip = _strip(image, rows, columns, part)
+            if margin_only:
+                labels[b, part] = strip[0] > 0
+                entropies[b, part] = _entropy_of_two(strip[0])
+            else:
+                strip = normalised(strip, how, dim=0)
+                _first_largest(strip, labels[b, part])
+                entropies[b, part] = entropy(strip, dim=0)
     return labels, entropies
+
+
+def _first_largest(strip: Tensor, labels: Tensor) -> None:
+    """Writes the argmax over the classes of ``strip [K, rows, W]``, class by class: argmax itself is slow across rows."""
+    labels.zero_()
+    largest = strip[0].clone()
+    for k in range(1, strip.shape[0]):
+        labels.masked_fill_(strip[k] > largest, k)
+        torch.maximum(largest, strip[k], out=largest)
 
 
 def dense(logits: Tensor | Sequence[Tensor], size: tuple[int, int], how: Upsampling | None = None) -> Tensor:

@@ -1,0 +1,70 @@
+"""The embedded photograph, networks and table; and that an installed package carries them."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sparserefine.cli import main
+from sparserefine.demo import ASSETS, demo_refiner_folder
+from sparserefine.refiner import SparseRefiner
+
+ROOT = Path(__file__).resolve().parents[1]
+DICE = {"coarse": 0.0, "refined": 0.0, "dense": 0.0}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    torch.set_num_threads(torch.get_num_threads())
+    out = tmp_path_factory.mktemp("demo")
+    assert main(["demo", "--out", str(out), "--device", "cpu"]) == 0
+    return out, json.loads((out / "demo.json").read_text())
+
+
+def test_table(report):
+    rows = report[1]["rows"]
+    for name, expected in DICE.items():
+        assert rows[name]["dice"] == pytest.approx(expected, abs=0.002), name
+        assert {"dice", "iou", "boundary_iou", "ms", "gmacs"} <= set(rows[name])
+    assert rows["refined"]["gmacs"] < rows["dense"]["gmacs"] / 3
+
+
+def test_pictures(report):
+    out, _ = report
+    pictures = sorted(file.name for file in out.glob("*.png"))
+    assert [name.split("_", 1)[1] for name in pictures] == [
+        "image.png", "coarse.png", "entropy.png", "sites.png", "refined.png", "changes.png", "zoom.png", "overlay.png"
+    ]  # fmt: skip
+    for name in pictures:
+        with Image.open(out / name) as picture:
+            picture.load()
+            assert picture.size[0] >= 1000
+    assert sorted(out.glob("*.json")) == [out / "demo.json"]
+
+
+def test_embedded_files_are_small():
+    sizes = {file: file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()}
+    assert sum(size for file, size in sizes.items() if file.suffix == ".safetensors") <= 8e6
+    assert sum(sizes.values()) <= 10e6
+
+
+def test_embedded_refiner_is_named_demo():
+    refiner = SparseRefiner.from_pretrained(demo_refiner_folder())
+    assert refiner.classes.names == ("background", "vessel")
+    assert sum(p.numel() for p in refiner.base.parameters()) <= 1_000_000
+
+
+def test_wheel_carries_everything(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*command, str(tmp_path), str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = ROOT / "src" / "sparserefine"
+    files = [f for f in package.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
+    assert {f"sparserefine/{file.relative_to(package).as_posix()}" for file in files} <= names
+    assert "sparserefine/py.typed" in names

@@ -1,0 +1,87 @@
+"""Evaluation: rows against scores computed by hand from the refinement itself."""
+
+import math
+
+import pytest
+import torch
+
+from sparserefine.base import BaseConfig, FrozenBase
+from sparserefine.bases.unet import UNet
+from sparserefine.evaluate import evaluate
+from sparserefine.extractor import ExtractorConfig
+from sparserefine.refiner import SparseRefiner
+from sparserefine.selector import Selector
+from sparserefine.training.metrics import confusion, dice
+
+
+@pytest.fixture
+def refiner():
+    torch.manual_seed(0)
+    base = FrozenBase(UNet(2, (4, 8)), 2, BaseConfig(ratio=0.5))
+    return SparseRefiner(base, selector=Selector(budget=300), extractor=ExtractorConfig((4, 8))).eval()
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(3)
+    result = []
+    for size in ((40, 48), (33, 29)):
+        label = (torch.rand(size, generator=generator) < 0.3).to(torch.uint8)
+        label[:3] = 255
+        result.append((torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8), label))
+    return result
+
+
+def test_rows_are_dataset_wide_scores(refiner, images):
+    result = evaluate(refiner, images, boundary_px=2)
+    assert list(result.rows) == ["coarse", "sparse", "refined", "oracle"]
+    expected = {name: torch.zeros(2, 2, dtype=torch.int64) for name in result.rows}
+    wrong = found = 0
+    with torch.no_grad():
+        for image, truth in images:
+            refinement = refiner(image[None])
+            coarse = refinement.coarse_labels[0]
+            mask = refinement.sites.mask()[0]
+            oracle = torch.where(mask & (truth != 255), truth, coarse)
+            sparse = coarse.clone()
+            sparse[mask] = refinement.sparse_logits.argmax(1).to(torch.uint8)
+            maps = {"coarse": coarse, "sparse": sparse, "refined": refinement.labels()[0], "oracle": oracle}
+            for name, labels in maps.items():
+                expected[name] += confusion(labels, truth, 2)
+            errors = (coarse != truth) & (truth != 255)
+            wrong, found = wrong + int(errors.sum()), found + int((errors & mask).sum())
+    for name, matrix in expected.items():
+        assert result.rows[name]["dice"] == pytest.approx(float(dice(matrix)[1])), name
+    assert result.errors_selected == pytest.approx(found / wrong)
+    assert result.density == pytest.approx((300 / (40 * 48) + 300 / (33 * 29)) / 2)
+    assert result.rows["oracle"]["dice"] >= result.rows["coarse"]["dice"]
+
+
+def test_costs(refiner, images):
+    dense = FrozenBase(UNet(2, (4, 8)), 2, BaseConfig(ratio=1.0))
+    result = evaluate(refiner, images, dense=dense, repeats=2)
+    rows = result.rows
+    assert rows["dense"]["gmacs"] > 3.5 * rows["coarse"]["gmacs"]  # four times the pixels, but for odd sizes
+    assert rows["refined"]["gmacs"] > rows["coarse"]["gmacs"]
+    assert all(rows[name]["ms"] > 0 and rows[name]["peak_mb"] >= 0 for name in ("coarse", "refined", "dense"))
+    assert "ms" not in rows["oracle"]
+    stages = {"base", "uncertainty", "select", "plan", "gather", "extractor", "ensembler"}
+    assert set(result.stages_ms) == stages
+    assert "oracle" in result.table()
+
+
+def test_class_that_never_occurs_is_null(refiner, images):
+    nothing = [(image, torch.zeros_like(label)) for image, label in images]
+    refiner.selector = Selector(budget=0)
+    with torch.no_grad():
+        for parameter in refiner.base.model.parameters():
+            parameter.zero_()
+        refiner.base.model.head.bias[0] = 1.0  # everything is background
+    result = evaluate(refiner, nothing)
+    assert result.rows["coarse"]["class_iou"]["class 1"] is None
+    assert math.isclose(result.rows["coarse"]["accuracy"], 1.0)
+
+
+def test_no_image(refiner):
+    with pytest.raises(ValueError, match="no image"):
+        evaluate(refiner, [])

@@ -1,0 +1,424 @@
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparserefine import (
+    BaseConfig,
+    Classes,
+    ExtractorConfig,
+    FrozenBase,
+    Selector,
+    SparseRefiner,
+    read_image,
+    read_label,
+)
+from sparserefine.bases.unet import UNet
+from sparserefine.data.images import write_png
+from sparserefine.info import info, info_text
+from sparserefine.predict import Failure, predict
+
+CLASSES = Classes(("background", "road", "car"), ((0, 0, 0), (128, 64, 128), (0, 0, 142)))
+
+
+def tiny_refiner(model=None):
+    torch.manual_seed(0)
+    base = FrozenBase(model or UNet(3, planes=(4, 8)), 3, BaseConfig(ratio=0.5))
+    selector = Selector(budget=200)
+    return SparseRefiner(base, selector=selector, extractor=ExtractorConfig((4, 8)), classes=CLASSES).eval()
+
+
+@pytest.fixture(scope="module")
+def refiner():
+    return tiny_refiner()
+
+
+def photo(path, height=24, width=32, seed=0, **options):
+    """Writes a smooth random photograph of that size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path, **options)
+    return path
+
+
+def names(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def only(report):
+    (failure,) = report.failures
+    return failure
+
+
+def test_writes_what_the_refiner_says_in_the_colours_of_the_classes(tmp_path, refiner):
+    path = photo(tmp_path / "in" / "a.png")
+    report = predict([path], refiner, tmp_path / "out")
+    assert report.written == (tmp_path / "out" / "a.png",)
+    assert not report.failures
+    with torch.no_grad():
+        expected = refiner(read_image(path)[None])
+    assert torch.equal(read_label(report.written[0]), expected.labels()[0].long())
+    shown = read_image(report.written[0])
+    assert torch.equal(
+        shown.permute(1, 2, 0), torch.tensor(CLASSES.palette, dtype=torch.uint8)[expected.labels()[0].int()]
+    )
+    (done,) = report.images
+    assert done.size == (24, 32)
+    assert done.density == pytest.approx(200 / (24 * 32))
+    assert done.ms > 0
+
+
+def test_the_exif_rotation_is_that_of_a_viewer(tmp_path, refiner):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    path = photo(tmp_path / "turned.jpg", 24, 32, exif=exif)
+    assert predict([path], refiner, tmp_path / "out").images[0].size == (32, 24)
+    assert read_label(tmp_path / "out" / "turned.png").shape == (32, 24)
+
+
+def test_folders_are_walked_and_sub_folders_kept(tmp_path, refiner):
+    root = tmp_path / "in"
+    for name in ("a.jpg", "deep/er/b.TIF", "deep/c.d.png", ".hidden.png", ".thumbs/x.png"):
+        photo(root / name)
+    (root / "notes.txt").write_text("no image")
+    before = contents(root)
+    report = predict([root], refiner, tmp_path / "out")
+    assert names(tmp_path / "out") == ["a.png", "deep/c.d.png", "deep/er/b.png"]
+    assert not report.failures
+    assert contents(root) == before
+
+
+def test_links_between_folders_end(tmp_path, refiner):
+    photo(tmp_path / "in" / "sub" / "a.png")
+    (tmp_path / "in" / "sub" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "elsewhere").mkdir()
+    photo(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    predict([tmp_path / "in"], refiner, tmp_path / "out")
+    assert names(tmp_path / "out") == ["link/b.png", "sub/a.png"]
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_patterns_keep_folders_below_their_first_wildcard(tmp_path, refiner, monkeypatch, absolute):
+    for name in ("x/img.png", "y/z/img.png", ".cache/img.png", "y/notes.txt"):
+        photo(tmp_path / "in" / name) if name.endswith("png") else (tmp_path / "in" / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    prefix = f"{tmp_path}/" if absolute else ""
+    assert not predict([f"{prefix}in/**/*"], refiner, "all").failures
+    assert names(tmp_path / "all") == ["x/img.png", "y/z/img.png"]
+    predict([f"{prefix}in/*/*.png"], refiner, "one")
+    assert names(tmp_path / "one") == ["x/img.png"]
+
+
+def test_a_pattern_cannot_lead_out_of_the_output_folder(tmp_path, refiner):
+    photo(tmp_path / "in" / "sub" / "a.png")
+    photo(tmp_path / "b.png")
+    report = predict([f"{tmp_path}/in/*/../../b.png"], refiner, tmp_path / "out")
+    assert report.written == (tmp_path / "out" / "b.png",)
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path, refiner):
+    path = photo(tmp_path / "a[1].png")
+    assert not predict([str(path)], refiner, tmp_path / "out").failures
+    assert names(tmp_path / "out") == ["a[1].png"]
+
+
+def test_one_input_need_not_be_a_list_and_none_is_refused(tmp_path, refiner):
+    path = photo(tmp_path / "a.png")
+    assert len(predict(str(path), refiner, tmp_path / "out").images) == 1
+    with pytest.raises(ValueError, match="nothing to predict"):
+        predict([], refiner, tmp_path / "out")
+
+
+def test_a_file_named_twice_is_done_once(tmp_path, refiner):
+    path = photo(tmp_path / "in" / "a.png")
+    report = predict([tmp_path / "in", path, f"{tmp_path}/in/*.png"], refiner, tmp_path / "out")
+    assert len(report.images) == 1
+    assert not report.failures
+
+
+def test_names_that_meet_keep_their_suffix(tmp_path, refiner):
+    for name in ("a.jpg", "a.tif", "a_jpg.bmp", "b.png"):
+        photo(tmp_path / "in" / name)
+    report = predict([tmp_path / "in"], refiner, tmp_path / "out")
+    assert not report.failures
+    # a_jpg.bmp would have been a_jpg.png, which a.jpg needs now.
+    assert names(tmp_path / "out") == ["a_jpg.png", "a_jpg_bmp.png", "a_tif.png", "b.png"]
+
+
+def test_an_overlay_does_not_replace_the_labels_of_another_image(tmp_path, refiner):
+    for name in ("a.jpg", "a_overlay.jpg"):
+        photo(tmp_path / "in" / name)
+    report = predict([tmp_path / "in"], refiner, tmp_path / "out", overlay=True)
+    assert not report.failures
+    assert len(names(tmp_path / "out")) == len(set(report.written)) == 4
+    predict([tmp_path / "in"], refiner, tmp_path / "plain")
+    assert names(tmp_path / "plain") == ["a.png", "a_overlay.png"]
+
+
+def test_names_that_cannot_be_parted_are_failures_of_both(tmp_path, refiner):
+    one, other = photo(tmp_path / "1" / "a.png"), photo(tmp_path / "2" / "a.png")
+    photo(tmp_path / "2" / "b.png")
+    report = predict([tmp_path / "1", tmp_path / "2"], refiner, tmp_path / "out")
+    assert names(tmp_path / "out") == ["b.png"]
+    assert [f.name for f in report.failures] == [str(one), str(other)]
+    assert str(other) in report.failures[0].reason
+    assert str(one) in report.failures[1].reason
+
+
+def test_existing_outputs_stay_unless_overwritten(tmp_path, refiner):
+    path = photo(tmp_path / "a.jpg")
+    out = tmp_path / "out"
+    predict([path], refiner, out)
+    (out / "a.png").write_bytes(b"mine")
+    failure = only(predict([path], refiner, out))
+    assert "--overwrite" in failure.reason
+    assert str(out / "a.png") in failure.reason
+    assert (out / "a.png").read_bytes() == b"mine"
+    assert not predict([path], refiner, out, overwrite=True).failures
+    assert read_label(out / "a.png").shape == (24, 32)
+
+
+def test_an_existing_overlay_stays_too_and_leaves_no_half(tmp_path, refiner):
+    path = photo(tmp_path / "a.jpg")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a_overlay.png").write_bytes(b"mine")
+    assert "a_overlay.png" in only(predict([path], refiner, tmp_path / "out", overlay=True)).reason
+    assert names(tmp_path / "out") == ["a_overlay.png"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_input_is_never_overwritten(tmp_path, refiner, linked):
+    path = photo(tmp_path / "in" / "a.png")
+    out = tmp_path / "in"
+    if linked:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "a.png").symlink_to(path)
+    before = contents(tmp_path)
+    failure = only(predict([path], refiner, out, overwrite=True))
+    assert "never overwritten" in failure.reason
+    assert contents(tmp_path) == before
+
+
+def test_the_other_inputs_are_not_overwritten_either(tmp_path, refiner):
+    jpg, png = photo(tmp_path / "a.jpg"), photo(tmp_path / "b" / "a.png")
+    before = png.read_bytes()
+    report = predict([jpg, png.rename(tmp_path / "a_jpg.png")], refiner, tmp_path, overwrite=True)
+    assert (tmp_path / "a_jpg.png").read_bytes() == before
+    assert names(tmp_path) == ["a.jpg", "a.png", "a_jpg.png"]
+    assert only(report).name.endswith("a_jpg.png")
+
+
+def test_earlier_outputs_are_no_inputs(tmp_path, refiner):
+    root = tmp_path / "in"
+    photo(root / "a.jpg")
+    photo(root / "sub" / "b.jpg")
+    for inputs in ([root], [f"{root}/**/*"], [root]):
+        report = predict(inputs, refiner, root / "out", overlay=True, overwrite=True)
+        assert not report.failures
+        assert names(root / "out") == ["a.png", "a_overlay.png", "sub/b.png", "sub/b_overlay.png"]
+
+
+def test_an_input_folder_is_no_output_folder_but_a_pattern_may_share_it(tmp_path, refiner):
+    photo(tmp_path / "a.jpg")
+    assert "output folder" in only(predict([tmp_path], refiner, tmp_path)).reason
+    assert names(tmp_path) == ["a.jpg"]
+    assert not predict([f"{tmp_path}/*.jpg"], refiner, tmp_path).failures
+    assert names(tmp_path) == ["a.jpg", "a.png"]
+
+
+def test_bad_files_are_named_and_the_others_done(tmp_path, refiner):
+    root = tmp_path / "in"
+    whole = photo(root / "z.jpg", 200, 200).read_bytes()
+    (root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "text.png").write_text("not an image")
+    (root / "empty.webp").write_bytes(b"")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(root / "grey.tif")
+    before = contents(root)
+    report = predict([root], refiner, tmp_path / "out")
+    assert names(tmp_path / "out") == ["z.png"]
+    assert [Path(f.name).name for f in report.failures] == ["cut.jpg", "empty.webp", "grey.tif", "text.png"]
+    assert all(f.reason and not f.reason.startswith(f.name) for f in report.failures)
+    assert "1 image predicted" in report.summary()
+    assert report.summary().endswith("4 failures")
+    assert contents(root) == before
+
+
+def test_inputs_that_give_nothing_are_failures_and_make_no_folder(tmp_path, refiner):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("")
+    inputs = [
+        tmp_path / "missing.png",
+        tmp_path / "empty",
+        f"{tmp_path}/empty/*.txt",
+        f"{tmp_path}/nowhere/**/*.png",
+        "x" * 400,
+    ]
+    report = predict(inputs, refiner, tmp_path / "out")
+    assert [f.name for f in report.failures] == [str(i) for i in inputs]
+    assert "no such file" in report.failures[0].reason
+    assert all("no image found" in f.reason for f in report.failures[1:4])
+    assert not report.written
+    assert report.summary() == "0 images predicted, 5 failures"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_as_output_folder_is_refused(tmp_path, refiner):
+    path = photo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="expected a folder"):
+        predict([path], refiner, path)
+
+
+class Moody(torch.nn.Module):
+    """A base that objects to images more than 20 pixels wide, as half the image's width."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, image):
+        if image.shape[-1] > 20:
+            raise self.error
+        return torch.cat([image[:, :1], -image[:, :1], 2 * image[:, :1]], 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("width 32 is odd"), "^width 32 is odd$"),
+        (RuntimeError("sizes differ\nlong trace"), "^RuntimeError: sizes differ$"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "^out of memory .*smaller budget"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "^out of memory .*smaller budget"),
+        (MemoryError(), "^out of memory; .*smaller budget"),
+    ],
+)
+def test_what_goes_wrong_in_a_base_is_a_failure_of_that_image(tmp_path, error, words):
+    for name, width in (("a.png", 64), ("b.png", 32)):
+        photo(tmp_path / "in" / name, 24, width)
+    report = predict([tmp_path / "in"], tiny_refiner(Moody(error)), tmp_path / "out")
+    assert names(tmp_path / "out") == ["b.png"]
+    failure = only(report)
+    assert failure.name.endswith("a.png")
+    assert re.search(words, failure.reason)
+
+
+def test_logits_that_are_not_finite_are_failures(tmp_path):
+    model = UNet(3, planes=(4, 8))
+    torch.nn.init.constant_(model.head.bias, float("nan"))
+    report = predict([photo(tmp_path / "a.png")], tiny_refiner(model), tmp_path / "out")
+    assert "NaN or infinite" in only(report).reason
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupting_interrupts_and_leaves_whole_files_only(tmp_path):
+    for name, width in (("a.png", 32), ("b.png", 64)):
+        photo(tmp_path / "in" / name, 24, width)
+    refiner = tiny_refiner(Moody(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        predict([tmp_path / "in"], refiner, tmp_path / "out")
+    assert names(tmp_path / "out") == ["a.png"]
+
+
+def test_a_failed_write_leaves_neither_of_both_outputs(tmp_path, refiner, monkeypatch):
+    def full_disk(path, *arguments):
+        if path.name.endswith("_overlay.png"):
+            raise OSError(28, "No space left on device")
+        write_png(path, *arguments)
+
+    monkeypatch.setattr("sparserefine.predict.write_png", full_disk)
+    failure = only(predict([photo(tmp_path / "in" / "a.png")], refiner, tmp_path / "out", overlay=True))
+    assert "No space left" in failure.reason
+    assert names(tmp_path / "out") == []
+
+
+def test_the_overlay_shows_background_as_the_image_has_it(tmp_path, refiner):
+    path = photo(tmp_path / "a.png")
+    labels, shown = predict([path], refiner, tmp_path / "out", overlay=True).images[0].outputs
+    assert shown.name == "a_overlay.png"
+    image, label, picture = read_image(path), read_label(labels), read_image(shown)
+    assert 0 < (label == 0).sum() < label.numel()
+    assert torch.equal(picture[:, label == 0], image[:, label == 0])
+    colours = torch.tensor(CLASSES.palette, dtype=torch.float)[label].permute(2, 0, 1)
+    off = picture.float() - (image + colours) / 2
+    assert off[:, label > 0].abs().max() <= 0.5
+
+
+def test_predicts_in_evaluation_mode_and_leaves_the_refiner_as_it_was(tmp_path):
+    refiner = tiny_refiner()
+    path = photo(tmp_path / "a.png")
+    expected = read_label(predict([path], refiner, tmp_path / "eval").written[0])
+    before = {name: value.clone() for name, value in refiner.state_dict().items()}
+    refiner.train()
+    labels = read_label(predict([path], refiner, tmp_path / "train").written[0])
+    assert torch.equal(labels, expected)
+    assert refiner.training
+    assert refiner.extractor.training
+    assert all(torch.equal(value, before[name]) for name, value in refiner.state_dict().items())
+    assert not any(p.is_inference() for p in refiner.parameters())
+
+
+def test_records_no_gradients_so_that_packed_networks_run(tmp_path):
+    refiner, recorded = tiny_refiner(), []
+    refiner.extractor.head.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    predict([photo(tmp_path / "a.png")], refiner, tmp_path / "out")
+    assert not any(recorded)
+
+
+def test_quick_runs_print_nothing(tmp_path, refiner, capfd):
+    predict([photo(tmp_path / "a.png")], refiner, tmp_path / "out")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_names_do_not_depend_on_the_order_of_the_inputs(tmp_path, refiner):
+    paths = [photo(tmp_path / "in" / name) for name in ("a.jpg", "a.tif", "a_jpg.bmp")]
+    predict(paths, refiner, tmp_path / "out")
+    first = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    predict(paths[::-1], refiner, tmp_path / "out")
+    assert contents(tmp_path / "out") == first
+
+
+def test_a_failure_reads_as_a_line():
+    assert str(Failure("a.png", "no such file")) == "a.png: no such file"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_runs_where_the_refiner_is(tmp_path):
+    refiner = tiny_refiner().cuda()
+    assert not predict([photo(tmp_path / "a.png")], refiner, tmp_path / "out").failures
+
+
+def test_info_names_what_a_bug_report_needs():
+    entries = info()
+    assert {"sparserefine", "python", "torch", "devices", "cpu", "lightning", "huggingface_hub", "bases"} <= set(
+        entries
+    )
+    assert torch.__version__ in entries["torch"]
+    assert entries["devices"].startswith("cpu")
+    assert "unet:" in entries["bases"]
+    lines = info_text().splitlines()
+    assert len(lines) == len(entries)
+    assert all(
+        line.startswith(name) and line.endswith(text) for line, (name, text) in zip(lines, entries.items(), strict=True)
+    )
+
+
+def test_info_says_how_to_get_what_is_missing(monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("sparserefine.info.version", absent)
+    assert "pip install 'sparserefine[train]'" in info()["lightning"]
+    assert "pip install 'sparserefine[hub]'" in info()["huggingface_hub"]

@@ -1,0 +1,553 @@
+"""The whole method on a tiny random base, and a refiner on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, BaseConfig, FrozenBase
+from sparserefine.bases.unet import UNet, save_unet
+from sparserefine.classes import Classes
+from sparserefine.ensembler import EnsemblerConfig
+from sparserefine.extractor import ExtractorConfig
+from sparserefine.refiner import Refinement, SparseRefiner
+from sparserefine.selector import Selector
+from sparserefine.uncertainty import Window
+from support import assert_close, at_sites
+
+K = 3
+HALF = BaseConfig(ratio=0.5)
+TINY = ExtractorConfig((4, 6), blocks=1)
+NOTHING, EVERYTHING = Selector(budget=0), Selector(budget=10_000)
+SOME = Selector(threshold=0.0, budget=30)
+STAGES = ["base", "uncertainty", "select", "plan", "gather", "extractor", "ensembler"]
+
+
+def base_of(config: BaseConfig = HALF, num_classes: int = K) -> FrozenBase:
+    return FrozenBase(UNet(num_classes, (4, 8)), num_classes, config)
+
+
+def refiner_of(selector: Selector = SOME, base: FrozenBase | None = None, **arguments: Any) -> SparseRefiner:
+    """In evaluation mode, its ensembler not the plain blend that it starts as."""
+    refiner = SparseRefiner(base or base_of(), selector=selector, extractor=TINY, **arguments).eval()
+    with torch.no_grad():
+        for parameter in refiner.ensembler.parameters():
+            parameter.normal_(std=0.3)
+    return refiner
+
+
+def pixels(batch: int = 1, size: tuple[int, int] = (9, 14)) -> Tensor:
+    return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
+
+
+def upsampled(result: Refinement) -> Tensor:
+    size = (result.sites.height, result.sites.width)
+    return F.interpolate(result.coarse.double(), size, mode="bilinear", align_corners=False)
+
+
+def assert_labels(labels: Tensor, logits: Tensor) -> None:
+    """Each label is a class of highest logit, either of two that tie within rounding."""
+    chosen = logits.gather(1, labels.long()[:, None])[:, 0]
+    assert bool((chosen >= logits.amax(1) - 1e-5).all())
+
+
+# ---- what is refined, what is not
+
+
+def test_without_sites_it_is_the_base() -> None:
+    result = refiner_of(NOTHING)(pixels(2))
+    assert len(result.sites) == result.density == 0
+    assert torch.equal(result.labels(), result.coarse_labels)
+    assert torch.equal(result.entropy(), result.coarse_entropy)
+    assert_labels(result.labels(), upsampled(result))
+    assert_close(result.logits(), upsampled(result), torch.float32)
+
+
+def test_with_all_sites_it_is_the_ensembler() -> None:
+    result = refiner_of(EVERYTHING)(pixels(2))
+    assert result.density == 1
+    refined = result.refined_logits.view(2, 9, 14, K).permute(0, 3, 1, 2)
+    assert torch.equal(result.logits(), refined)
+    assert torch.equal(result.labels().long(), refined.argmax(1))
+    assert_close(result.coarse_logits, at_sites(upsampled(result), result.sites.mask()), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["gated", "minimum_entropy", "mean"])
+def test_refined_at_the_sites_and_the_bases_elsewhere(name: str) -> None:
+    refiner = refiner_of(ensembler=EnsemblerConfig(name))
+    result = refiner(pixels(2))
+    mask = result.sites.mask()
+    assert mask.flatten(1).sum(1).tolist() == [30, 30]
+    assert result.density == 60 / (2 * 9 * 14)
+    assert_close(result.refined_logits, refiner.ensembler(result.coarse_logits, result.sparse_logits))
+    assert_close(at_sites(result.logits(), mask), result.refined_logits)
+    assert_close(at_sites(result.logits(), ~mask), at_sites(upsampled(result), ~mask), torch.float32)
+    assert torch.equal(result.labels()[mask].long(), result.refined_logits.argmax(1))
+    assert torch.equal(result.labels()[~mask], result.coarse_labels[~mask])
+
+
+def test_selected_are_the_most_uncertain() -> None:
+    result = refiner_of()(pixels())
+    mask = result.sites.mask()
+    assert result.coarse_entropy[mask].min() >= result.coarse_entropy[~mask].max()
+
+
+@pytest.mark.parametrize("selector", [NOTHING, SOME, EVERYTHING, Selector(0.5)], ids=str)
+def test_labels_are_the_argmax_of_the_logits(selector: Selector) -> None:
+    result = refiner_of(selector)(pixels(2))
+    assert result.labels().dtype == torch.uint8
+    assert_labels(result.labels(), result.logits())
+
+
+@pytest.mark.parametrize("selector", [NOTHING, SOME, EVERYTHING], ids=str)
+def test_entropy_is_that_of_the_logits(selector: Selector) -> None:
+    """Refined at the sites, the base's elsewhere: H = - sum p ln p of whatever ``logits()`` says."""
+    result = refiner_of(selector)(pixels(2))
+    log_p = result.logits().double().log_softmax(1)
+    assert_close(result.entropy(), -(log_p.exp() * log_p).sum(1), torch.float32)
+
+
+def test_asking_changes_nothing() -> None:
+    result = refiner_of()(pixels())
+    before = result.coarse_labels.clone(), result.coarse_entropy.clone(), result.coarse.clone()
+    asked = [(result.labels(), result.entropy(), result.logits()) for _ in range(2)]
+    assert all(torch.equal(first, again) for first, again in zip(*asked, strict=True))
+    after = result.coarse_labels, result.coarse_entropy, result.coarse
+    assert all(torch.equal(was, now) for was, now in zip(before, after, strict=True))
+
+
+def test_other_labels_at_the_sites() -> None:
+    result = refiner_of()(pixels())
+    expected = torch.where(result.sites.mask(), 2, result.coarse_labels)
+    assert torch.equal(result.with_sites(torch.full((30,), 2)), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_is_the_same(mode: Callable[[], Any]) -> None:
+    refiner, image = refiner_of(), pixels(2)
+    expected = refiner(image)
+    with mode():
+        result = refiner(image)
+    assert not result.refined_logits.requires_grad
+    assert torch.equal(result.labels(), expected.labels())
+    assert_close(result.logits(), expected.logits())
+
+
+def test_autocast() -> None:
+    refiner, image, coarse = refiner_of(), pixels(2), torch.randn(2, K, 5, 7)
+    expected = refiner.refine(image, coarse)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = refiner.refine(image, coarse)
+        (result.refined_logits.square().mean() + result.sparse_logits.square().mean()).backward()
+    assert torch.equal(result.sites.coords, expected.sites.coords)
+    assert_close(result.refined_logits, expected.refined_logits, torch.bfloat16)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in refiner.trained_parameters())
+
+
+def test_a_batch_is_its_images() -> None:
+    refiner, image, coarse = refiner_of(), pixels(2), torch.randn(2, K, 5, 7)
+    together = refiner.refine(image, coarse)
+    alone = [refiner.refine(image[b : b + 1], coarse[b : b + 1]) for b in (0, 1)]
+    for name in ("labels", "entropy", "logits"):
+        assert_close(getattr(together, name)(), torch.cat([getattr(result, name)() for result in alone]), torch.float32)
+
+
+@pytest.mark.parametrize("down", ["paper", "cell"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (6, 1), (2, 2), (3, 3), (9, 14)], ids="{0[0]}x{0[1]}".format)
+def test_any_size(size: tuple[int, int], down: str) -> None:
+    extractor = ExtractorConfig((4, 5, 6), blocks=1, down=down)
+    refiner = SparseRefiner(base_of(), selector=EVERYTHING, extractor=extractor).eval()
+    result = refiner(pixels(2, size))
+    assert result.labels().shape == (2, *size)
+    assert result.logits().shape == (2, K, *size)
+    assert result.logits().isfinite().all()
+
+
+@pytest.mark.parametrize("selector", [SOME, EVERYTHING], ids=str)
+def test_input_is_left_alone(selector: Selector) -> None:
+    for image in (pixels(2), torch.rand(2, 3, 9, 14)):
+        coarse, valid = torch.randn(2, K, 5, 7), torch.rand(2, 9, 14) < 0.9
+        before = [t.clone() for t in (image, coarse, valid)]
+        refiner = refiner_of(selector)
+        refiner(image)
+        refiner.refine(image, coarse, valid=valid).logits()
+        assert all(torch.equal(t, was) for t, was in zip((image, coarse, valid), before, strict=True))
+
+
+def test_bytes_and_fractions_are_the_same_image() -> None:
+    refiner, image = refiner_of(EVERYTHING), pixels(2)
+    assert_close(refiner(image).logits(), refiner(image.float() / 255).logits())
+
+
+def test_padding_is_never_selected() -> None:
+    valid = torch.zeros(2, 9, 14, dtype=torch.bool)
+    valid[0, :4, :5] = valid[1, 3:, 9:] = True
+    result = refiner_of(EVERYTHING).refine(pixels(2), torch.randn(2, K, 5, 7), valid=valid)
+    assert torch.equal(result.sites.mask(), valid)
+
+
+def test_scores() -> None:
+    """A base that gives scores: its logits are log(p), p the scores upsampled and normalised."""
+    base = FrozenBase(lambda x: x[:, :K].abs(), K, BaseConfig(ratio=0.5, outputs="scores"))
+    result = refiner_of(NOTHING, base)(pixels())
+    log_p = (upsampled(result) / upsampled(result).sum(1, keepdim=True)).clamp_min(1e-10).log()
+    assert_close(result.logits(), log_p, torch.float32)
+    assert_labels(result.labels(), log_p)
+
+
+def test_nearest_upsampling_goes_by_way_of_the_bases_input_size() -> None:
+    base = FrozenBase(lambda x: F.avg_pool2d(x, 4), K, HALF)
+    result = refiner_of(NOTHING, base, upsampling="nearest")(pixels(size=(16, 24)))
+    assert result.coarse.shape == (1, K, 2, 3)
+    assert result.how.input_size == (8, 12)
+    middle = F.interpolate(result.coarse, (8, 12), mode="bilinear", align_corners=False)
+    expected = F.interpolate(middle, (16, 24), mode="nearest")
+    assert_close(result.logits(), expected)
+    assert_labels(result.labels(), expected)
+
+
+# ---- features
+
+
+def expected_features(result: Refinement, image: Tensor) -> dict[str, Tensor]:
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    rows, columns = ((torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in image.shape[2:])
+    p = result.coarse_logits.double().softmax(1)
+    return {
+        "rgb": at_sites((image.double() / 255 - mean) / std, result.sites.mask()),
+        "coords": torch.stack([rows[result.sites.coords[:, 1].long()], columns[result.sites.coords[:, 2].long()]], 1),
+        "probabilities": p,
+        "entropy": -(p * p.log()).sum(1, keepdim=True),
+    }
+
+
+@pytest.mark.parametrize(
+    "features",
+    [("rgb",), ("coords",), ("probabilities",), ("entropy",), ("entropy", "rgb", "probabilities", "coords")],
+    ids=" ".join,
+)
+def test_features(features: tuple[str, ...]) -> None:
+    refiner = SparseRefiner(base_of(), selector=SOME, extractor=ExtractorConfig((4, 6), features=features)).eval()
+    seen: list[Tensor] = []
+    refiner.extractor.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    image = pixels(2)
+    expected = expected_features(refiner(image), image)
+    assert_close(seen[0], torch.cat([expected[name] for name in features], dim=1), torch.float32)
+
+
+# ---- training
+
+
+def test_training_keeps_the_base_frozen() -> None:
+    refiner = refiner_of().train()
+    before = {name: value.clone() for name, value in refiner.base.state_dict().items()}
+    assert not any(module.training for module in refiner.base.modules())
+    result = refiner(pixels(2))
+    (result.refined_logits.square().sum() + result.sparse_logits.square().sum()).backward()
+    trained = {id(p) for p in refiner.trained_parameters()}
+    for name, parameter in refiner.named_parameters():
+        assert (id(parameter) in trained) == (not name.startswith("base."))
+        assert (parameter.grad is not None) == (id(parameter) in trained), name
+    assert all(torch.equal(value, before[name]) for name, value in refiner.base.state_dict().items())
+
+
+@pytest.mark.parametrize("selector", [NOTHING, Selector(budget=1)], ids=["no site", "one site"])
+def test_training_on_hardly_any_site(selector: Selector) -> None:
+    refiner = refiner_of(selector).train()
+    result = refiner(pixels())
+    (result.refined_logits.sum() + result.sparse_logits.sum()).backward()
+    for parameter in refiner.trained_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+
+
+# ---- what is reported
+
+
+def test_timings() -> None:
+    refiner = refiner_of()
+    result = refiner(pixels())
+    assert list(result.timings_ms) == STAGES
+    assert all(ms >= 0 for ms in result.timings_ms.values())
+    assert list(refiner.refine(pixels(), result.coarse).timings_ms) == STAGES[1:]
+
+
+def test_macs() -> None:
+    """Base: a 1x1 convolution of half the image. Gate, fuser: (8 * 64 + 64) + (3 * 64 + 64 * 3) a site."""
+    base = FrozenBase(torch.nn.Conv2d(3, K, 1), K, HALF)
+    refiner = refiner_of(base=base)
+    result = refiner(pixels(2, (8, 12)))
+    plan = refiner.engine.geometry(result.sites, refiner.extractor.spec)
+    assert result.macs == {
+        "base": 2 * (4 * 6 * 3 * K),
+        "extractor": refiner.extractor.macs(plan),
+        "ensembler": 60 * (8 * 64 + 64 + 3 * 64 + 64 * 3),
+    }
+
+
+def test_macs_of_a_base_that_torch_cannot_see() -> None:
+    base = FrozenBase(lambda x: torch.from_numpy(x.numpy() * 2), K, HALF)
+    assert refiner_of(base=base)(pixels()).macs["base"] is None
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 14), (1, 4, 9, 14), (1, 9, 14, 3), (1, 3, 0, 14)], ids=str)
+def test_wrong_image_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected \[B, 3, H, W\]") as error:
+        refiner_of()(torch.zeros(shape))
+    assert str(shape) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("coarse", "words"),
+    [
+        (torch.zeros(1, K + 1, 5, 7), "4 classes, expected 3"),
+        (torch.zeros(2, K, 5, 7), r"\(2, 3, 5, 7\), expected \[1, K, h, w\]"),
+        (torch.full((1, K, 5, 7), float("nan")), "105 of 105 coarse logits are NaN or infinite"),
+    ],
+    ids=["classes", "batch", "NaN"],
+)
+def test_wrong_coarse_logits(coarse: Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        refiner_of().refine(pixels(), coarse)
+
+
+def test_coarse_logits_of_several_sizes() -> None:
+    """In training, crops of a batch come from images of different sizes."""
+    refiner, image = refiner_of(), pixels(2)
+    coarse = [torch.randn(K, 5, 7), torch.randn(K, 3, 4)]
+    together = refiner.refine(image, coarse)
+    alone = [refiner.refine(image[b : b + 1], coarse[b][None]) for b in (0, 1)]
+    assert torch.equal(together.labels(), torch.cat([result.labels() for result in alone]))
+    assert_close(together.refined_logits, torch.cat([result.refined_logits for result in alone]))
+    assert_close(together.logits(), torch.cat([result.logits() for result in alone]))
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_list_of_coarse_logits_for_another_batch(images: int) -> None:
+    with pytest.raises(ValueError, match=rf"2 .*expected {images}|expected {images}.* 2"):
+        refiner_of().refine(pixels(images), [torch.randn(K, 5, 7)] * 2)
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_windows_for_another_batch(windows: int) -> None:
+    with pytest.raises(ValueError, match="window"):
+        refiner_of().refine(pixels(2), torch.randn(2, K, 5, 7), windows=[Window((9, 14))] * windows)
+
+
+@pytest.mark.parametrize(
+    "valid",
+    [torch.ones(9, 13, dtype=torch.bool), torch.ones(2, 9, 14, dtype=torch.bool), torch.ones(1, 9, 14)],
+    ids=["size", "batch", "float"],
+)
+def test_wrong_valid_mask(valid: Tensor) -> None:
+    with pytest.raises(ValueError, match="valid"):
+        refiner_of().refine(pixels(), torch.randn(1, K, 5, 7), valid=valid)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"classes": Classes.numbered(K + 1)}, "4 class names for a base of 3 classes"),
+        ({"upsampling": "bicubic"}, "upsampling 'bicubic', expected 'bilinear' or 'nearest'"),
+        ({"selector": Selector(1.2)}, "threshold = 1.2 nats would select nothing"),
+        ({"engine": "spconv"}, "engine 'spconv' is not known"),
+    ],
+    ids=["classes", "upsampling", "threshold", "engine"],
+)
+def test_bad_arguments(arguments: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SparseRefiner(base_of(), **arguments)
+
+
+# ---- on disk
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[SparseRefiner, Path]:
+    """A refiner with nothing left at its default, and the folder that it was stored in, with its base."""
+    folder = tmp_path / "refiner"
+    base = base_of(BaseConfig("unet:base.safetensors", size=(6, 7), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)))
+    save_unet(base.model, folder / "base.safetensors")
+    refiner = SparseRefiner(
+        base,
+        selector=Selector(0.01, 40),
+        extractor=ExtractorConfig((4, 6, 8), 2, "paper", ("rgb", "coords", "entropy")),
+        ensembler=EnsemblerConfig(fuser="paper"),
+        classes=Classes(("void", "road", "sky"), ((1, 2, 3), (4, 5, 6), (7, 8, 255))),
+        upsampling="nearest",
+        mean=(0.1, 0.2, 0.3),
+        std=(0.5, 0.6, 0.7),
+    )
+    refiner.train()(pixels(2))  # moves the running statistics
+    refiner.eval().save_pretrained(folder)
+    return refiner, folder
+
+
+def test_read_back_exactly(stored: tuple[SparseRefiner, Path]) -> None:
+    refiner, folder = stored
+    found = SparseRefiner.from_pretrained(folder)
+    assert not found.training
+    for name in ("classes", "selector", "extractor_config", "ensembler_config", "upsampling", "mean", "std"):
+        assert getattr(found, name) == getattr(refiner, name), name
+    assert found.base.config == refiner.base.config
+    assert found.base.identity == refiner.base.identity
+    state = found.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in refiner.state_dict().items())
+    image = pixels(2, (11, 13))
+    assert torch.equal(found(image).logits(), refiner(image).logits())
+    assert sorted(p.name for p in folder.iterdir()) == ["base.safetensors", "config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_read_back_from_half_precision(dtype: torch.dtype, stored: tuple[SparseRefiner, Path]) -> None:
+    refiner, folder = stored
+    full = (folder / "model.safetensors").stat().st_size
+    refiner.save_pretrained(folder, dtype=dtype)
+    assert (folder / "model.safetensors").stat().st_size < 0.75 * full
+    found = SparseRefiner.from_pretrained(folder)
+    assert all(p.dtype == torch.float32 for p in found.trained_parameters())
+    image = pixels(2, (11, 13))
+    assert_close(found(image).refined_logits, refiner(image).refined_logits, dtype)
+
+
+def test_base_may_be_given(stored: tuple[SparseRefiner, Path]) -> None:
+    refiner, folder = stored
+    (folder / "base.safetensors").unlink()
+    found = SparseRefiner.from_pretrained(str(folder), base=refiner.base)
+    image = pixels()
+    assert torch.equal(found(image).logits(), refiner(image).logits())
+    with pytest.raises(FileNotFoundError, match=r"base\.safetensors"):
+        SparseRefiner.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"config\.json: 3 classes, the base given has 4"):
+        SparseRefiner.from_pretrained(folder, base=base_of(num_classes=4))
+
+
+def test_storing_again_replaces(stored: tuple[SparseRefiner, Path]) -> None:
+    refiner, folder = stored
+    other = refiner_of(base=refiner.base)
+    other.save_pretrained(folder)
+    image = pixels()
+    assert torch.equal(SparseRefiner.from_pretrained(folder)(image).logits(), other(image).logits())
+
+
+def test_interrupted_storing_is_recognised(stored: tuple[SparseRefiner, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    refiner, folder = stored
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(json, "dumps", full)
+        with pytest.raises(OSError, match="no space"):
+            refiner_of(base=refiner.base).save_pretrained(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["base.safetensors", "config.json", "model.safetensors"]
+    with pytest.raises(ValueError, match=r"model\.safetensors: missing, or not the file"):
+        SparseRefiner.from_pretrained(folder)
+
+
+def changed(**changes: Any) -> Callable[[Path], None]:
+    """Changes entries of config.json; a dotted one lies inside another."""
+
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        for key, value in changes.items():
+            place, _, inner = key.rpartition("__")
+            (config[place] if place else config)[inner] = value
+        path.write_text(json.dumps(config))
+
+    return change
+
+
+def without(key: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        del config[key]
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def flip_a_byte(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+DAMAGE = {
+    "no configuration": (lambda f: (f / "config.json").unlink(), r"no config\.json in it"),
+    "empty configuration": (lambda f: (f / "config.json").write_text(""), "not readable as JSON"),
+    "binary configuration": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "not readable as JSON"),
+    "cut configuration": (lambda f: (f / "config.json").write_text('{"format_version": 1'), "not readable as JSON"),
+    "a list": (lambda f: (f / "config.json").write_text("[1]"), "holds list, expected an object"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: missing"),
+    "a flipped bit": (flip_a_byte, r"model\.safetensors: missing, or not the file"),
+    "newer format": (changed(format_version=2), "format_version 2, this sparserefine reads 1"),
+    "no format": (without("format_version"), "format_version None"),
+    "unknown key": (changed(colour="red"), "missing or unknown: colour"),
+    "missing key": (without("selector"), "missing or unknown: selector"),
+    "unknown key inside": (changed(selector__rate=3), "selector: unknown key 'rate', expected .*'threshold'"),
+    "bad value inside": (changed(selector__threshold=-1), "selector: threshold = -1"),
+    "wrong type inside": (changed(selector__threshold="high"), "selector: "),
+    "not an object inside": (changed(selector=5), "selector: "),
+    "another shape": (changed(extractor__planes=[4, 6, 9]), "does not fit"),
+    "another depth": (changed(extractor__planes=[4, 6]), "unexpected"),
+    "more blocks": (changed(extractor__blocks=3), "missing"),
+    "unknown down-sampling": (changed(extractor__down="mean"), "extractor: .*down = 'mean'"),
+    "planes not whole": (changed(extractor__planes=[4.5, 6, 8]), "extractor: "),
+    "unknown upsampling": (changed(upsampling="bicubic"), "upsampling 'bicubic'"),
+    "no base": (changed(base__name=""), "names no base .*base=FrozenBase"),
+    "unknown base": (changed(base__name="resnet:x"), "'resnet:x' is not known"),
+    "base runs code": (changed(base__name="python:os:getcwd"), "pass trust_base=True"),
+    "base not an object": (changed(base=None), "base: "),
+    "fewer classes": (changed(classes=["a", "b"]), "2 class names, 3 colours"),
+    "classes not a list": (changed(classes=None), "classes"),
+    "mean not a list": (changed(mean=None), "mean"),
+    "mean of two channels": (changed(mean=[0.1, 0.2]), "mean"),
+    "std of zero": (changed(std=[0.1, 0.0, 0.2]), "std"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_folder(damage: str, stored: tuple[SparseRefiner, Path]) -> None:
+    folder = stored[1]
+    change, words = DAMAGE[damage]
+    change(folder)
+    with pytest.raises(ValueError, match=words) as error:
+        SparseRefiner.from_pretrained(folder)
+    named = ("config.json", "model.safetensors", "resnet:x", "python:os:getcwd")
+    assert any(name in str(error.value) for name in named), f"says not where: {error.value}"
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "./nowhere", "/no/where/at/all", "~/nowhere", Path("user/refiner")], ids=str
+)
+def test_missing_folder(name: str | Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        SparseRefiner.from_pretrained(name)
+
+
+def test_hub_id_without_the_hub_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match=r"user/refiner: no such folder.*pip install huggingface_hub"):
+        SparseRefiner.from_pretrained("user/refiner")
+
+
+def test_weights_that_are_not_finite_are_stored_as_they_are(tmp_path: Path) -> None:
+    """So that a training that diverged can be looked at; the disk is not to blame."""
+    refiner = refiner_of()
+    with torch.no_grad():
+        refiner.extractor.head.bias[0] = float("nan")
+    refiner.save_pretrained(tmp_path / "refiner")
+    found = SparseRefiner.from_pretrained(tmp_path / "refiner", base=refiner.base)
+    assert found.extractor.head.bias[0].isnan()

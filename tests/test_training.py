@@ -1,0 +1,233 @@
+"""Losses, stored logits, and the road from a configuration to a prediction on generated images."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image, ImageDraw
+
+from sparserefine.bases.unet import UNet, save_unet
+from sparserefine.cli import main
+from sparserefine.data.stored_logits import StoredLogits
+from sparserefine.training.losses import cross_entropy, refinement_loss, soft_dice
+
+
+def test_cross_entropy_ignores_255_and_bears_nothing():
+    logits = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
+    truth = torch.arange(20) % 3
+    truth[:5] = 255
+    expected = F.cross_entropy(logits[5:].float(), truth[5:])
+    torch.testing.assert_close(cross_entropy(logits, truth.to(torch.uint8)), expected)
+    nothing = cross_entropy(logits, torch.full((20,), 255))
+    nothing.backward()
+    assert nothing == 0
+    assert (logits.grad == 0).all()
+    assert cross_entropy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.uint8)) == 0
+
+
+def test_soft_dice_of_two_classes_by_hand():
+    p, truth = torch.tensor([0.9, 0.2, 0.6]), torch.tensor([1, 0, 255])
+    logits = torch.stack([(1 - p).log(), p.log()], dim=1)
+    assert float(soft_dice(logits, truth)) == pytest.approx(1 - (2 * 0.9 + 1) / (0.9 + 0.2 + 1 + 1))
+
+
+def test_refinement_loss_is_the_sum():
+    sparse, refined, truth = torch.randn(9, 4), torch.randn(9, 4), torch.arange(9) % 4
+    ce = cross_entropy(sparse, truth) + cross_entropy(refined, truth)
+    torch.testing.assert_close(refinement_loss(sparse, refined, truth), ce)
+    both = soft_dice(sparse, truth) + soft_dice(refined, truth)
+    torch.testing.assert_close(refinement_loss(sparse, refined, truth, dice=0.3), ce + 0.3 * both)
+
+
+def test_stored_logits_refuse_what_is_not_theirs(tmp_path):
+    store = StoredLogits(tmp_path)
+    logits = torch.randn(3, 4, 5) * 1e6  # more than half precision holds
+    store.write("a/b", logits, base="UNet:1", image_size=(8, 10))
+    read = store.read("a/b", base="UNet:1", image_size=(8, 10))
+    assert read.dtype == torch.float16
+    assert read.isfinite().all()
+    assert torch.equal(read.argmax(0)[logits.abs().amax(0) < 65504], logits.argmax(0)[logits.abs().amax(0) < 65504])
+    with pytest.raises(ValueError, match=r"UNet:1.*UNet:2"):
+        store.read("a/b", base="UNet:2", image_size=(8, 10))
+    with pytest.raises(ValueError, match=r"8x10.*9x10"):
+        store.read("a/b", base="UNet:1", image_size=(9, 10))
+    with pytest.raises(ValueError, match="sparserefine logits"):
+        store.read("none", base="UNet:1", image_size=(8, 10))
+    store.path("cut").write_bytes(store.path("a/b").read_bytes()[:50])
+    with pytest.raises(ValueError, match="cut"):
+        store.read("cut", base="UNet:1", image_size=(8, 10))
+
+
+def lines_image(path, seed, size=(72, 88)):
+    """Bright lines on noise, and their label: something a few steps can learn."""
+    generator = np.random.default_rng(seed)
+    label = Image.new("L", size[::-1])
+    draw = ImageDraw.Draw(label)
+    for _ in range(5):
+        draw.line([tuple(generator.integers(0, size[::-1]).tolist()) for _ in range(2)], fill=1, width=3)
+    mask = np.array(label)
+    noisy = np.stack([mask * 120 + 60] * 3, axis=-1) + generator.normal(0, 12, (*size, 3))
+    for folder, picture in (("images", Image.fromarray(noisy.clip(0, 255).astype(np.uint8))), ("labels", label)):
+        target = path / folder / f"{seed}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(target)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder dataset, an untrained base and a configuration; the working directory is its folder."""
+    for seed in range(4):
+        lines_image(tmp_path / "data", seed, (72 + 4 * (seed % 2), 88))
+    (tmp_path / "data" / "train.txt").write_text("0 1")
+    (tmp_path / "data" / "val.txt").write_text("2")
+    (tmp_path / "data" / "test.txt").write_text("3")
+    (tmp_path / "data" / "classes.txt").write_text("ground\nline 255 0 0\n")
+    torch.manual_seed(1)
+    for name in ("base", "other"):
+        save_unet(UNet(2, (4, 8)), tmp_path / f"{name}.safetensors")
+    config = {
+        "data": {"name": "folder", "root": "data"},
+        "base": {"name": "unet:base.safetensors", "ratio": 0.25},
+        "out": "run",
+        "selector": {"threshold": 0.1},
+        "extractor": {"planes": [8, 16]},
+        "logits": {"source": "stored", "folder": "logits"},
+        "augment": {"crop": [48, 48], "max_class_share": 1.0},
+        "training": {"steps": 24, "val_every": 12, "batch": 2, "lr": 0.01, "device": "cpu"},
+        "boundary_px": 2,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_logits_train_evaluate_predict(project, capsys):
+    assert main(["logits", "config.yaml"]) == 0
+    assert "4 stored" in capsys.readouterr().out
+    (project / "logits" / "2.safetensors").unlink()
+    assert main(["logits", "config.yaml"]) == 0  # resumes
+    assert "1 stored in logits, 3 were there" in capsys.readouterr().out
+
+    assert main(["train", "config.yaml"]) == 0
+    log = [json.loads(line) for line in (project / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [12, 24]
+    assert log[-1]["loss"] < log[0]["loss"]
+    # The base knows nothing; pixels do.
+    assert max(line["val_refined"] for line in log) > log[0]["val_coarse"] + 0.2
+
+    assert main(["train", "config.yaml"]) == 1  # never over an earlier run
+    assert "--resume" in capsys.readouterr().err
+
+    arguments = ["evaluate", "config.yaml", "--refiner", "run/best", "--dense", "unet:base.safetensors"]
+    assert main([*arguments, "--json", "scores.json"]) == 0
+    table = capsys.readouterr().out
+    report = json.loads((project / "scores.json").read_text())
+    assert list(report["rows"]) == ["coarse", "sparse", "refined", "oracle", "dense"]
+    rows = report["rows"]
+    assert rows["oracle"]["dice"] >= max(rows["refined"]["dice"], rows["coarse"]["dice"])
+    assert f"{rows['refined']['dice']:.4f}" in table
+    assert rows["refined"]["gmacs"] > rows["coarse"]["gmacs"] > 0
+    assert 0 <= report["errors_selected"] <= 1
+
+    (project / "broken.png").write_bytes((project / "data/images/3.png").read_bytes()[:300])
+    before = (project / "data/images/3.png").read_bytes()
+    assert main(["predict", "data/images/3.png", "broken.png", "--refiner", "run/best", "--out", "masks"]) == 1
+    captured = capsys.readouterr()
+    assert "broken.png" in captured.err
+    assert [file.name for file in (project / "masks").iterdir()] == ["3.png"]
+    assert (project / "data/images/3.png").read_bytes() == before
+    with Image.open(project / "masks" / "3.png") as mask:
+        assert mask.size == (88, 76)
+        assert set(np.unique(np.array(mask))) <= {0, 1}
+
+
+def test_resumed_run_equals_an_uninterrupted_one(project, monkeypatch):
+    """The second half of a run, resumed from its checkpoint, sees the same crops and ends at the same weights."""
+    from safetensors.torch import load_file
+
+    live = ["--logits.source", "live", "--training.val_every", "3"]
+    assert main(["train", "config.yaml", *live, "--training.steps", "6", "--out", "whole"]) == 0
+
+    from sparserefine.training.module import RefinerModule
+
+    class Stop(Exception):
+        pass
+
+    original = RefinerModule.training_step
+
+    def stopping(self, batch, index):
+        if self.global_step == 4:
+            raise Stop
+        return original(self, batch, index)
+
+    monkeypatch.setattr(RefinerModule, "training_step", stopping)
+    with pytest.raises(Stop):
+        main(["train", "config.yaml", *live, "--training.steps", "6", "--out", "halves"])
+    monkeypatch.setattr(RefinerModule, "training_step", original)
+    assert not (project / "halves" / "last").exists()
+    assert main(["train", "config.yaml", *live, "--training.steps", "6", "--out", "halves", "--resume"]) == 0
+    whole, halves = (load_file(project / name / "last" / "model.safetensors") for name in ("whole", "halves"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(halves[name], tensor, msg=name)
+
+
+def test_logits_of_another_base_are_refused(project, capsys):
+    assert main(["logits", "config.yaml"]) == 0
+    other = ["--base.name", "unet:other.safetensors"]
+    assert main(["train", "config.yaml", *other]) == 1
+    assert "logits of base" in capsys.readouterr().err
+    assert main(["logits", "config.yaml", *other]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["logits", "config.yaml", *other, "--overwrite"]) == 0
+
+
+def test_crossfit_takes_each_image_from_its_own_base(project):
+    fold = [{"split": "train", "base": "unet:other.safetensors"}]
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    config["logits"]["crossfit"] = fold
+    (project / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["logits", "config.yaml"]) == 0
+    bases = {name: StoredLogits(project / "logits").base_of(name) for name in "0123"}
+    assert bases["0"] == bases["1"] != bases["2"] == bases["3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--training.learning_rate", "1"], "learning_rate"),
+        (["--training.lr", "fast"], "training.lr"),
+        (["--augment.crop", "[1, 2, 3]"], "augment.crop"),
+        (["--base.ratio", "3"], "base.ratio"),
+        (["--data.name", "coco"], "data.name"),
+        (["--training.steps", "25"], "training.steps"),
+        (["--selector.threshold", "0.7"], "threshold"),
+        (["--base.name", "resnet:x"], "unet:<file>"),
+        (["--base.name", "unet:none.safetensors"], "none.safetensors"),
+        (["--data.root", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_configuration_is_named(project, capsys, arguments, named):
+    assert main(["train", "config.yaml", *arguments]) != 0
+    captured = capsys.readouterr()
+    assert named in captured.err
+    assert "Traceback" not in captured.err
+    assert not (project / "run").exists()
+
+
+def test_unknown_key_in_the_file_is_named(project, capsys):
+    text = (project / "config.yaml").read_text().replace("threshold", "treshold")
+    (project / "config.yaml").write_text(text)
+    assert main(["train", "config.yaml"]) != 0
+    assert "treshold" in capsys.readouterr().err
+
+
+def test_loss_is_finite_without_sites(project):
+    """A threshold that nothing exceeds: training goes on, with zero gradients."""
+    high = ["--selector.threshold", str(math.log(2) - 1e-6), "--training.steps", "2", "--training.val_every", "2"]
+    assert main(["train", "config.yaml", "--logits.source", "live", *high]) == 0
+    line = json.loads((project / "run" / "log.jsonl").read_text())
+    assert line["val_refined"] == line["val_coarse"]
