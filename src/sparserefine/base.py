@@ -44,10 +44,15 @@ class BaseConfig:
             raise ValueError(f"base.ratio = {self.ratio}, expected more than 0 and at most 1")
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"base.size = {self.size}, expected at least 1 pixel each way")
-        if min(self.std) <= 0:
-            raise ValueError(f"base.std = {self.std}, expected values above 0")
+        check_normalisation("base", self.mean, self.std)
         if self.outputs not in ("logits", "scores"):
             raise ValueError(f"base.outputs = {self.outputs!r}, expected 'logits' or 'scores'")
+
+
+def check_normalisation(whose: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises ``ValueError`` unless there are three of each and the spreads are positive."""
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"{whose}.mean = {mean}, {whose}.std = {std}; expected 3 values each, std above 0")
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -131,8 +136,7 @@ class FrozenBase(nn.Module):
     @property
     def label(self) -> str:
         """What messages call this base."""
-        model = self.model
-        return self.config.name or (type(model).__name__ if isinstance(model, nn.Module) else repr(model))
+        return self.config.name or _name_of(self.model)
 
     def checked(self, logits: Tensor, batch: int) -> Tensor:
         """Returns ``logits``, or raises ``ValueError`` if shape, class count or values are wrong."""
@@ -140,6 +144,8 @@ class FrozenBase(nn.Module):
             raise ValueError(f"base {self.label}: output is {tuple(logits.shape)}, expected [{batch}, K, h, w]")
         if logits.shape[1] != self.num_classes:
             raise ValueError(f"base {self.label}: {logits.shape[1]} classes, expected {self.num_classes}")
+        if not logits.is_floating_point():
+            raise ValueError(f"base {self.label}: output is {logits.dtype}, expected floating-point logits, not labels")
         bad = int(logits.numel() - logits.isfinite().sum())
         if bad:
             raise ValueError(
@@ -170,8 +176,7 @@ class FrozenBase(nn.Module):
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         c = self.config
         digest.update(repr((c.ratio, c.size, c.mean, c.std, c.outputs, self.num_classes)).encode())
-        kind = type(self.model).__name__ if isinstance(self.model, nn.Module) else self.label
-        return f"{kind}:{digest.hexdigest()[:16]}"
+        return f"{_name_of(self.model)}:{digest.hexdigest()[:16]}"
 
 
 def check_image(image: Tensor) -> None:
@@ -180,6 +185,12 @@ def check_image(image: Tensor) -> None:
         raise ValueError(f"image is {tuple(image.shape)}, expected [B, 3, H, W] with at least one pixel")
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise ValueError(f"image is {image.dtype}, expected uint8, or floating point in 0..1")
+
+
+def _name_of(model: Callable[..., Any]) -> str:
+    """The same in every process, which the repr of a function is not."""
+    name = getattr(model, "__qualname__", None)
+    return f"{model.__module__}.{name}" if name else type(model).__name__
 
 
 def _tensor_of(output: Any, label: str) -> Tensor:

@@ -23,6 +23,7 @@ class DataConfig:
         val: split that checkpoints, thresholds and schedules are chosen on.
         test: split that is reported once.
         ignore: label values that are no class, besides 255 (``folder`` only).
+        black_white: labels are masks of 0 and 255, where 255 is class 1 (``folder`` only).
     """
 
     name: Literal["hrf", "folder"]
@@ -31,12 +32,13 @@ class DataConfig:
     val: str = "val"
     test: str = "test"
     ignore: tuple[int, ...] = ()
+    black_white: bool = False
 
     def read(self, split: str) -> Dataset:
         """The dataset of a split string (not of its name ``train``, ``val`` or ``test``)."""
         if self.name == "hrf":
             return hrf(self.root, split)
-        return folder(self.root, split, ignore=self.ignore)
+        return folder(self.root, split, ignore=self.ignore, black_white=self.black_white)
 
 
 @dataclass(frozen=True)

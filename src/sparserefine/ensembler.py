@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,7 +98,7 @@ class MeanEnsembler(Ensembler):
     def forward(self, coarse: Tensor, sparse: Tensor) -> Tensor:
         """Refined logits ``[N, K]``."""
         both = torch.stack([coarse.log_softmax(1), sparse.log_softmax(1)])
-        return both.logsumexp(0) - torch.log(torch.tensor(2.0, device=both.device))
+        return both.logsumexp(0) - math.log(2)
 
 
 def build_ensembler(config: EnsemblerConfig, num_classes: int) -> Ensembler:

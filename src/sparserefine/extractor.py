@@ -34,8 +34,9 @@ class ExtractorConfig:
     features: tuple[Feature, ...] = ("rgb",)
 
     def __post_init__(self) -> None:
-        if not self.planes or min(self.planes) < 1:
-            raise ValueError(f"planes = {self.planes}, expected channels >= 1 for at least one level")
+        if not self.planes or any(not isinstance(c, int) or c < 1 for c in self.planes):
+            raise ValueError(f"planes = {self.planes}, expected whole numbers of channels >= 1, one for each level")
+        PlanSpec(len(self.planes), self.down)  # refuses unknown kinds
         if self.blocks < 1:
             raise ValueError(f"blocks = {self.blocks}, expected at least 1")
         known = Feature.__args__  # type: ignore[attr-defined]

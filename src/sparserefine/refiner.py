@@ -12,7 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, FrozenBase, check_image, unit_range
+from sparserefine.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    FrozenBase,
+    check_image,
+    check_normalisation,
+    unit_range,
+)
 from sparserefine.classes import Classes
 from sparserefine.ensembler import EnsemblerConfig, build_ensembler
 from sparserefine.extractor import PRESETS, ExtractorConfig, SparseUNet
@@ -57,6 +64,7 @@ class SparseRefiner(nn.Module):
             raise ValueError(f"{len(self.classes)} class names for a base of {k} classes; expected as many")
         if upsampling not in ("bilinear", "nearest"):
             raise ValueError(f"upsampling {upsampling!r}, expected 'bilinear' or 'nearest'")
+        check_normalisation("refiner", mean, std)
         self.selector = selector or Selector(threshold=0.3)
         self.selector.check(k)
         self.extractor_config, self.ensembler_config = extractor, ensembler or EnsemblerConfig()
@@ -99,11 +107,7 @@ class SparseRefiner(nn.Module):
             timer: goes on with a timer that has already timed the base.
         """
         check_image(image)
-        if isinstance(coarse, Tensor):
-            self.base.checked(coarse, len(image))
-        else:
-            for item in coarse:
-                self.base.checked(item[None], 1)
+        self._check_inputs(image, coarse, windows, valid)
         timer = timer or StageTimer(image.device)
         size = (image.shape[2], image.shape[3])
         how = self.how(size)
@@ -125,6 +129,27 @@ class SparseRefiner(nn.Module):
         return Refinement(
             coarse, labels, entropies, how, sites, coarse_logits, sparse_logits, refined, timer, sparse_macs, self.base
         )
+
+    def _check_inputs(
+        self,
+        image: Tensor,
+        coarse: Tensor | Sequence[Tensor],
+        windows: Sequence[Window] | None,
+        valid: Tensor | None,
+    ) -> None:
+        batch = len(image)
+        if isinstance(coarse, Tensor):
+            self.base.checked(coarse, batch)
+        else:
+            if len(coarse) != batch:
+                raise ValueError(f"{len(coarse)} coarse logits, expected {batch}, one for each image")
+            for item in coarse:
+                self.base.checked(item[None], 1)
+        if windows is not None and len(windows) != batch:
+            raise ValueError(f"{len(windows)} windows, expected {batch}, one for each image")
+        wanted = (batch, *image.shape[2:])
+        if valid is not None and (valid.dtype != torch.bool or tuple(valid.shape) != wanted):
+            raise ValueError(f"valid is {valid.dtype} {tuple(valid.shape)}, expected torch.bool {wanted}")
 
     def how(self, size: tuple[int, int]) -> Upsampling:
         """How the base's outputs for an image of ``size`` [px] become full-resolution logits."""

@@ -36,8 +36,8 @@ class Selector:
         limit = entropy_limit(num_classes)
         if self.threshold is not None and self.threshold >= limit:
             raise ValueError(
-                f"threshold = {self.threshold} nats would select nothing: entropy over {num_classes} classes is at most "
-                f"ln {num_classes} = {limit:.4f}; choose a smaller one"
+                f"threshold = {self.threshold} nats would select nothing: entropy over {num_classes} classes is at "
+                f"most ln {num_classes} = {limit:.4f}; choose a smaller one"
             )
 
     def __call__(self, entropy: Tensor, valid: Tensor | None = None) -> Sites:
@@ -47,6 +47,7 @@ class Selector:
             entropy: ``float [B, H, W]`` [nats].
             valid: ``bool [B, H, W]``; where false (padding) nothing is selected. ``None``: everywhere true.
         """
+        entropy = entropy.contiguous()
         mask = entropy > self.threshold if self.threshold is not None else torch.ones_like(entropy, dtype=torch.bool)
         if valid is not None:
             mask &= valid

@@ -48,7 +48,8 @@ def save_refiner(refiner: SparseRefiner, folder: str | Path, *, dtype: torch.dty
     with written_whole(folder / _WEIGHTS) as temporary:
         save_file(weights, temporary)
         stored = load_file(temporary)
-        if any(not torch.equal(stored[name], tensor) for name, tensor in weights.items()):
+        # Compared as bytes: NaN, which differs from itself, is stored as faithfully as any number.
+        if any(not torch.equal(_bytes(stored[name]), _bytes(tensor)) for name, tensor in weights.items()):
             raise OSError(f"{folder / _WEIGHTS}: what was written reads back differently; is the disk sound?")
     config = {
         "format_version": FORMAT_VERSION,
@@ -101,7 +102,7 @@ def load_refiner(
         raise ValueError(
             f"{weights}: missing, or not the file that {_CONFIG} was written with; store the refiner again"
         )
-    classes = Classes(tuple(config["classes"]), _tuples(config["palette"]))
+    classes = _parse(Classes, {"names": config["classes"], "palette": config["palette"]}, f"{where}: classes, palette")
     if base is None:
         base_config = _parse(BaseConfig, config["base"], f"{where}: base")
         if not base_config.name:
@@ -109,17 +110,23 @@ def load_refiner(
         base = load_base(base_config, len(classes), folder=folder, trust_base=trust_base)
     elif base.num_classes != len(classes):
         raise ValueError(f"{where}: {len(classes)} classes, the base given has {base.num_classes}")
-    refiner = SparseRefiner(
-        base,
-        selector=_parse(Selector, config["selector"], f"{where}: selector"),
-        extractor=_parse(ExtractorConfig, config["extractor"], f"{where}: extractor"),
-        ensembler=_parse(EnsemblerConfig, config["ensembler"], f"{where}: ensembler"),
-        classes=classes,
-        upsampling=config["upsampling"],
-        mean=_tuples(config["mean"]),
-        std=_tuples(config["std"]),
-        engine=engine,
-    )
+    selector = _parse(Selector, config["selector"], f"{where}: selector")
+    extractor = _parse(ExtractorConfig, config["extractor"], f"{where}: extractor")
+    ensembler = _parse(EnsemblerConfig, config["ensembler"], f"{where}: ensembler")
+    try:
+        refiner = SparseRefiner(
+            base,
+            selector=selector,
+            extractor=extractor,
+            ensembler=ensembler,
+            classes=classes,
+            upsampling=config["upsampling"],
+            mean=_tuples(config["mean"]),
+            std=_tuples(config["std"]),
+            engine=engine,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
     try:
         missing, unexpected = refiner.load_state_dict(load_file(weights), strict=False)
     except (SafetensorError, RuntimeError) as error:
@@ -161,8 +168,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _parse(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def _parse(cls: type[T], values: Any, where: str) -> T:
     """A dataclass from JSON values; errors name the key and the file."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: {values!r}, expected an object")
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     if set(values) - known:
         raise ValueError(f"{where}: unknown key {sorted(set(values) - known)[0]!r}, expected {sorted(known)}")
@@ -174,6 +183,10 @@ def _parse(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _digest(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -108,21 +109,31 @@ def train(config: Config, *, resume: bool = False) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with written_whole(out / "config.json") as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
-    # Lightning advertises and warns about loader workers; neither helps who runs this.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it advertises
     trainer = L.Trainer(
         max_epochs=c.steps // steps_per_epoch,
         accelerator=c.device if c.device != "cuda" else "gpu",
         devices=1,
         precision=c.precision,
         gradient_clip_val=1.0,
-        callbacks=[ModelCheckpoint(dirpath=out, save_last=True, save_top_k=0)],
+        callbacks=[
+            ModelCheckpoint(out, "last", save_on_train_epoch_end=True, enable_version_counter=False),
+        ],
         logger=False,
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
     module = RefinerModule(refiner, config)
-    trainer.fit(module, loader, val_loader, ckpt_path=checkpoint if resume else None, weights_only=True)
+    with warnings.catch_warnings():
+        # The base is meant to stay in evaluation mode, `out` was checked above, and loader workers are the user's choice.
+        for message in (
+            ".*in eval mode.*",
+            ".*exists and is not empty.*",
+            ".*does not have many workers.*",
+            ".*LeafSpec.*",
+        ):
+            warnings.filterwarnings("ignore", message)
+        trainer.fit(module, loader, val_loader, ckpt_path=checkpoint if resume else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     refiner.save_pretrained(out / "last")

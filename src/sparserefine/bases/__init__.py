@@ -41,9 +41,11 @@ def load_base(
         module, _, name = rest.partition(":")
         try:
             factory = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"base {config.name}: {error}; expected 'python:<module>:<callable returning a model>'"
             ) from error
+        if not callable(factory):
+            raise ValueError(f"base {config.name}: is {type(factory).__name__}, expected a callable returning a model")
         return FrozenBase(factory(), num_classes, config)
     raise ValueError(f"base {config.name!r} is not known; expected one of {', '.join(BASE_NAMES)}")

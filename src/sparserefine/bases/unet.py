@@ -83,6 +83,9 @@ def load_unet(path: str | Path) -> UNet:
         raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
     if header is None:
         raise ValueError(f"{path}: no 'unet' header; expected a file written by sparserefine.bases.unet.save_unet")
-    model = UNet(**json.loads(header))
-    model.load_state_dict(load_file(path))
+    try:
+        model = UNet(**json.loads(header))
+        model.load_state_dict(load_file(path))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: header and weights do not make a U-Net ({error})") from error
     return model.eval()

@@ -25,16 +25,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A list of samples that share their classes."""
+    """A list of samples that share their classes.
+
+    Attributes:
+        samples: images and labels.
+        classes: at most 255, since 255 marks ignored pixels.
+        black_white: labels are masks of 0 and 255, as image editors write them: 255 is class 1, and nothing is ignored.
+    """
 
     samples: tuple[Sample, ...]
     classes: Classes
+    black_white: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image ``uint8 [3, H, W]`` and label ``uint8 [H, W]`` (``int16`` above 255 classes), ignored pixels 255.
+        """Image ``uint8 [3, H, W]`` and label ``uint8 [H, W]``, ignored pixels 255.
 
         Raises:
             ImageError: a file cannot be read.
@@ -47,8 +54,8 @@ class Dataset:
                 f"{sample.label}: label is {tuple(label.shape)} pixels, image {sample.image.name} "
                 f"{tuple(image.shape[1:])}; they must be equal"
             )
-        if len(self.classes) == 2 and not self.classes.ignore and bool(((label == 0) | (label == 255)).all()):
-            label = label.clamp(max=1)  # black-and-white masks as image editors write them
+        if self.black_white:
+            label = torch.where(label == 255, 1, label)
         for value in self.classes.ignore:
             label[label == value] = IGNORE
         unknown = label[(label != IGNORE) & (label >= len(self.classes))]
@@ -57,7 +64,7 @@ class Dataset:
                 f"{sample.label}: {unknown.numel()} pixels have label {int(unknown[0])}, expected "
                 f"0..{len(self.classes) - 1} or {IGNORE} (ignored); list further values under data.ignore"
             )
-        return image, label.to(torch.uint8 if len(self.classes) <= 255 else torch.int16)
+        return image, label.to(torch.uint8)
 
 
 HRF_CLASSES = Classes(("background", "vessel"), ((0, 0, 0), (0, 230, 110)))
@@ -80,10 +87,10 @@ def hrf(root: str | Path, split: str) -> Dataset:
         subjects |= {f"{subject:02d}" for subject in range(first, last + 1)}
     labels = _existing(root, "labels", "manual1")
     samples = [s for s in _pairs(_existing(root, "images"), labels) if s.name[:2] in subjects]
-    return _checked(samples, HRF_CLASSES, root, split)
+    return _checked(samples, HRF_CLASSES, root, split, labels.name == "manual1")
 
 
-def folder(root: str | Path, split: str = "", *, ignore: Sequence[int] = ()) -> Dataset:
+def folder(root: str | Path, split: str = "", *, ignore: Sequence[int] = (), black_white: bool = False) -> Dataset:
     """A generic dataset: ``images/``, ``labels/`` (same stems) and ``classes.txt``, a class a line.
 
     A line is ``name`` or ``name R G B``. A file pairs with the label of the same path and stem.
@@ -93,6 +100,7 @@ def folder(root: str | Path, split: str = "", *, ignore: Sequence[int] = ()) -> 
         split: a subfolder of both ``images/`` and ``labels/``, or the stem of a text file in ``root`` that lists stems
             (``train.txt``); empty: everything.
         ignore: label values that are no class, besides 255.
+        black_white: masks of 0 and 255 instead of class indices.
     """
     root = Path(root)
     classes = read_classes(root / "classes.txt", ignore)
@@ -109,7 +117,7 @@ def folder(root: str | Path, split: str = "", *, ignore: Sequence[int] = ()) -> 
         raise ValueError(f"split {split!r}: neither a folder {images / split} nor a list {root / split}.txt")
     else:
         samples = _pairs(images, labels)
-    return _checked(samples, classes, root, split)
+    return _checked(samples, classes, root, split, black_white)
 
 
 def _existing(root: Path, *names: str) -> Path:
@@ -139,7 +147,11 @@ def _stem(file: Path, root: Path) -> str:
     return file.relative_to(root).with_suffix("").as_posix()
 
 
-def _checked(samples: list[Sample], classes: Classes, root: Path, split: str) -> Dataset:
+def _checked(samples: list[Sample], classes: Classes, root: Path, split: str, black_white: bool) -> Dataset:
     if not samples:
         raise ValueError(f"{root}: no image in split {split!r}")
-    return Dataset(tuple(samples), classes)
+    if len(classes) > IGNORE:
+        raise ValueError(f"{root}: {len(classes)} classes, expected at most {IGNORE}: {IGNORE} marks ignored pixels")
+    if black_white and len(classes) != 2:
+        raise ValueError(f"{root}: black and white masks of {len(classes)} classes, expected 2")
+    return Dataset(tuple(samples), classes, black_white)

@@ -127,6 +127,8 @@ def write_png(path: str | Path, pixels: Tensor, palette: list[tuple[int, int, in
         if palette:
             image.putpalette([channel for colour in palette for channel in colour])
     else:
+        if array.size and (array.min() < 0 or array.max() > 65535):
+            raise ValueError(f"{path}: labels {array.min()}..{array.max()}, a PNG holds 0..65535")
         image = Image.fromarray(array.astype(np.uint16))
     with written_whole(path) as temporary:
         image.save(temporary, format="PNG")

@@ -29,7 +29,7 @@ def conv(x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
         raise ValueError(f"features are {tuple(x.shape)}, the stencil reads [{stencil.num_inputs}, C_in]")
     if weight.dim() != 3 or weight.shape[0] != stencil.taps or weight.shape[1] != x.shape[1]:
         raise ValueError(
-            f"weight is {tuple(weight.shape)}, expected [{stencil.taps}, {x.shape[1]}, C_out] for these features and taps"
+            f"weight is {tuple(weight.shape)}, expected [{stencil.taps}, {x.shape[1]}, C_out] for these features"
         )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -47,7 +47,7 @@ class Stencil:
         mirrored: ``reverse`` lists the taps in opposite order; true for the submanifold stencil, which is its own
             transpose but for that.
         engine: what executes convolutions with this stencil.
-        single: ``int32 [N_out]`` where every output has exactly one tap t of one input i: ``T i + t``; ``None``: not so.
+        single: ``int32 [N_out]``: ``T i + t`` where each output reads just one input i, by tap t; ``None`` elsewhere.
         reverse_single: the same of the transposed relation.
     """
 

@@ -121,9 +121,9 @@ def _(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
 
 @torch.library.custom_op("sparserefine::gemm_gather", mutates_args=())
 def gemm_gather(x: Tensor, weight: Tensor, single: Tensor, table: Tensor, reverse: Tensor) -> Tensor:
-    """:func:`gather_gemm` where every output has one tap: all T products of each input, of which each output takes one.
+    """:func:`gather_gemm` where each output reads one input: all T products of each input, and each output takes one.
 
-    Gathering first would multiply T - 1 zero rows per output. ``table`` and ``reverse`` serve the gradient, see Stencil.
+    Gathering first would multiply T - 1 zero rows an output. ``table`` and ``reverse`` serve the gradient, see Stencil.
     """
     taps, c_in, c_out = weight.shape
     products = x @ weight.transpose(0, 1).reshape(c_in, taps * c_out)
