@@ -197,7 +197,8 @@ def test_macs_against_a_hand_count(down: str, taps: int, cells: int) -> None:
     net = SparseUNet(3, K, (2, 3), blocks=1, down=down)
     stem, head = 25 * 9 * 3 * 2, 25 * 2 * K
     descend = 25 * (9 * 2 * 2) * 2 + cells * (9 * 3 * 3) * 2
-    between = cells * taps * 2 * 3 + 25 * taps * 3 * 2
+    # Up: of 3x3 each site multiplies all taps; of 2x2 each cell makes its four children.
+    between = cells * taps * 2 * 3 + (25 if down == "paper" else cells) * taps * 3 * 2
     ascend = 25 * (9 * 4 * 2 + 9 * 2 * 2 + 4 * 2)  # two convolutions and the shortcut, 2 + 2 channels in
     assert net.macs(plan_of(net, mask_of("all", (5, 5)))) == stem + descend + between + ascend + head
     assert net.macs(plan_of(net, mask_of("none", (5, 5)))) == 0

@@ -21,6 +21,8 @@ from sparserefine.refiner import Refinement, SparseRefiner
 from sparserefine.uncertainty import entropy_limit
 
 ASSETS = Path(__file__).parent / "assets" / "demo"
+IMAGE = "01_h"
+"""The embedded photograph: HRF 01_h (Budai et al. 2013, CC BY 4.0), of the test part."""
 BOUNDARY_PX = 3
 """Band of boundary IoU here: vessels are thinner than the published 2 % of the diagonal."""
 _LONGEST, _CROP, _ZOOM = 1600, 256, 2  # pictures [px]
@@ -53,7 +55,7 @@ def demo(out: str | Path, *, device: torch.device, repeats: int = 3) -> str:
     out = Path(out)
     refiner = SparseRefiner.from_pretrained(demo_refiner_folder()).to(device)
     dense = dense_peer(refiner).to(device)
-    image, truth = read_image(ASSETS / "01_h.webp"), read_label(ASSETS / "01_h.png")
+    image, truth = read_image(ASSETS / f"{IMAGE}.webp"), read_label(ASSETS / f"{IMAGE}.png")
 
     kept: list[tuple[Refinement, dict[str, Tensor]]] = []
     with tqdm(desc="demo", total=6, bar_format="{desc:24} {bar} {n_fmt}/{total_fmt} [{elapsed}]") as bar:
@@ -78,7 +80,7 @@ def demo(out: str | Path, *, device: torch.device, repeats: int = 3) -> str:
             write_png(out / f"{name}.png", picture)
         progress("done")
     report = {
-        "image": f"HRF 01_h, {image.shape[2]}x{image.shape[1]}, Budai et al. 2013, CC BY 4.0",
+        "image": f"HRF {IMAGE}, {image.shape[2]}x{image.shape[1]}, Budai et al. 2013, CC BY 4.0",
         "density": result.density,
         "errors_selected": result.errors_selected,
         "selector": result.selector,
@@ -142,7 +144,7 @@ def _text(result: Evaluation, image: Tensor, device: torch.device, out: Path, pi
     return "\n".join(
         [
             "",
-            f"HRF 01_h (Budai et al. 2013, CC BY 4.0), {image.shape[2]}x{image.shape[1]} pixels, on {device}, "
+            f"HRF {IMAGE} (Budai et al. 2013, CC BY 4.0), {image.shape[2]}x{image.shape[1]} pixels, on {device}, "
             f"{torch.get_num_threads()} threads; Dice, IoU and boundary IoU ({BOUNDARY_PX} px) are the vessels'",
             "",
             result.table(),

@@ -114,7 +114,10 @@ class SparseUNet(nn.Module):
             total += sum(_rows(module, n) for module in self.descend[depth].modules())
             if level.down is not None:
                 total += sum(_rows(module, n) for module in self.ascend[depth].modules())
-                total += _rows(self.down_convs[depth], level.down.num_outputs) + _rows(self.up_convs[depth], n)
+                coarser = level.down.num_outputs
+                total += _rows(self.down_convs[depth], coarser)
+                # `cell`: every site has one parent, so only the parents are multiplied; see torch_engine.gemm_gather.
+                total += _rows(self.up_convs[depth], n if self.spec.down == "paper" else coarser)
         return total
 
 

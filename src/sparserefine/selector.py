@@ -59,14 +59,16 @@ class Selector:
 
 def _keep_most_uncertain(entropy: Tensor, mask: Tensor, budget: int) -> None:
     """Clears all but ``budget`` entries of ``mask [H, W]`` in place; deterministic, unlike topk with ties."""
-    candidates = entropy[mask]
+    candidates = mask.view(-1).nonzero()[:, 0]
     excess = len(candidates) - budget
     if excess <= 0:
         return
+    mask.fill_(False)
     if budget == 0:
-        mask.fill_(False)
         return
-    cut = candidates.kthvalue(excess + 1).values
-    ties = (mask & (entropy == cut)).view(-1).nonzero()[:, 0]
-    mask &= entropy > cut
-    mask.view(-1)[ties[: budget - int(mask.sum())]] = True
+    values = entropy.reshape(-1)[candidates]
+    cut = values.kthvalue(excess + 1).values
+    above = values > cut
+    ties = (values == cut).nonzero()[: budget - int(above.sum()), 0]
+    above[ties] = True
+    mask.view(-1)[candidates[above]] = True

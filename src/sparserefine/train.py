@@ -125,7 +125,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     )
     module = RefinerModule(refiner, config)
     with warnings.catch_warnings():
-        # The base is meant to stay in evaluation mode, `out` was checked above, and loader workers are the user's choice.
+        # The base is meant to stay in evaluation mode, `out` was checked above, loader workers are the user's choice.
         for message in (
             ".*in eval mode.*",
             ".*exists and is not empty.*",

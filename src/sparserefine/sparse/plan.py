@@ -104,7 +104,7 @@ class Plan:
 def build_plan(sites: Sites, spec: PlanSpec, engine: Engine) -> Plan:
     """The reference geometry, on any device: index images, no hash map.
 
-    A padded int32 image holds each active cell's row, so that a neighbour costs one read (DESIGN: "an image is a grid").
+    An image is a grid: a padded int32 image holds each active cell's row, so that a neighbour costs one read.
     """
     levels: list[Level] = []
     index = _index_image(sites)

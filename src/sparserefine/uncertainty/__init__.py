@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,7 @@ def sample(
     bounds = torch.searchsorted(
         coords[:, 0].contiguous(), torch.arange(len(logits) + 1, dtype=coords.dtype, device=coords.device)
     ).tolist()
-    for b, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for b, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
         rows, columns = taps_of(logits[b], size, how, windows[b] if windows else None)
