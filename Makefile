@@ -7,16 +7,16 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS)
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-gpu lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/sparserefine demo --out demo/
 
 test: lint
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
+	$(VENV)/bin/python -m pytest -m "not gpu"
 
-test-slow: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -m slow
+test-gpu: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m gpu
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check src tests examples

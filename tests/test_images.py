@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -409,7 +410,7 @@ def streets(tmp_path: Path) -> Path:
 
 def test_folder_and_its_splits(streets: Path) -> None:
     assert names(folder(streets)) == ["train/a", "train/city/b.left", "val/c"]
-    assert names(folder(streets, "train")) == ["a", "city/b.left"]
+    assert names(folder(streets, "train")) == ["train/a", "train/city/b.left"]
     (streets / "few.txt").write_text("val/c\ntrain/a\n")
     assert names(folder(streets, "few")) == ["train/a", "val/c"]
     image, label = folder(streets, "val").read(0)
@@ -422,7 +423,7 @@ def test_folder_ignores_other_files(streets: Path) -> None:
     (streets / "images" / "train" / "notes.md").touch()
     (streets / "labels" / "train" / "Thumbs.db").touch()
     make_pair(streets / "elsewhere", streets / "labels", "train/no_image")
-    assert names(folder(streets, "train")) == ["a", "city/b.left"]
+    assert names(folder(streets, "train")) == ["train/a", "train/city/b.left"]
 
 
 def test_folder_without_what_it_needs(streets: Path) -> None:
@@ -473,7 +474,9 @@ def two_classes(path: Path, values: list[int]) -> Dataset:
 
 
 def test_black_and_white_masks_are_two_classes(tmp_path: Path) -> None:
-    assert two_classes(tmp_path, [0, 255, 255, 0]).read(0)[1].tolist() == [[0, 1, 1, 0]]
+    dataset = two_classes(tmp_path, [0, 255, 255, 0])
+    assert dataset.read(0)[1].tolist() == [[0, 255, 255, 0]]  # ignored, unless said otherwise
+    assert replace(dataset, black_white=True).read(0)[1].tolist() == [[0, 1, 1, 0]]
 
 
 @pytest.mark.parametrize("values", [[1, 255, 1], [0, 1, 255]], ids=str)
@@ -482,12 +485,10 @@ def test_255_beside_a_1_is_ignored(values: list[int], tmp_path: Path) -> None:
 
 
 def test_more_than_255_classes(tmp_path: Path) -> None:
-    label = np.array([[0, 254, 299, 255]], dtype=np.uint16)
-    make_pair(tmp_path / "images", tmp_path / "labels", "a", label)
-    dataset = Dataset((Sample("a", tmp_path / "images/a.png", tmp_path / "labels/a.png"),), Classes.numbered(300))
-    found = dataset.read(0)[1]
-    assert found.dtype == torch.int16
-    assert found.tolist() == label.tolist()
+    make_pair(tmp_path / "images", tmp_path / "labels", "a", np.zeros((1, 4), dtype=np.uint8))
+    (tmp_path / "classes.txt").write_text("".join(f"class {k}\n" for k in range(256)))
+    with pytest.raises(ValueError, match="256 classes, expected at most 255"):
+        folder(tmp_path)
 
 
 # ---- classes
@@ -530,3 +531,13 @@ def test_as_many_colours_as_names() -> None:
 
 def test_colours_of_the_wheel_differ() -> None:
     assert len({wheel(index) for index in range(256)}) == 256
+
+
+def test_equal_stems_of_two_splits_are_two_samples(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (tmp_path / kind / split).mkdir(parents=True)
+            Image.new("L", (4, 4)).save(tmp_path / kind / split / "1.png")
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    names = [folder(tmp_path, split).samples[0].name for split in ("train", "val")]
+    assert names == ["train/1", "val/1"]

@@ -107,10 +107,10 @@ def project(tmp_path, monkeypatch):
 
 def test_logits_train_evaluate_predict(project, capsys):
     assert main(["logits", "config.yaml"]) == 0
-    assert "4 stored" in capsys.readouterr().out
+    assert "3 stored" in capsys.readouterr().out
     (project / "logits" / "2.safetensors").unlink()
     assert main(["logits", "config.yaml"]) == 0  # resumes
-    assert "1 stored in logits, 3 were there" in capsys.readouterr().out
+    assert "1 stored in logits, 2 were there" in capsys.readouterr().out
 
     assert main(["train", "config.yaml"]) == 0
     log = [json.loads(line) for line in (project / "run" / "log.jsonl").read_text().splitlines()]
@@ -169,6 +169,8 @@ def test_resumed_run_equals_an_uninterrupted_one(project, monkeypatch):
         main(["train", "config.yaml", *live, "--training.steps", "6", "--out", "halves"])
     monkeypatch.setattr(RefinerModule, "training_step", original)
     assert not (project / "halves" / "last").exists()
+    other = ["--training.lr", "0.5", "--training.steps", "6", "--out", "halves", "--resume"]
+    assert main(["train", "config.yaml", *live, *other]) == 1  # neither this run nor another
     assert main(["train", "config.yaml", *live, "--training.steps", "6", "--out", "halves", "--resume"]) == 0
     whole, halves = (load_file(project / name / "last" / "model.safetensors") for name in ("whole", "halves"))
     for name, tensor in whole.items():
@@ -191,8 +193,8 @@ def test_crossfit_takes_each_image_from_its_own_base(project):
     config["logits"]["crossfit"] = fold
     (project / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["logits", "config.yaml"]) == 0
-    bases = {name: StoredLogits(project / "logits").base_of(name) for name in "0123"}
-    assert bases["0"] == bases["1"] != bases["2"] == bases["3"]
+    bases = {name: StoredLogits(project / "logits").base_of(name) for name in "012"}
+    assert bases["0"] == bases["1"] != bases["2"]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +210,10 @@ def test_crossfit_takes_each_image_from_its_own_base(project):
         (["--base.name", "resnet:x"], "unet:<file>"),
         (["--base.name", "unet:none.safetensors"], "none.safetensors"),
         (["--data.root", "nowhere"], "nowhere"),
+        (["--data.val", ""], "data.val"),
+        (["--boundary_px", "0"], "boundary_px"),
+        (["--preset", "slim16"], "preset"),
+        (["--upsampling", "nearest", "--logits.source", "live"], "base.size"),
     ],
 )
 def test_wrong_configuration_is_named(project, capsys, arguments, named):
@@ -215,7 +221,7 @@ def test_wrong_configuration_is_named(project, capsys, arguments, named):
     captured = capsys.readouterr()
     assert named in captured.err
     assert "Traceback" not in captured.err
-    assert not (project / "run").exists()
+    assert not (project / "run" / "best").exists()
 
 
 def test_unknown_key_in_the_file_is_named(project, capsys):
@@ -231,3 +237,48 @@ def test_loss_is_finite_without_sites(project):
     assert main(["train", "config.yaml", "--logits.source", "live", *high]) == 0
     line = json.loads((project / "run" / "log.jsonl").read_text())
     assert line["val_refined"] == line["val_coarse"]
+
+
+def test_run_that_died_early_can_be_started_again(project, monkeypatch):
+    """Before its first checkpoint a run leaves nothing to resume, so nothing stands in the way of a new one."""
+    from sparserefine.training.module import RefinerModule
+
+    def dying(self, batch, index):
+        raise RuntimeError("out of memory")
+
+    short = ["train", "config.yaml", "--logits.source", "live", "--training.steps", "2", "--training.val_every", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RefinerModule, "training_step", dying)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            main(short)
+    assert main(short) == 0
+
+
+def test_preset_by_name(project):
+    """`preset: slim16` in the file, and no extractor."""
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    del config["extractor"]
+    config["preset"] = "slim16"
+    config["training"].update(steps=1, val_every=1)
+    config["logits"] = {"source": "live"}
+    (project / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", "config.yaml"]) == 0
+    stored = json.loads((project / "run" / "best" / "config.json").read_text())
+    assert stored["extractor"]["planes"] == [16, 32, 64, 128, 256]
+
+
+def test_refiner_folder_works_anywhere(project, monkeypatch, tmp_path_factory):
+    """The small base travels with the refiner; saving what was loaded keeps it."""
+    from sparserefine.refiner import SparseRefiner
+
+    short = ["--logits.source", "live", "--training.steps", "1", "--training.val_every", "1"]
+    assert main(["train", "config.yaml", *short]) == 0
+    first = SparseRefiner.from_pretrained(project / "run" / "best")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    first.save_pretrained("copy")
+    (project / "base.safetensors").unlink()
+    second = SparseRefiner.from_pretrained(elsewhere / "copy")
+    image = torch.randint(0, 256, (1, 3, 40, 44), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(first(image).logits(), second(image).logits())

@@ -1,6 +1,6 @@
 """Puts trained networks and one test photograph into the package, for ``sparserefine demo``.
 
-    python examples/hrf/export_demo.py --refiner runs/hrf/refiner4/best --base runs/hrf/base4/best.safetensors \
+    python examples/hrf/export_demo.py --refiner runs/hrf/refiner4/best \
         --dense runs/hrf/dense1/best.safetensors
 
 Weights are stored as float16; the photograph is copied as it is.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sparserefine import FrozenBase, SparseRefiner
+from sparserefine import SparseRefiner
 from sparserefine.bases.unet import load_unet, save_unet
 from sparserefine.demo import ASSETS, IMAGE, demo_refiner_folder
 
@@ -23,7 +23,6 @@ from sparserefine.demo import ASSETS, IMAGE, demo_refiner_folder
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--refiner", type=Path, required=True)
-    parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--dense", type=Path, required=True)
     parser.add_argument("--threshold", type=float, help="entropy in nats, not the stored")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/hrf"))
@@ -32,12 +31,7 @@ def main() -> None:
     refiner = SparseRefiner.from_pretrained(args.refiner)
     if args.threshold is not None:
         refiner.selector = replace(refiner.selector, threshold=args.threshold)
-    # Found in the refiner's own folder, wherever the package is installed.
-    config = replace(refiner.base.config, name="unet:base.safetensors")
-    refiner.base = FrozenBase(load_unet(args.base), len(refiner.classes), config)
-    folder = demo_refiner_folder()
-    refiner.save_pretrained(folder, dtype=torch.float16)
-    save_unet(load_unet(args.base), folder / "base.safetensors", dtype=torch.float16)
+    refiner.save_pretrained(demo_refiner_folder(), dtype=torch.float16)
     save_unet(load_unet(args.dense), ASSETS / "dense.safetensors", dtype=torch.float16)
     shutil.copyfile(args.data / "images" / f"{IMAGE}.webp", ASSETS / f"{IMAGE}.webp")
     shutil.copyfile(args.data / "labels" / f"{IMAGE}.png", ASSETS / f"{IMAGE}.png")

@@ -131,7 +131,10 @@ class FrozenBase(nn.Module):
         x = resize(image, self.input_size(*image.shape[-2:]))
         scale = 255.0 if image.dtype == torch.uint8 else 1.0
         mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.config.mean, self.config.std))
-        return self.checked(_tensor_of(self.model(((x / scale - mean) / std).contiguous()), self.label), len(image))
+        x = ((x / scale - mean) / std).contiguous()
+        if isinstance(self.model, nn.Module):  # a model in half precision takes its input so
+            x = x.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype))
+        return self.checked(_tensor_of(self.model(x), self.label), len(image))
 
     @property
     def label(self) -> str:
@@ -226,7 +229,10 @@ def count_macs(model: Callable[..., Any], shape: tuple[int, ...]) -> int | None:
         counter = FlopCounterMode(display=False)
         tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
         device = tensors[0].device if tensors else torch.device("cpu")
-        with torch.no_grad(), counter:
-            model(torch.zeros(shape, device=device))
+        try:
+            with torch.no_grad(), counter:
+                model(torch.zeros(shape, device=device))
+        except Exception:  # what cannot be counted is reported as unknown, and must not stop a prediction
+            return None
     flops = counter.get_total_flops()
     return flops // 2 if flops else None

@@ -48,10 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     parser = ArgumentParser(prog=f"sparserefine {name}", description=command.summary, exit_on_error=False)
     command.add_arguments(parser)
+    sys.path.insert(0, str(Path.cwd()))  # where `python:my_module:load` is looked for first, as `python -m` does
     try:
         return command.run(parser, parser.parse_args(_config_as_option(parser, rest)))
     except ArgumentError as error:
-        print(f"sparserefine {name}: {error}\n`sparserefine {name} --help` lists what is known", file=sys.stderr)
+        quotes = "\nin a YAML file, put it in quotes" if "Expected a <class 'str'>" in str(error) else ""
+        print(
+            f"sparserefine {name}: {error}{quotes}\n`sparserefine {name} --help` lists what is known", file=sys.stderr
+        )
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("sparserefine: interrupted", file=sys.stderr)
@@ -98,21 +102,6 @@ def _config(parser: ArgumentParser, arguments: Namespace) -> Config:
     return Config(**{name: values[name] for name in Config.__dataclass_fields__})
 
 
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {name}: not available here ({str(error).splitlines()[0]}); try auto or cpu"
-        ) from error
-    return device
-
-
 def _add_device(parser: ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
 
@@ -129,6 +118,7 @@ def _add_refiner(parser: ArgumentParser) -> None:
 
 def _refiner(arguments: Namespace, **options: Any) -> SparseRefiner:
     from sparserefine.demo import demo_refiner_folder
+    from sparserefine.device import device_named
     from sparserefine.refiner import SparseRefiner
     from sparserefine.selector import Selector
 
@@ -141,7 +131,7 @@ def _refiner(arguments: Namespace, **options: Any) -> SparseRefiner:
             stored.budget if arguments.budget is None else arguments.budget,
         )
         refiner.selector.check(len(refiner.classes))
-    return refiner.to(_device(arguments.device))
+    return refiner.to(device_named(arguments.device))
 
 
 def _add_logits(parser: ArgumentParser) -> None:
@@ -151,10 +141,11 @@ def _add_logits(parser: ArgumentParser) -> None:
 
 
 def _run_logits(parser: ArgumentParser, arguments: Namespace) -> int:
+    from sparserefine.device import device_named
     from sparserefine.logits import store_logits
 
     config = _config(parser, arguments)
-    report = store_logits(config, device=_device(arguments.device), overwrite=arguments.overwrite)
+    report = store_logits(config, device=device_named(arguments.device), overwrite=arguments.overwrite)
     print(f"{report.computed} stored in {config.logits.folder}, {report.present} were there")
     return 0
 
@@ -188,12 +179,16 @@ def _run_evaluate(parser: ArgumentParser, arguments: Namespace) -> int:
 
     from sparserefine.bases import load_base
     from sparserefine.data.images import written_whole
+    from sparserefine.device import device_named
     from sparserefine.evaluate import evaluate
 
-    config, device = _config(parser, arguments), _device(arguments.device)
+    config, device = _config(parser, arguments), device_named(arguments.device)
     data = config.data.read(getattr(config.data, arguments.split))
     classes = len(data.classes)
     refiner = _refiner(arguments, base=load_base(config.base, classes))
+    if refiner.selector != config.selector:
+        used = f"threshold {refiner.selector.threshold}, budget {refiner.selector.budget}"
+        print(f"selector: {used} (not the configuration's; --threshold and --budget choose)", file=sys.stderr)
     dense = None
     if arguments.dense:
         dense_config = replace(config.base, name=arguments.dense, ratio=arguments.dense_ratio, size=None)
@@ -234,8 +229,9 @@ def _add_demo(parser: ArgumentParser) -> None:
 
 def _run_demo(parser: ArgumentParser, arguments: Namespace) -> int:
     from sparserefine.demo import demo
+    from sparserefine.device import device_named
 
-    print(demo(arguments.out, device=_device(arguments.device)))
+    print(demo(arguments.out, device=device_named(arguments.device)))
     return 0
 
 

@@ -34,6 +34,11 @@ class DataConfig:
     ignore: tuple[int, ...] = ()
     black_white: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("train", "val", "test"):
+            if not getattr(self, name):
+                raise ValueError(f"data.{name} is empty; name a split of {self.root}")
+
     def read(self, split: str) -> Dataset:
         """The dataset of a split string (not of its name ``train``, ``val`` or ``test``)."""
         if self.name == "hrf":
@@ -107,6 +112,7 @@ class TrainingConfig:
         steps: optimiser steps.
         batch: crops a step.
         lr: peak learning rate.
+        clip: largest norm of the gradient; a larger one is scaled down to it.
         weight_decay: of weights; biases and normalisation are not decayed.
         warmup: share of the steps over which the rate rises linearly.
         dice: weight of a Dice loss on the refined prediction; 0: cross entropies only, as in the paper.
@@ -121,6 +127,7 @@ class TrainingConfig:
     steps: int = 10_000
     batch: int = 8
     lr: float = 3e-4
+    clip: float = 1.0
     weight_decay: float = 0.05
     warmup: float = 0.02
     dice: float = 0.0
@@ -132,7 +139,7 @@ class TrainingConfig:
     cache_gb: float = 4.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "lr", "val_every"):
+        for name in ("steps", "batch", "lr", "clip", "val_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"training.{name} = {getattr(self, name)}, expected more than 0")
         for name in ("weight_decay", "warmup", "dice", "workers", "cache_gb"):
@@ -149,7 +156,8 @@ class Config:
         base: the frozen model.
         out: folder of the trained refiner: ``best/``, ``last/``, ``last.ckpt``, ``log.jsonl``.
         selector: threshold and budget.
-        extractor: the sparse network; ``preset`` names one of the presets instead.
+        extractor: the sparse network.
+        preset: a named extractor instead: ``paper``, ``slim`` or ``slim16``.
         ensembler: the blend.
         upsampling: of the coarse logits, ``bilinear`` or ``nearest``.
         logits: where coarse logits come from in training.
@@ -163,9 +171,23 @@ class Config:
     out: str
     selector: Selector = Selector(threshold=0.3)
     extractor: ExtractorConfig = PRESETS["slim"]
+    preset: Literal["paper", "slim", "slim16"] | None = None
     ensembler: EnsemblerConfig = EnsemblerConfig()
     upsampling: Literal["bilinear", "nearest"] = "bilinear"
     logits: LogitsConfig = LogitsConfig()
     augment: AugmentConfig = AugmentConfig()
     training: TrainingConfig = TrainingConfig()
     boundary_px: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError("out is empty, expected a folder for the trained refiner")
+        if self.preset is not None and self.extractor not in (PRESETS["slim"], PRESETS[self.preset]):
+            raise ValueError(f"preset = {self.preset!r} and an extractor of its own shape: give one of them")
+        if self.boundary_px is not None and self.boundary_px < 1:
+            raise ValueError(f"boundary_px = {self.boundary_px}, expected at least 1, or null")
+
+    @property
+    def network(self) -> ExtractorConfig:
+        """The extractor's shape, by ``preset`` or by ``extractor``."""
+        return self.extractor if self.preset is None else PRESETS[self.preset]

@@ -20,27 +20,47 @@ from sparserefine.training.metrics import accuracy, boundary_counts, confusion, 
 
 
 @dataclass
+class Scores:
+    """Confusion and boundary counts of some pixels, accumulated over images."""
+
+    matrix: Tensor
+    boundary: Tensor
+
+    @classmethod
+    def of(cls, classes: int) -> Scores:
+        """Nothing counted yet."""
+        return cls(torch.zeros(classes, classes, dtype=torch.int64), torch.zeros(2, classes, dtype=torch.int64))
+
+    def figures(self, classes: Classes) -> dict[str, Any]:
+        """The scores by name; dataset-wide."""
+        per_class = iou(self.matrix)
+        return {
+            "dice": foreground(dice(self.matrix)),
+            "iou": foreground(per_class),
+            "boundary_iou": foreground(self.boundary[0].double() / self.boundary[1].double()),
+            "miou": float(per_class.nanmean()),
+            "accuracy": accuracy(self.matrix),
+            "class_iou": dict(zip(classes.names, per_class.tolist(), strict=True)),
+        }
+
+
+@dataclass
 class Row:
     """Scores and costs of one way of predicting, accumulated over images."""
 
-    classes: int
-    matrix: Tensor = field(init=False)
-    at_sites: Tensor = field(init=False)
-    boundary: Tensor = field(init=False)
+    everywhere: Scores
+    at_sites: Scores
     ms: list[float] = field(default_factory=list)
     macs: list[int | None] = field(default_factory=list)
     peak_mb: list[float] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.matrix = torch.zeros(self.classes, self.classes, dtype=torch.int64)
-        self.at_sites = torch.zeros_like(self.matrix)
-        self.boundary = torch.zeros(2, self.classes, dtype=torch.int64)
-
     def score(self, labels: Tensor, truth: Tensor, sites: Tensor, boundary_px: int | None) -> None:
-        """Adds one image: ``labels`` and ``truth`` ``[H, W]``, flat positions of the ``sites``."""
-        self.matrix += confusion(labels, truth, self.classes)
-        self.at_sites += confusion(labels.flatten()[sites], truth.flatten()[sites], self.classes)
-        self.boundary += boundary_counts(labels, truth, self.classes, boundary_px)
+        """Adds one image: ``labels`` and ``truth`` ``[H, W]``, ``sites`` ``bool [H, W]``."""
+        k = len(self.everywhere.matrix)
+        self.everywhere.matrix += confusion(labels, truth, k)
+        self.everywhere.boundary += boundary_counts(labels, truth, k, boundary_px)
+        self.at_sites.matrix += confusion(labels[sites], truth[sites], k)
+        self.at_sites.boundary += boundary_counts(labels, truth, k, boundary_px, where=sites)
 
     def cost(self, ms: float, macs: int | None, peak_mb: float) -> None:
         """Adds one image's cost."""
@@ -50,18 +70,9 @@ class Row:
 
     def summary(self, classes: Classes) -> dict[str, Any]:
         """The figures, for tables and JSON; ``ms`` and ``gmacs`` are of one image (median, mean)."""
-        per_class = iou(self.matrix)
-        counted = [m for m in self.macs if m is not None]
-        figures: dict[str, Any] = {
-            "dice": foreground(dice(self.matrix)),
-            "iou": foreground(per_class),
-            "boundary_iou": foreground(self.boundary[0].double() / self.boundary[1].double()),
-            "miou": float(per_class.nanmean()),
-            "accuracy": accuracy(self.matrix),
-            "class_iou": dict(zip(classes.names, per_class.tolist(), strict=True)),
-            "at_sites": {"dice": foreground(dice(self.at_sites)), "miou": float(iou(self.at_sites).nanmean())},
-        }
+        figures = {**self.everywhere.figures(classes), "at_sites": self.at_sites.figures(classes)}
         if self.ms:
+            counted = [m for m in self.macs if m is not None]
             figures["ms"] = statistics.median(self.ms)
             figures["gmacs"] = sum(counted) / len(counted) / 1e9 if counted else None
             figures["peak_mb"] = max(self.peak_mb)
@@ -112,6 +123,10 @@ class Evaluation:
         return "\n".join(lines)
 
 
+def _scores(figures: dict[str, Any]) -> str:
+    return " ".join(_cell(figures[key], 6, 4) for key in ("dice", "iou", "boundary_iou", "miou", "accuracy"))
+
+
 def _cell(value: float | None, width: int, digits: int) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
@@ -144,7 +159,8 @@ def evaluate(
     tell = progress or (lambda stage: None)
     device = next(refiner.parameters()).device
     k = refiner.base.num_classes
-    rows = {name: Row(k) for name in ("coarse", "sparse", "refined", "oracle", *(["dense"] if dense else []))}
+    names = ("coarse", "sparse", "refined", "oracle", *(("dense",) if dense else ()))
+    rows = {name: Row(Scores.of(k), Scores.of(k)) for name in names}
     densities: list[float] = []
     stages: dict[str, list[float]] = {}
     wrong = selected = count = 0
@@ -188,7 +204,7 @@ def evaluate(
         labels["oracle"] = result.with_sites(answered)
         maps = {name: labels[name][0] for name in rows}
         for name, row in rows.items():
-            row.score(maps[name].cpu(), truth.cpu(), sites.cpu(), boundary_px)
+            row.score(maps[name].cpu(), truth.cpu(), result.sites.mask()[0].cpu(), boundary_px)
 
         errors = (maps["coarse"] != truth) & (truth != IGNORE)
         wrong += int(errors.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from sparserefine.base import FrozenBase
 from sparserefine.bases import load_base
 from sparserefine.config import Config
 from sparserefine.data.datasets import Dataset
-from sparserefine.data.stored_logits import StoredLogits, dequantised
+from sparserefine.data.stored_logits import LiveSplit, StoredLogits, StoredSplit, quantised
 
 
 @dataclass(frozen=True)
@@ -62,31 +63,21 @@ class CoarseLogits:
         logits = self.base(self.data.samples[index].name)(image[None].to(self.device))
         return logits[0].cpu(), (image.shape[1], image.shape[2])
 
-    def stored(self, index: int, image_size: tuple[int, int]) -> Tensor:
-        """``float32 [K, h, w]`` from ``logits.folder``; refused if another base made them."""
-        name = self.data.samples[index].name
-        half = StoredLogits(self.config.logits.folder).read(name, base=self.identity(name), image_size=image_size)
-        return half.float()
+    def stored(self) -> StoredSplit:
+        """All of them, to be read from ``logits.folder``; refused if another base made them."""
+        names = tuple(sample.name for sample in self.data.samples)
+        split = StoredSplit(Path(self.config.logits.folder), names, tuple(map(self.identity, names)))
+        split.check()
+        return split
 
-    def live(self) -> LiveLogits:
+    def live(self) -> LiveSplit:
         """All of them, computed now and kept in memory."""
         steps = tqdm(range(len(self.data)), desc="coarse logits", unit="image", delay=2)
-        return LiveLogits([self.compute(index)[0].half() for index in steps])
-
-
-@dataclass(frozen=True)
-class LiveLogits:
-    """Coarse logits in memory, in the precision of stored ones."""
-
-    items: list[Tensor]
-
-    def __call__(self, index: int, image_size: tuple[int, int]) -> Tensor:
-        """``float32 [K, h, w]`` of image ``index``."""
-        return dequantised(self.items[index])
+        return LiveSplit([quantised(self.compute(index)[0]) for index in steps])
 
 
 def store_logits(config: Config, *, device: torch.device, overwrite: bool = False) -> LogitsReport:
-    """Stores the coarse logits of all splits; goes on where an interrupted run stopped.
+    """Stores the coarse logits of the training and validation split; goes on where an interrupted run stopped.
 
     Raises:
         ValueError: no ``logits.folder``, or it holds logits of another base and ``overwrite`` is false.
@@ -95,8 +86,8 @@ def store_logits(config: Config, *, device: torch.device, overwrite: bool = Fals
         raise ValueError("logits.folder is empty; say where to store them")
     store = StoredLogits(config.logits.folder)
     computed = present = 0
-    for split in dict.fromkeys((config.data.train, config.data.val, config.data.test)):
-        data = config.data.read(split)
+    splits = {split: config.data.read(split) for split in (config.data.train, config.data.val)}
+    for split, data in splits.items():
         source = CoarseLogits(config, data, device)
         for index, sample in enumerate(tqdm(data.samples, desc=f"logits of {split}", unit="image")):
             there, wanted = store.base_of(sample.name), source.identity(sample.name)

@@ -145,6 +145,9 @@ class SparseRefiner(nn.Module):
                 raise ValueError(f"{len(coarse)} coarse logits, expected {batch}, one for each image")
             for item in coarse:
                 self.base.checked(item[None], 1)
+        if windows is not None and self.upsampling == "nearest" and self.base.config.size is None:
+            # The grid of the base's input follows from the size of the whole image, which a window does not tell.
+            raise ValueError("upsampling 'nearest' on crops needs a fixed base.size, not a base.ratio; give base.size")
         if windows is not None and len(windows) != batch:
             raise ValueError(f"{len(windows)} windows, expected {batch}, one for each image")
         wanted = (batch, *image.shape[2:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sparserefine.base import BaseConfig, FrozenBase
 from sparserefine.bases import load_base
+from sparserefine.bases.unet import UNet, save_unet
 from sparserefine.classes import Classes
 from sparserefine.data.images import written_whole
 from sparserefine.ensembler import EnsemblerConfig
@@ -23,16 +24,17 @@ from sparserefine.refiner import SparseRefiner
 from sparserefine.selector import Selector
 
 FORMAT_VERSION = 1
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_CONFIG, _WEIGHTS, _BASE = "config.json", "model.safetensors", "base.safetensors"
 
 T = TypeVar("T")
 
 
 def save_refiner(refiner: SparseRefiner, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Writes extractor, ensembler and configuration; the base is named, not copied.
+    """Writes extractor, ensembler and configuration.
 
-    Each file appears under its name only when it is whole. ``config.json`` comes last and holds the digest of the
-    weights, so a folder whose writing was interrupted is recognised.
+    A base that is a :class:`UNet` is written beside them, so that the folder works anywhere; any other is named, not
+    copied. Each file appears under its name only when it is whole. ``config.json`` comes last and holds the digest of
+    the weights, so a folder whose writing was interrupted is recognised.
 
     Args:
         refiner: what to store.
@@ -51,6 +53,10 @@ def save_refiner(refiner: SparseRefiner, folder: str | Path, *, dtype: torch.dty
         # Compared as bytes: NaN, which differs from itself, is stored as faithfully as any number.
         if any(not torch.equal(_bytes(stored[name]), _bytes(tensor)) for name, tensor in weights.items()):
             raise OSError(f"{folder / _WEIGHTS}: what was written reads back differently; is the disk sound?")
+    base = refiner.base.config
+    if isinstance(refiner.base.model, UNet):
+        save_unet(refiner.base.model, folder / _BASE, dtype=dtype)
+        base = replace(base, name=f"unet:{_BASE}")
     config = {
         "format_version": FORMAT_VERSION,
         "classes": list(refiner.classes.names),
@@ -61,7 +67,7 @@ def save_refiner(refiner: SparseRefiner, folder: str | Path, *, dtype: torch.dty
         "upsampling": refiner.upsampling,
         "mean": list(refiner.mean),
         "std": list(refiner.std),
-        "base": asdict(refiner.base.config),
+        "base": asdict(base),
         "weights_sha256": _digest(folder / _WEIGHTS),
     }
     with written_whole(folder / _CONFIG) as temporary:

@@ -15,7 +15,7 @@ class StageTimer:
     """Times the stages of a run; on a GPU by events that are read only when somebody asks."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._marks: dict[str, tuple[float, float] | tuple[torch.cuda.Event, torch.cuda.Event]] = {}
 
     @contextmanager
@@ -23,9 +23,10 @@ class StageTimer:
         """Times the body under ``name``."""
         if self._cuda:
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            first.record()
+            stream = torch.cuda.current_stream(self._device)
+            first.record(stream)
             yield
-            last.record()
+            last.record(stream)
             self._marks[name] = (first, last)
         else:
             start = time.perf_counter()

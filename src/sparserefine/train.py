@@ -8,7 +8,6 @@ import logging
 import warnings
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -18,7 +17,9 @@ from sparserefine.config import Config
 from sparserefine.data.crops import CropBatch, CropDataset, EpochSampler
 from sparserefine.data.datasets import Dataset
 from sparserefine.data.images import written_whole
-from sparserefine.logits import CoarseLogits, LiveLogits
+from sparserefine.data.stored_logits import LiveSplit, StoredSplit
+from sparserefine.device import device_named
+from sparserefine.logits import CoarseLogits
 from sparserefine.refiner import SparseRefiner
 
 
@@ -28,7 +29,7 @@ def build_refiner(config: Config, data: Dataset) -> SparseRefiner:
     return SparseRefiner(
         base,
         selector=config.selector,
-        extractor=config.extractor,
+        extractor=config.network,
         ensembler=config.ensembler,
         classes=data.classes,
         upsampling=config.upsampling,
@@ -38,9 +39,8 @@ def build_refiner(config: Config, data: Dataset) -> SparseRefiner:
 class _WholeImages(TorchDataset[tuple[Tensor, Tensor, Tensor]]):
     """Whole validation images with their coarse logits."""
 
-    def __init__(self, data: Dataset, logits: LiveLogits | CoarseLogits) -> None:
-        self.data = data
-        self.logits = logits.stored if isinstance(logits, CoarseLogits) else logits
+    def __init__(self, data: Dataset, logits: LiveSplit | StoredSplit) -> None:
+        self.data, self.logits = data, logits
 
     def __len__(self) -> int:
         return len(self.data)
@@ -52,6 +52,27 @@ class _WholeImages(TorchDataset[tuple[Tensor, Tensor, Tensor]]):
 
 def _first(items: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     return items[0]
+
+
+_MAY_DIFFER = ("workers", "device", "cache_gb")  # of training: change nothing about the result
+
+
+def _check_resumable(config: Config, checkpoint: Path) -> None:
+    """Refuses to go on with a run under another configuration, which would be neither run."""
+    if not checkpoint.is_file():
+        raise ValueError(f"{checkpoint}: nothing to resume; leave --resume out to start")
+    stored = json.loads((checkpoint.parent / "config.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    for values in (stored, now):
+        values.pop("out", None)
+        for name in _MAY_DIFFER:
+            values["training"].pop(name, None)
+    for key in sorted({*stored, *now}):
+        if stored.get(key) != now.get(key):
+            raise ValueError(
+                f"{checkpoint}: was made with {key} = {stored.get(key)}, this configuration has {now.get(key)}; "
+                "resume with the same, or start anew in another --out"
+            )
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -78,10 +99,12 @@ def train(config: Config, *, resume: bool = False) -> Path:
 
     c, out = config.training, Path(config.out)
     checkpoint = out / "last.ckpt"
-    if resume and not checkpoint.is_file():
-        raise ValueError(f"{checkpoint}: nothing to resume; leave --resume out to start")
-    if not resume and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out}: not empty; pass --resume to go on with the run in it, or choose another --out")
+    if resume:
+        _check_resumable(config, checkpoint)
+    elif checkpoint.exists() or (out / "best").exists():
+        raise ValueError(
+            f"{out}: holds a run; pass --resume to go on with it (from last.ckpt), choose another --out, or delete it"
+        )
     steps_per_epoch = min(c.val_every, c.steps)
     if c.steps % steps_per_epoch:
         raise ValueError(f"training.steps = {c.steps} is no multiple of training.val_every = {c.val_every}")
@@ -89,13 +112,12 @@ def train(config: Config, *, resume: bool = False) -> Path:
     L.seed_everything(c.seed, verbose=False)
     data, val = config.data.read(config.data.train), config.data.read(config.data.val)
     refiner = build_refiner(config, data)
-    sources = [CoarseLogits(config, part, torch.device("cpu")) for part in (data, val)]
-    logits = sources if config.logits.source == "stored" else [source.live() for source in sources]
+    device = device_named(c.device)
+    sources = [CoarseLogits(config, part, device) for part in (data, val)]
+    logits = [source.stored() if config.logits.source == "stored" else source.live() for source in sources]
+    del sources  # and with them the bases, which training does not need
 
-    first = logits[0]
-    crops = CropDataset(
-        data, first.stored if isinstance(first, CoarseLogits) else first, config.augment, c.seed, c.cache_gb
-    )
+    crops = CropDataset(data, logits[0], config.augment, c.seed, c.cache_gb / max(1, c.workers))
     loader = DataLoader(
         crops,
         batch_size=c.batch,
@@ -107,15 +129,17 @@ def train(config: Config, *, resume: bool = False) -> Path:
     val_loader = DataLoader(_WholeImages(val, logits[1]), batch_size=1, collate_fn=_first)
 
     out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        (out / "log.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
     with written_whole(out / "config.json") as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it advertises
     trainer = L.Trainer(
         max_epochs=c.steps // steps_per_epoch,
-        accelerator=c.device if c.device != "cuda" else "gpu",
+        accelerator="gpu" if device.type == "cuda" else device.type,
         devices=1,
         precision=c.precision,
-        gradient_clip_val=1.0,
+        gradient_clip_val=c.clip,
         callbacks=[
             ModelCheckpoint(out, "last", save_on_train_epoch_end=True, enable_version_counter=False),
         ],
@@ -133,8 +157,11 @@ def train(config: Config, *, resume: bool = False) -> Path:
             ".*LeafSpec.*",
         ):
             warnings.filterwarnings("ignore", message)
-        trainer.fit(module, loader, val_loader, ckpt_path=checkpoint if resume else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        try:
+            trainer.fit(module, loader, val_loader, ckpt_path=checkpoint if resume else None, weights_only=True)
+        except SystemExit:
+            if trainer.interrupted:  # Lightning turns Ctrl-C into an exit of its own
+                raise KeyboardInterrupt from None
+            raise
     refiner.save_pretrained(out / "last")
     return out / "best"

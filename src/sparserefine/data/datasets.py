@@ -106,7 +106,8 @@ def folder(root: str | Path, split: str = "", *, ignore: Sequence[int] = (), bla
     classes = read_classes(root / "classes.txt", ignore)
     images, labels = _existing(root, "images"), _existing(root, "labels")
     if split and (images / split).is_dir():
-        samples = _pairs(images / split, labels / split)
+        # Named from images/ on: train/1.png and val/1.png are different samples.
+        samples = _pairs(images, labels, split)
     elif split and (root / f"{split}.txt").is_file():
         wanted = set((root / f"{split}.txt").read_text().split())
         samples = [s for s in _pairs(images, labels) if s.name in wanted]
@@ -127,13 +128,13 @@ def _existing(root: Path, *names: str) -> Path:
     raise ValueError(f"{root}: no folder {' or '.join(names)} in it")
 
 
-def _pairs(images: Path, labels: Path) -> list[Sample]:
+def _pairs(images: Path, labels: Path, below: str = "") -> list[Sample]:
     by_stem: dict[str, Path] = {}
     for file in sorted(labels.rglob("*")):
         if file.suffix.lower() in IMAGE_SUFFIXES:
             by_stem[_stem(file, labels)] = file
     samples = []
-    for file in sorted(images.rglob("*")):
+    for file in sorted((images / below).rglob("*")):
         if file.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         name = _stem(file, images)

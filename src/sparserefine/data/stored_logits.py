@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +28,7 @@ class StoredLogits:
     def write(self, name: str, logits: Tensor, *, base: str, image_size: tuple[int, int]) -> None:
         """Stores ``[K, h, w]`` with the identity of the base and the size of the image [px]."""
         header = {"format_version": FORMAT_VERSION, "base": base, "image": f"{image_size[0]}x{image_size[1]}"}
-        half = logits.clamp(-_HALF_MAX, _HALF_MAX).half().cpu().contiguous()
+        half = quantised(logits).cpu().contiguous()
         with written_whole(self.path(name)) as temporary:
             save_file({"logits": half}, temporary, metadata=header)
 
@@ -42,21 +42,27 @@ class StoredLogits:
         Raises:
             ValueError: none stored, unreadable, of another base, or of another image.
         """
-        path = self.path(name)
-        if not path.is_file():
-            raise ValueError(f"{path}: no stored logits; run `sparserefine logits` with this configuration first")
-        header = self._header(name)
-        if header.get("base") != base:
-            raise ValueError(
-                f"{path}: logits of base {header.get('base')}, this configuration's is {base}; "
-                "store them in another folder, or run `sparserefine logits --overwrite`"
-            )
+        self.check(name, base=base)
+        path, header = self.path(name), self._header(name)
         expected = f"{image_size[0]}x{image_size[1]}"
         if header.get("image") != expected:
             raise ValueError(f"{path}: logits of an image of {header.get('image')} pixels, this image has {expected}")
         with safe_open(path, framework="pt") as file:
             logits: Tensor = file.get_tensor("logits")
         return logits
+
+    def check(self, name: str, *, base: str) -> None:
+        """Raises ``ValueError`` unless there are logits of the sample, made by ``base``."""
+        there = self.base_of(name)
+        if there is None:
+            raise ValueError(
+                f"{self.path(name)}: no stored logits; run `sparserefine logits` with this configuration first"
+            )
+        if there != base:
+            raise ValueError(
+                f"{self.path(name)}: logits of base {there}, this configuration's is {base}; "
+                "store them in another folder, or run `sparserefine logits --overwrite`"
+            )
 
     def _header(self, name: str) -> dict[str, str]:
         try:
@@ -71,6 +77,42 @@ class StoredLogits:
         return header
 
 
-def dequantised(logits: Tensor) -> Tensor:
-    """What training sees: stored precision, computed with in float32."""
-    return logits.half().to(torch.float32)
+def quantised(logits: Tensor) -> Tensor:
+    """The precision that logits are stored and trained with: float16, within its range."""
+    return logits.clamp(-_HALF_MAX, _HALF_MAX).half()
+
+
+@dataclass(frozen=True)
+class StoredSplit:
+    """Stored logits of the samples of one split; plain values, so that loader processes can have it.
+
+    Attributes:
+        folder: of the stored logits.
+        names: of the samples.
+        bases: identity of the base that must have made each.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    bases: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raises ``ValueError`` unless all are there, made by their bases."""
+        for name, base in zip(self.names, self.bases, strict=True):
+            StoredLogits(self.folder).check(name, base=base)
+
+    def __call__(self, index: int, image_size: tuple[int, int]) -> Tensor:
+        """``float32 [K, h, w]`` of sample ``index``."""
+        store = StoredLogits(self.folder)
+        return store.read(self.names[index], base=self.bases[index], image_size=image_size).float()
+
+
+@dataclass(frozen=True)
+class LiveSplit:
+    """Logits of the samples of one split in memory, in the precision of stored ones."""
+
+    items: list[Tensor]
+
+    def __call__(self, index: int, image_size: tuple[int, int]) -> Tensor:
+        """``float32 [K, h, w]`` of sample ``index``."""
+        return self.items[index].float()

@@ -69,14 +69,15 @@ class RefinerModule(L.LightningModule):
             line = {
                 "step": self.global_step,
                 "loss": round(float(torch.stack(self._losses).mean()), 4) if self._losses else None,
-                "val_coarse": round(scores["coarse"], 4),
-                "val_refined": round(scores["refined"], 4),
+                **{f"val_{name}": None if math.isnan(x) else round(x, 4) for name, x in scores.items()},
                 "val_density": round(sum(self._density) / len(self._density), 4),
             }
             with (Path(self.config.out) / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
-            if scores["refined"] > self.best_score:
-                self.best_score = scores["refined"]
+            # NaN: the foreground neither occurs in the split nor was predicted.
+            score = -1.0 if math.isnan(scores["refined"]) else scores["refined"]
+            if score > self.best_score:
+                self.best_score = score
                 self.refiner.save_pretrained(Path(self.config.out) / "best")
         for matrix in self._matrices.values():
             matrix.zero_()

@@ -13,6 +13,7 @@ from sparserefine.uncertainty.upsample import AxisTaps, Upsampling, Window, entr
 
 __all__ = ["Upsampling", "Window", "dense", "entropy", "entropy_limit", "label_dtype", "sample", "uncertainty"]
 
+_GPU_CHUNKS = 64  # a GPU takes larger strips: its time goes into launches
 _CHUNK_ELEMENTS = 1 << 20  # of one upsampled strip [K, rows, W]: 4 MiB, bounded whatever the image
 
 
@@ -66,7 +67,8 @@ def uncertainty(
     entropies = torch.empty(batch, *size, dtype=torch.float32, device=device)
     # Interpolation is linear, so of two classes only the difference of the logits need be interpolated.
     margin_only = classes == 2 and how.outputs == "logits"
-    step = max(1, _CHUNK_ELEMENTS // max(1, classes * size[1]))
+    elements = _CHUNK_ELEMENTS * (1 if device.type == "cpu" else _GPU_CHUNKS)
+    step = max(1, elements // max(1, classes * size[1]))
     for b in range(batch):
         rows, columns = taps_of(logits[b], size, how, windows[b] if windows else None)
         image = logits[b].float()
