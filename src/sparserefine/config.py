@@ -109,6 +109,7 @@ class TrainingConfig:
     """Optimisation: AdamW with a cosine schedule (paper, section 4.1).
 
     Attributes:
+        init: folder of a refiner of the same shape to start from; empty: from random weights.
         steps: optimiser steps.
         batch: crops a step.
         lr: peak learning rate.
@@ -124,6 +125,7 @@ class TrainingConfig:
         cache_gb: decoded images kept in memory, at most [GB].
     """
 
+    init: str = ""
     steps: int = 10_000
     batch: int = 8
     lr: float = 3e-4

@@ -133,14 +133,26 @@ def load_refiner(
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+    load_weights(refiner, folder)
+    return refiner.eval()
+
+
+def load_weights(refiner: SparseRefiner, folder: Path) -> None:
+    """Reads extractor and ensembler of a stored refiner into one of the same shape.
+
+    Raises:
+        ValueError: no such file, or weights of another shape.
+    """
+    weights = folder / _WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"{weights}: no such file; expected a folder written by save_pretrained")
     try:
         missing, unexpected = refiner.load_state_dict(load_file(weights), strict=False)
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{weights}: does not fit {_CONFIG}: {error}") from error
+        raise ValueError(f"{weights}: does not fit this refiner: {error}") from error
     missing = [key for key in missing if not key.startswith("base.")]
     if missing or unexpected:
-        raise ValueError(f"{weights}: missing {missing[:3]}, unexpected {unexpected[:3]}; does not fit {_CONFIG}")
-    return refiner.eval()
+        raise ValueError(f"{weights}: does not fit this refiner: missing {missing[:3]}, unexpected {unexpected[:3]}")
 
 
 def _local_folder(name: str | Path) -> Path:

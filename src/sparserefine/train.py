@@ -21,6 +21,7 @@ from sparserefine.data.stored_logits import LiveSplit, StoredSplit
 from sparserefine.device import device_named
 from sparserefine.logits import CoarseLogits
 from sparserefine.refiner import SparseRefiner
+from sparserefine.storage import load_weights
 
 
 def build_refiner(config: Config, data: Dataset) -> SparseRefiner:
@@ -112,6 +113,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
     L.seed_everything(c.seed, verbose=False)
     data, val = config.data.read(config.data.train), config.data.read(config.data.val)
     refiner = build_refiner(config, data)
+    if c.init:
+        load_weights(refiner, Path(c.init))
     device = device_named(c.device)
     sources = [CoarseLogits(config, part, device) for part in (data, val)]
     logits = [source.stored() if config.logits.source == "stored" else source.live() for source in sources]
