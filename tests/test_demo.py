@@ -1,6 +1,7 @@
 """The embedded photograph, networks and table; and that an installed package carries them."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -10,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sparserefine.cli import main
-from sparserefine.demo import ASSETS, demo_refiner_folder
+from sparserefine.demo import ASSETS, demo, demo_refiner_folder
 from sparserefine.refiner import SparseRefiner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,9 +20,13 @@ DICE = {"coarse": 0.0, "refined": 0.0, "dense": 0.0}
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    torch.set_num_threads(torch.get_num_threads())
     out = tmp_path_factory.mktemp("demo")
-    assert main(["demo", "--out", str(out), "--device", "cpu"]) == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # eight megapixels are not tiny
+    try:
+        demo(out, device=torch.device("cpu"), repeats=1)
+    finally:
+        torch.set_num_threads(threads)
     return out, json.loads((out / "demo.json").read_text())
 
 

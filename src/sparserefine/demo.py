@@ -39,7 +39,7 @@ def dense_peer(refiner: SparseRefiner) -> FrozenBase:
     return load_base(config, len(refiner.classes))
 
 
-def demo(out: str | Path, *, device: torch.device, repeats: int = 3) -> str:
+def demo(out: str | Path, *, device: torch.device, repeats: int = 2) -> str:
     """Predicts and scores the embedded photograph; writes pictures and ``demo.json`` into ``out``.
 
     The photograph (HRF 01_h, Budai et al. 2013, CC BY 4.0) is of the test part: no network has seen its subject.

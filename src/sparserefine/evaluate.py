@@ -16,7 +16,7 @@ from sparserefine.base import FrozenBase
 from sparserefine.classes import IGNORE, Classes
 from sparserefine.refiner import Refinement, SparseRefiner
 from sparserefine.timing import PeakMemory
-from sparserefine.training.metrics import accuracy, boundary_counts, confusion, dice, foreground, iou
+from sparserefine.training.metrics import accuracy, boundary_bands, confusion, dice, foreground, iou, overlap
 
 
 @dataclass
@@ -58,9 +58,10 @@ class Row:
         """Adds one image: ``labels`` and ``truth`` ``[H, W]``, ``sites`` ``bool [H, W]``."""
         k = len(self.everywhere.matrix)
         self.everywhere.matrix += confusion(labels, truth, k)
-        self.everywhere.boundary += boundary_counts(labels, truth, k, boundary_px)
         self.at_sites.matrix += confusion(labels[sites], truth[sites], k)
-        self.at_sites.boundary += boundary_counts(labels, truth, k, boundary_px, where=sites)
+        for c, predicted, true in boundary_bands(labels, truth, k, boundary_px):
+            self.everywhere.boundary[:, c] += overlap(predicted, true)
+            self.at_sites.boundary[:, c] += overlap(predicted & sites, true & sites)
 
     def cost(self, ms: float, macs: int | None, peak_mb: float) -> None:
         """Adds one image's cost."""
@@ -108,13 +109,18 @@ class Evaluation:
 
     def table(self) -> str:
         """The rows as text."""
-        lines = [
-            f"{'':8}  {'Dice':>6} {'IoU':>6} {'B-IoU':>6} {'mIoU':>6} {'acc':>6} {'ms':>7} {'GMACs':>7} {'peak MB':>8}"
-        ]
+        header = " ".join(f"{title:>6}" for title in ("Dice", "IoU", "B-IoU", "mIoU", "acc"))
+        lines = [f"{'':8}  {header} {'ms':>7} {'GMACs':>7} {'peak MB':>8}"]
         for name, row in self.rows.items():
-            scores = " ".join(_cell(row[key], 6, 4) for key in ("dice", "iou", "boundary_iou", "miou", "accuracy"))
             costs = f"{_cell(row.get('ms'), 7, 0)} {_cell(row.get('gmacs'), 7, 1)} {_cell(row.get('peak_mb'), 8, 0)}"
-            lines.append(f"{name:8}  {scores} {costs}")
+            lines.append(f"{name:8}  {_scores(row)} {costs}")
+        lines.append("at the sites only")
+        lines += [f"{name:8}  {_scores(row['at_sites'])}" for name, row in self.rows.items()]
+        classes = self.rows["coarse"]["class_iou"]
+        if len(classes) > 2:
+            lines.append(f"{'IoU by class':16} " + " ".join(f"{name:>8}" for name in self.rows))
+            for c in classes:
+                lines.append(f"{c:16} " + " ".join(_cell(row["class_iou"][c], 8, 4) for row in self.rows.values()))
         stages = ", ".join(f"{name} {ms:.0f}" for name, ms in self.stages_ms.items())
         lines += [
             f"{self.images} images, density {self.density:.1%}, errors selected {self.errors_selected:.1%}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -66,10 +68,10 @@ def _any_within(x: Tensor, reach: int, dim: int) -> Tensor:
     return total.narrow(dim, window, n) > total.narrow(dim, 0, n)
 
 
-def boundary_counts(
-    labels: Tensor, truth: Tensor, num_classes: int, width: int | None = None, where: Tensor | None = None
-) -> Tensor:
-    """Intersection and union of the boundary bands of each class in one image, ``int64 [2, K]``.
+def boundary_bands(
+    labels: Tensor, truth: Tensor, num_classes: int, width: int | None = None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Class, predicted band and true band ``bool [H, W]``, of each class that is there.
 
     Args:
         labels: predicted classes ``[H, W]``.
@@ -77,18 +79,24 @@ def boundary_counts(
         num_classes: K.
         width: of the band [px]; ``None``: 2 % of the image's diagonal, as published. Where objects are thinner than
             the band it holds them whole, and boundary IoU is IoU.
-        where: ``bool [H, W]``, the pixels that count; ``None``: all.
     """
     if width is None:
         width = max(1, round(0.02 * float(truth.shape[0] ** 2 + truth.shape[1] ** 2) ** 0.5))
     valid = truth != IGNORE
-    counts = torch.zeros(2, num_classes, dtype=torch.int64)
     for k in range(num_classes):
         predicted, true = (labels == k) & valid, truth == k
-        if not (predicted.any() or true.any()):
-            continue
-        a, b = boundary_band(predicted, width), boundary_band(true, width)
-        if where is not None:
-            a, b = a & where, b & where
-        counts[0, k], counts[1, k] = int((a & b).sum()), int((a | b).sum())
+        if predicted.any() or true.any():
+            yield k, boundary_band(predicted, width), boundary_band(true, width)
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Pixels in both and in either of two masks, ``int64 [2]``."""
+    return torch.stack([(a & b).sum(), (a | b).sum()]).cpu()
+
+
+def boundary_counts(labels: Tensor, truth: Tensor, num_classes: int, width: int | None = None) -> Tensor:
+    """Intersection and union of the boundary bands of each class, ``int64 [2, K]``; see :func:`boundary_bands`."""
+    counts = torch.zeros(2, num_classes, dtype=torch.int64)
+    for k, predicted, true in boundary_bands(labels, truth, num_classes, width):
+        counts[:, k] = overlap(predicted, true)
     return counts
