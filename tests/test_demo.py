@@ -15,7 +15,7 @@ from sparserefine.demo import ASSETS, demo, demo_refiner_folder
 from sparserefine.refiner import SparseRefiner
 
 ROOT = Path(__file__).resolve().parents[1]
-DICE = {"coarse": 0.0, "refined": 0.0, "dense": 0.0}
+DICE = {"coarse": 0.8110, "refined": 0.8242, "dense": 0.8181}
 
 
 @pytest.fixture(scope="module")
