@@ -1,4 +1,4 @@
-"""Puts trained networks and one test photograph into the package, for ``sparserefine demo``.
+r"""Puts trained networks and one test photograph into the package, for ``sparserefine demo``.
 
     python examples/hrf/export_demo.py --refiner runs/hrf/refiner4/best \
         --dense runs/hrf/dense1/best.safetensors
