@@ -1,6 +1,6 @@
 r"""What limits a refiner: its own answers at the sites against those of dense networks at the same sites (validation).
 
-    python examples/hrf/diagnose.py --refiner runs/hrf/refiner4/best \
+python examples/hrf/diagnose.py --refiner runs/hrf/refiner4/best \
         --dense 1=runs/hrf/dense1/best.safetensors 0.5=runs/hrf/dense2/best.safetensors
 """
 
