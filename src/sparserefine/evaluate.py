@@ -17,6 +17,7 @@ from sparserefine.classes import IGNORE, Classes
 from sparserefine.refiner import Refinement, SparseRefiner
 from sparserefine.timing import PeakMemory
 from sparserefine.training.metrics import accuracy, boundary_bands, confusion, dice, foreground, iou, overlap
+from sparserefine.uncertainty import first_largest, label_dtype
 
 
 @dataclass
@@ -250,4 +251,7 @@ def _argmax_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Labels at full size, as who has no uncertainty to compute does it."""
     if tuple(logits.shape[2:]) != size:
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-    return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 255 else torch.int16)
+    labels = torch.empty(len(logits), *size, dtype=label_dtype(logits.shape[1]), device=logits.device)
+    for image, image_labels in zip(logits, labels, strict=True):
+        first_largest(image, image_labels)
+    return labels

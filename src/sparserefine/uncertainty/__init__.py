@@ -11,7 +11,17 @@ from torch import Tensor
 
 from sparserefine.uncertainty.upsample import AxisTaps, Upsampling, Window, entropy_limit, normalised, taps_of
 
-__all__ = ["Upsampling", "Window", "dense", "entropy", "entropy_limit", "label_dtype", "sample", "uncertainty"]
+__all__ = [
+    "Upsampling",
+    "Window",
+    "dense",
+    "entropy",
+    "entropy_limit",
+    "first_largest",
+    "label_dtype",
+    "sample",
+    "uncertainty",
+]
 
 _GPU_CHUNKS = 64  # a GPU takes larger strips: its time goes into launches
 _CHUNK_ELEMENTS = 1 << 20  # of one upsampled strip [K, rows, W]: 4 MiB, bounded whatever the image
@@ -81,12 +91,12 @@ def uncertainty(
                 entropies[b, part] = _entropy_of_two(strip[0])
             else:
                 strip = normalised(strip, how, dim=0)
-                _first_largest(strip, labels[b, part])
+                first_largest(strip, labels[b, part])
                 entropies[b, part] = entropy(strip, dim=0)
     return labels, entropies
 
 
-def _first_largest(strip: Tensor, labels: Tensor) -> None:
+def first_largest(strip: Tensor, labels: Tensor) -> None:
     """Writes the argmax over the first of ``[K, rows, W]``, class by class: argmax along a strided axis is slow."""
     labels.zero_()
     largest = strip[0].clone()
