@@ -16,7 +16,7 @@ from sparserefine.base import FrozenBase
 from sparserefine.classes import IGNORE, Classes
 from sparserefine.refiner import Refinement, SparseRefiner
 from sparserefine.timing import PeakMemory
-from sparserefine.training.metrics import accuracy, boundary_bands, confusion, dice, foreground, iou, overlap
+from sparserefine.training.metrics import accuracy, band_overlap, boundary_bands, confusion, dice, foreground, iou
 from sparserefine.uncertainty import first_largest, label_dtype
 
 
@@ -55,14 +55,16 @@ class Row:
     macs: list[int | None] = field(default_factory=list)
     peak_mb: list[float] = field(default_factory=list)
 
-    def score(self, labels: Tensor, truth: Tensor, sites: Tensor, boundary_px: int | None) -> None:
-        """Adds one image: ``labels`` and ``truth`` ``[H, W]``, ``sites`` ``bool [H, W]``."""
+    def score(
+        self, labels: Tensor, truth: Tensor, bands: dict[int, Tensor], sites: Tensor, boundary_px: int | None
+    ) -> None:
+        """Adds one image: ``labels`` and ``truth`` ``[H, W]``, the truth's ``bands``, ``sites`` ``bool [H, W]``."""
         k = len(self.everywhere.matrix)
         self.everywhere.matrix += confusion(labels, truth, k)
         self.at_sites.matrix += confusion(labels[sites], truth[sites], k)
-        for c, predicted, true in boundary_bands(labels, truth, k, boundary_px):
-            self.everywhere.boundary[:, c] += overlap(predicted, true)
-            self.at_sites.boundary[:, c] += overlap(predicted & sites, true & sites)
+        predicted = boundary_bands(labels, truth != IGNORE, k, boundary_px)
+        self.everywhere.boundary += band_overlap(predicted, bands, k)
+        self.at_sites.boundary += band_overlap(predicted, bands, k, where=sites)
 
     def cost(self, ms: float, macs: int | None, peak_mb: float) -> None:
         """Adds one image's cost."""
@@ -210,8 +212,10 @@ def evaluate(
         answered = torch.where(site_truth == IGNORE, coarse_at_sites.long(), site_truth.long())
         labels["oracle"] = result.with_sites(answered)
         maps = {name: labels[name][0] for name in rows}
+        site_mask, truth_cpu = result.sites.mask()[0].cpu(), truth.cpu()
+        bands = boundary_bands(truth_cpu, truth_cpu != IGNORE, k, boundary_px)
         for name, row in rows.items():
-            row.score(maps[name].cpu(), truth.cpu(), result.sites.mask()[0].cpu(), boundary_px)
+            row.score(maps[name].cpu(), truth_cpu, bands, site_mask, boundary_px)
 
         errors = (maps["coarse"] != truth) & (truth != IGNORE)
         wrong += int(errors.sum())

@@ -29,8 +29,7 @@ class CoarseLogits:
 
     Args:
         config: names the bases.
-        data: the split.
-        split: the split's string; cross-fit bases apply to the images that their own splits share with it.
+        data: the split; cross-fit bases apply to the images that their own splits share with it.
         device: to run bases on.
     """
 
@@ -42,9 +41,13 @@ class CoarseLogits:
         self._bases: dict[str, FrozenBase] = {}
         self._identities: dict[str, str] = {}
 
+    def _source(self, name: str) -> str:
+        """Name of the base for the sample of that name."""
+        return self._fold_of.get(name, self.config.base.name)
+
     def base(self, name: str) -> FrozenBase:
         """The base for the sample of that name."""
-        source = self._fold_of.get(name, self.config.base.name)
+        source = self._source(name)
         if source not in self._bases:
             base_config = replace(self.config.base, name=source)
             self._bases[source] = load_base(base_config, len(self.data.classes)).to(self.device)
@@ -52,7 +55,7 @@ class CoarseLogits:
 
     def identity(self, name: str) -> str:
         """Identity of :meth:`base`, its digest computed once."""
-        source = self._fold_of.get(name, self.config.base.name)
+        source = self._source(name)
         if source not in self._identities:
             self._identities[source] = self.base(name).identity
         return self._identities[source]

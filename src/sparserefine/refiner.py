@@ -86,7 +86,7 @@ class SparseRefiner(nn.Module):
         timer = StageTimer(image.device)
         with timer.stage("base"):
             coarse = self.base(image)
-        return self.refine(image, coarse, timer=timer)
+        return self._refine(image, coarse, None, None, timer)
 
     def refine(
         self,
@@ -95,7 +95,6 @@ class SparseRefiner(nn.Module):
         *,
         windows: Sequence[Window] | None = None,
         valid: Tensor | None = None,
-        timer: StageTimer | None = None,
     ) -> Refinement:
         """The method from given coarse logits on.
 
@@ -104,11 +103,20 @@ class SparseRefiner(nn.Module):
             coarse: the base's outputs ``[B, K, h, w]``, or B times ``[K, h, w]`` where their sizes differ.
             windows: in training, the part of the whole image that each crop shows.
             valid: ``bool [B, H, W]``, false where the image is padding: never selected.
-            timer: goes on with a timer that has already timed the base.
         """
         check_image(image)
         self._check_inputs(image, coarse, windows, valid)
-        timer = timer or StageTimer(image.device)
+        return self._refine(image, coarse, windows, valid, StageTimer(image.device))
+
+    def _refine(
+        self,
+        image: Tensor,
+        coarse: Tensor | Sequence[Tensor],
+        windows: Sequence[Window] | None,
+        valid: Tensor | None,
+        timer: StageTimer,
+    ) -> Refinement:
+        """All stages after the base, on inputs that were checked; ``timer`` may have timed the base already."""
         size = (image.shape[2], image.shape[3])
         how = self.how(size)
         with timer.stage("uncertainty"), torch.no_grad():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -68,35 +66,44 @@ def _any_within(x: Tensor, reach: int, dim: int) -> Tensor:
     return total.narrow(dim, window, n) > total.narrow(dim, 0, n)
 
 
-def boundary_bands(
-    labels: Tensor, truth: Tensor, num_classes: int, width: int | None = None
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Class, predicted band and true band ``bool [H, W]``, of each class that is there.
+def boundary_bands(labels: Tensor, valid: Tensor, num_classes: int, width: int | None = None) -> dict[int, Tensor]:
+    """The boundary band ``bool [H, W]`` of each class that occurs.
 
     Args:
-        labels: predicted classes ``[H, W]``.
-        truth: true classes ``[H, W]``; pixels of 255 do not count.
+        labels: classes ``[H, W]``, predicted or true.
+        valid: ``bool [H, W]``, the pixels that count.
         num_classes: K.
         width: of the band [px]; ``None``: 2 % of the image's diagonal, as published. Where objects are thinner than
             the band it holds them whole, and boundary IoU is IoU.
     """
     if width is None:
-        width = max(1, round(0.02 * float(truth.shape[0] ** 2 + truth.shape[1] ** 2) ** 0.5))
-    valid = truth != IGNORE
-    for k in range(num_classes):
-        predicted, true = (labels == k) & valid, truth == k
-        if predicted.any() or true.any():
-            yield k, boundary_band(predicted, width), boundary_band(true, width)
+        width = max(1, round(0.02 * float(labels.shape[0] ** 2 + labels.shape[1] ** 2) ** 0.5))
+    masks = ((k, (labels == k) & valid) for k in range(num_classes))
+    return {k: boundary_band(mask, width) for k, mask in masks if mask.any()}
 
 
-def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Pixels in both and in either of two masks, ``int64 [2]``."""
-    return torch.stack([(a & b).sum(), (a | b).sum()]).cpu()
+def band_overlap(a: dict[int, Tensor], b: dict[int, Tensor], num_classes: int, where: Tensor | None = None) -> Tensor:
+    """Pixels in both and in either of two sets of bands, by class, ``int64 [2, K]``.
+
+    Args:
+        a: bands by class; a class that is missing has none.
+        b: likewise.
+        num_classes: K.
+        where: ``bool [H, W]``, the pixels that are counted; ``None``: all.
+    """
+    counts = torch.zeros(2, num_classes, dtype=torch.int64)
+    for k in {*a, *b}:
+        first, second = a.get(k), b.get(k)
+        either = first if second is None else second if first is None else first | second
+        both = first & second if first is not None and second is not None else None
+        for row, mask in enumerate((both, either)):
+            if mask is not None:
+                counts[row, k] = int((mask if where is None else mask & where).sum())
+    return counts
 
 
 def boundary_counts(labels: Tensor, truth: Tensor, num_classes: int, width: int | None = None) -> Tensor:
-    """Intersection and union of the boundary bands of each class, ``int64 [2, K]``; see :func:`boundary_bands`."""
-    counts = torch.zeros(2, num_classes, dtype=torch.int64)
-    for k, predicted, true in boundary_bands(labels, truth, num_classes, width):
-        counts[:, k] = overlap(predicted, true)
-    return counts
+    """Intersection and union of the boundary bands of each class, ``int64 [2, K]``; truth of 255 does not count."""
+    valid = truth != IGNORE
+    predicted, true = (boundary_bands(x, valid, num_classes, width) for x in (labels, truth))
+    return band_overlap(predicted, true, num_classes)

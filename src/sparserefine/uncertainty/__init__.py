@@ -39,8 +39,8 @@ def entropy(logits: Tensor, dim: int = -1) -> Tensor:
     shifted = logits - logits.amax(dim, keepdim=True)
     exponent = shifted.exp()
     total = exponent.sum(dim)
-    # Rounding may give -1e-8 for a certain prediction; an entropy is never negative.
-    return (total.log() - (shifted * exponent).sum(dim) / total).clamp_min(0)
+    # Never negative: the total is at least 1, and no term of the sum is positive.
+    return total.log() - (shifted * exponent).sum(dim) / total
 
 
 def _entropy_of_two(margin: Tensor) -> Tensor:
