@@ -1,0 +1,32 @@
+"""Compiles the CPU kernels when the package is built: wheels carry them, editable installs have them beside the sources."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+PACKAGE = "src/sparserefine/native"
+
+
+class KernelsHook(BuildHookInterface):
+    """A wheel with kernels is for one kind of machine, but for any Python 3; without a compiler it is for any machine."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Builds; runs for wheels and editable installs."""
+        spec = importlib.util.spec_from_file_location("build_kernels", Path(self.root, PACKAGE, "build.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        build = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(build)
+        built = build.build()
+        self.app.display_info(f"CPU kernels: {build.NOTE.read_text(encoding='utf-8').strip()}")
+        build_data["artifacts"].append(f"{PACKAGE}/objects/*")
+        if built:
+            system = sys.platform if sys.platform == "linux" else platform.system().lower()
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{system}_{platform.machine()}"

@@ -1,0 +1,108 @@
+"""Compiles the kernels: one shared object for each instruction set. Runs when the package is built (hatch_build.py).
+
+Needs nothing but the standard library and a C++ compiler (``$CXX``, ``g++``, ``clang++`` or ``c++``). The objects link
+neither torch nor Python nor an OpenMP runtime: they use the runtime that torch has loaded, so there is one thread pool
+and one build serves every version of torch and Python.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+OBJECTS = SOURCES / "objects"
+NOTE = OBJECTS / "build.txt"
+"""One line on how the objects were built, or why there are none; ``sparserefine info`` shows it."""
+
+_X86 = "-mavx2 -mfma -mbmi -mbmi2 -mlzcnt -mpopcnt"
+_AVX512 = f"{_X86} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+INSTRUCTION_SETS = {
+    "avx512": (16, _AVX512),
+    "avx2": (8, _X86),
+    "generic": (4, ""),
+}
+"""Floats of a vector and compiler options, best first; ``generic`` is what the compiler makes by default."""
+
+_OPTIONS = (
+    "-std=c++17 -O3 -shared -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno -fno-trapping-math "
+    "-ffp-contract=fast -Wall -Wextra -Werror -Wno-psabi -Wno-unknown-pragmas -Wno-unknown-warning-option"
+)
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler's command, ``$CXX`` first, or ``None``."""
+    if chosen := os.environ.get("CXX"):
+        return shlex.split(chosen)
+    found = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
+    return [found] if found else None
+
+
+def instruction_sets() -> list[str]:
+    """Those that this kind of machine may have."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [name for name in INSTRUCTION_SETS if x86 or name == "generic"]
+
+
+def compile_object(command: list[str], name: str, out: Path, extra: str = "") -> None:
+    """Compiles one object.
+
+    Args:
+        command: the compiler.
+        name: instruction set.
+        out: where the object goes; it appears there when it is whole.
+        extra: more options, those of a sanitizer for instance.
+
+    Raises:
+        RuntimeError: the compiler failed; with what it said.
+    """
+    floats, options = INSTRUCTION_SETS[name]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        part = Path(folder, out.name)
+        # -fopenmp when compiling only: linked with it, the object would name one OpenMP runtime and start a second pool.
+        compiled = [str(Path(folder, Path(source).stem + ".o")) for source in sources]
+        for source, target in zip(sources, compiled, strict=True):
+            _run([*command, *shlex.split(f"{_OPTIONS} -DVL={floats} {options} {extra} -fopenmp -c -o"), target, source])
+        # Only the C library and the compiler's own helpers are linked: no C++ runtime, no OpenMP.
+        _run([*command, "-shared", *shlex.split(extra), "-nodefaultlibs", *compiled, "-lgcc", "-lc", "-o", str(part)])
+        part.replace(out)
+
+
+def build() -> bool:
+    """Compiles all objects of this machine into :data:`OBJECTS` and writes :data:`NOTE`; false if there are none."""
+    shutil.rmtree(OBJECTS, ignore_errors=True)
+    OBJECTS.mkdir()
+    command = compiler()
+    if command is None or not shutil.which(command[0]):
+        missing = f"$CXX = {shlex.join(command)}" if command else "g++, clang++, c++"
+        _note(f"not built: no C++ compiler was found at installation ({missing}); install g++ and reinstall")
+        return False
+    try:
+        for name in instruction_sets():
+            compile_object(command, name, OBJECTS / f"{name}.so")
+    except (RuntimeError, OSError) as error:
+        shutil.rmtree(OBJECTS)
+        OBJECTS.mkdir()
+        words = " ".join(str(error).split())[:300]
+        _note(f"not built: the C++ compiler failed at installation: {words}")
+        return False
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    _note(f"built with {version.splitlines()[0] if version else shlex.join(command)}")
+    return True
+
+
+def _note(words: str) -> None:
+    NOTE.write_text(words + "\n", encoding="utf-8")
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{shlex.join(command)}: {result.stderr or result.stdout}")
