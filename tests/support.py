@@ -1,16 +1,22 @@
 """Shared by the tests: tolerances, site patterns, and the dense rules that the sparse network is judged by.
 
-Nothing in here imports sparserefine: what judges it stands on torch.nn.functional alone.
+What judges sparserefine stands on torch.nn.functional alone; of the package only the engines under test are looked up.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from functools import cache
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparserefine.sparse import Engine
 
 TOLERANCE = {  # (rtol, atol) for values of size about 1; the reference is computed in float64
     torch.float64: (1e-10, 1e-10),
@@ -19,6 +25,9 @@ TOLERANCE = {  # (rtol, atol) for values of size about 1; the reference is compu
     torch.bfloat16: (5e-2, 5e-2),
 }
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
+
+ENGINES = ("torch", "cpu-avx512", "cpu-avx2", "cpu-generic")
+"""Every engine on every instruction set; those that this machine cannot run are skipped, see :func:`engine_of`."""
 
 PATTERNS = ("none", "one", "border", "all", "random")
 SIZES = [pytest.param(size, id="{}x{}".format(*size)) for size in ((1, 1), (1, 7), (2, 2), (3, 3), (6, 8), (9, 7))]
@@ -90,13 +99,13 @@ def dense_down(image: Tensor, weight: Tensor, down: str) -> Tensor:
 def dense_up(image: Tensor, weight: Tensor, down: str, size: tuple[int, int]) -> Tensor:
     """Transposed convolution, stride 2, cut to ``size``; pixels that it does not reach are zero."""
     k = KERNEL[down]
-    kernel = weight.view(k, k, *weight.shape[1:]).permute(2, 3, 0, 1)
+    kernel = weight.view(k, k, *weight.shape[1:]).permute(2, 3, 0, 1).contiguous()
     return F.conv_transpose2d(F.pad(image, (0, 1, 0, 1)), kernel, stride=2)[..., : size[0], : size[1]]
 
 
 def _kernel(weight: Tensor) -> Tensor:
     k = {9: 3, 4: 2}[weight.shape[0]]
-    return weight.view(k, k, *weight.shape[1:]).permute(3, 2, 0, 1)
+    return weight.view(k, k, *weight.shape[1:]).permute(3, 2, 0, 1).contiguous()
 
 
 def shared(path: str) -> Path:
@@ -105,3 +114,19 @@ def shared(path: str) -> Path:
     if not found.exists():
         pytest.skip(f"needs {found}")
     return found
+
+
+@cache
+def engine_of(name: str) -> Engine:
+    """One of :data:`ENGINES`; skips the test where this machine cannot run it."""
+    from sparserefine.native.library import Unavailable
+    from sparserefine.sparse import get_engine
+    from sparserefine.sparse.cpu.engine import CpuEngine
+
+    kind, _, instruction_set = name.partition("-")
+    if kind == "torch":
+        return get_engine("torch")
+    try:
+        return CpuEngine(instruction_set)
+    except Unavailable as reason:
+        pytest.skip(f"engine {name}: {reason}")

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from sparserefine.sparse import PlanSpec, Sites, SparseBatchNorm, SparseConv, Stencil, conv, engine_report, get_engine
 from sparserefine.sparse import torch_engine as engine_module
+from sparserefine.sparse.cpu.convolution import operands as cpu_operands
 from support import (
     DTYPES,
+    ENGINES,
     KERNEL,
     PATTERNS,
     SIZES,
@@ -19,11 +21,13 @@ from support import (
     dense_around,
     dense_down,
     dense_up,
+    engine_of,
     mask_of,
     on_grid,
 )
 
 C_IN, C_OUT = 3, 5
+EXACT = {name: torch.float64 if name == "torch" else torch.float32 for name in ENGINES}
 DOWNS = ("paper", "cell")
 KINDS = ("around", "down-paper", "up-paper", "down-cell", "up-cell")
 
@@ -31,9 +35,11 @@ KINDS = ("around", "down-paper", "up-paper", "down-cell", "up-cell")
 class Case:
     """One convolution on one mask: the stencil under test, its operands, and the dense rule for the same thing."""
 
-    def __init__(self, kind: str, mask: Tensor, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, kind: str, mask: Tensor, dtype: torch.dtype = torch.float64, engine: str = "torch", channels: int = C_OUT
+    ) -> None:
         self.kind, _, self.down = kind.partition("-")
-        plan = get_engine("torch").geometry(Sites.from_mask(mask), PlanSpec(2, self.down or "cell"))
+        plan = engine_of(engine).geometry(Sites.from_mask(mask), PlanSpec(2, self.down or "cell"))
         level = plan.levels[0]
         coarse = coarser_mask(mask, self.down or "cell")
         self.source, self.target = {"around": (mask, mask), "down": (mask, coarse), "up": (coarse, mask)}[self.kind]
@@ -51,8 +57,8 @@ class Case:
 
         # Scaled so that results and both gradients are of size about 1.
         self.x = normal(n_in, C_IN).to(dtype)
-        self.weight = (normal(taps, C_IN, C_OUT) / (taps * C_IN) ** 0.5).to(dtype)
-        self.grad = (normal(n_out, C_OUT) / max(1, n_out) ** 0.5).to(dtype)
+        self.weight = (normal(taps, C_IN, channels) / (taps * C_IN) ** 0.5).to(dtype)
+        self.grad = (normal(n_out, channels) / max(1, n_out) ** 0.5).to(dtype)
 
     def oracle(self, x: Tensor, weight: Tensor) -> Tensor:
         """y = dense convolution of the zero-filled image, read at the output sites."""
@@ -81,15 +87,24 @@ class Case:
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_dense_convolution(kind: str, size: tuple[int, int], pattern: str) -> None:
-    Case(kind, mask_of(pattern, size, batch=2)).check()
+@pytest.mark.parametrize("engine", ENGINES)
+def test_equals_dense_convolution(engine: str, kind: str, size: tuple[int, int], pattern: str) -> None:
+    Case(kind, mask_of(pattern, size, batch=2), EXACT[engine], engine).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_dense_convolution_in_each_precision(kind: str, pattern: str, dtype: torch.dtype) -> None:
-    Case(kind, mask_of(pattern, (9, 8), batch=3), dtype).check()
+@pytest.mark.parametrize("engine", ["torch", "cpu-generic"])
+def test_equals_dense_convolution_in_each_precision(engine: str, kind: str, pattern: str, dtype: torch.dtype) -> None:
+    Case(kind, mask_of(pattern, (9, 8), batch=3), dtype, engine).check()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 17, 19, 33, 64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_any_number_of_channels(engine: str, kind: str, channels: int) -> None:
+    Case(kind, mask_of("random", (30, 41), batch=2), EXACT[engine], engine, channels).check()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,8 +125,9 @@ def test_gradcheck(kind: str, pattern: str) -> None:
 
 @pytest.mark.parametrize("wanted", ["x", "weight"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_gradient_that_is_wanted(kind: str, wanted: str) -> None:
-    case = Case(kind, mask_of("random", (6, 5)))
+@pytest.mark.parametrize("engine", ["torch", "cpu-generic"])
+def test_only_the_gradient_that_is_wanted(engine: str, kind: str, wanted: str) -> None:
+    case = Case(kind, mask_of("random", (6, 5)), EXACT[engine], engine)
     operand = getattr(case, wanted).requires_grad_()
     conv(case.x, case.weight, case.stencil).backward(case.grad)
     other = case.weight if wanted == "x" else case.x
@@ -120,8 +136,9 @@ def test_only_the_gradient_that_is_wanted(kind: str, wanted: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_strided_operands(kind: str) -> None:
-    case = Case(kind, mask_of("random", (6, 5)))
+@pytest.mark.parametrize("engine", ["torch", "cpu-generic"])
+def test_strided_operands(engine: str, kind: str) -> None:
+    case = Case(kind, mask_of("random", (6, 5)), EXACT[engine], engine)
     expected = conv(case.x, case.weight, case.stencil)
     x = case.x.t().contiguous().t()
     weight = case.weight.transpose(1, 2).contiguous().transpose(1, 2)
@@ -159,6 +176,17 @@ def test_refuses_operands_that_do_not_fit(x: Tensor, weight: Tensor, words: list
 
 
 # ---- tracing
+
+
+@pytest.mark.parametrize("pattern", ["none", "random"])
+@pytest.mark.parametrize("kind", ["around", "down-cell", "up-paper"])
+def test_operators_of_the_cpu_engine_are_well_formed(kind: str, pattern: str) -> None:
+    case = Case(kind, mask_of(pattern, (5, 6)), torch.float32, "cpu-generic")
+    arguments = cpu_operands(case.x.requires_grad_(), case.weight.requires_grad_(), case.stencil, "generic")
+    ops = torch.ops.sparserefine
+    torch.library.opcheck(ops.cpu_conv.default, arguments, raise_exception=True)
+    around = Case("around", mask_of(pattern, (5, 6)), torch.float32, "cpu-generic")
+    torch.library.opcheck(ops.cpu_conv_weight.default, (around.x, around.grad, around.stencil.table, "generic"))
 
 
 @pytest.mark.parametrize("pattern", ["none", "random"])
@@ -241,9 +269,10 @@ def brute_force(mask: Tensor, down: str) -> tuple[list, list, list, list]:
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("down", DOWNS)
-def test_tables_against_loops(down: str, size: tuple[int, int], pattern: str) -> None:
+@pytest.mark.parametrize("engine", ["torch", "cpu-generic"])
+def test_tables_against_loops(engine: str, down: str, size: tuple[int, int], pattern: str) -> None:
     mask = mask_of(pattern, size, batch=3)
-    plan = get_engine("torch").geometry(Sites.from_mask(mask), PlanSpec(3, down))
+    plan = engine_of(engine).geometry(Sites.from_mask(mask), PlanSpec(3, down))
     assert len(plan.levels) == 3
     assert plan.levels[-1].down is None
     for fine, coarse in zip(plan.levels, plan.levels[1:], strict=False):

@@ -54,8 +54,13 @@ def below(*folders: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", below("sparse"))
-def test_sparse_knows_only_itself_and_uncertainty(name: str) -> None:
-    assert project_parts(FILES[name]) <= {"sparse", "uncertainty"}
+def test_sparse_knows_only_itself_uncertainty_and_the_kernels(name: str) -> None:
+    assert project_parts(FILES[name]) <= {"sparse", "uncertainty", "native"}
+
+
+@pytest.mark.parametrize("name", below("native"))
+def test_kernels_know_only_themselves(name: str) -> None:
+    assert project_parts(FILES[name]) <= {"native"}
 
 
 @pytest.mark.parametrize("name", below("uncertainty"))

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from sparserefine.ensembler import EnsemblerConfig as EnsemblerConfig
     from sparserefine.extractor import PRESETS as PRESETS
     from sparserefine.extractor import ExtractorConfig as ExtractorConfig
-    from sparserefine.extractor import SparseUNet as SparseUNet
     from sparserefine.refiner import Refinement as Refinement
     from sparserefine.refiner import SparseRefiner as SparseRefiner
     from sparserefine.selector import Selector as Selector
+    from sparserefine.sparse import SparseUNet as SparseUNet
 
 _HOMES = {
     "BaseConfig": "base",
@@ -30,7 +30,7 @@ _HOMES = {
     "EnsemblerConfig": "ensembler",
     "PRESETS": "extractor",
     "ExtractorConfig": "extractor",
-    "SparseUNet": "extractor",
+    "SparseUNet": "sparse",
     "Refinement": "refiner",
     "SparseRefiner": "refiner",
     "Selector": "selector",

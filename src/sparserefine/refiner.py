@@ -22,7 +22,7 @@ from sparserefine.base import (
 )
 from sparserefine.classes import Classes
 from sparserefine.ensembler import EnsemblerConfig, build_ensembler
-from sparserefine.extractor import PRESETS, ExtractorConfig, SparseUNet
+from sparserefine.extractor import PRESETS, ExtractorConfig
 from sparserefine.selector import Selector
 from sparserefine.sparse import Sites, get_engine
 from sparserefine.timing import StageTimer
@@ -70,9 +70,7 @@ class SparseRefiner(nn.Module):
         self.extractor_config, self.ensembler_config = extractor, ensembler or EnsemblerConfig()
         self.upsampling, self.mean, self.std = upsampling, tuple(mean), tuple(std)
         self.base = base
-        self.extractor = SparseUNet(
-            extractor.channels(k), k, extractor.planes, blocks=extractor.blocks, down=extractor.down
-        )
+        self.extractor = extractor.build(k)
         self.ensembler = build_ensembler(self.ensembler_config, k)
         self.engine = get_engine(engine)
 

@@ -12,8 +12,8 @@ from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
 from sparserefine.sparse.sites import Sites
 from sparserefine.uncertainty import Upsampling, Window
 
-ENGINES = ("torch",)
-"""Engines that exist; ``cpu`` (C) and ``triton`` (GPU) are to stand beside ``torch``."""
+ENGINES = ("torch", "cpu")
+"""Engines that exist; ``triton`` (GPU) is to stand beside them."""
 
 
 class Engine(Protocol):
@@ -44,15 +44,42 @@ def get_engine(name: str = "auto") -> Engine:
     """The engine of that name; ``auto`` picks the fastest that works here.
 
     Raises:
-        ValueError: no engine has that name.
+        ValueError: no engine has that name, or it cannot be used here.
     """
-    if name in ("auto", "torch"):
-        from sparserefine.sparse.torch_engine import TorchEngine
+    from sparserefine.native.library import Unavailable
+    from sparserefine.sparse.torch_engine import TorchEngine
 
+    if name not in ("auto", *ENGINES):
+        raise ValueError(f"engine {name!r} is not known; choose 'auto' or one of {', '.join(ENGINES)}")
+    if name == "torch":
         return TorchEngine()
-    raise ValueError(f"engine {name!r} is not known; choose 'auto' or one of {', '.join(ENGINES)}")
+    from sparserefine.sparse.cpu.engine import CpuEngine
+
+    try:
+        return CpuEngine()
+    except Unavailable as error:
+        if name == "auto":
+            return TorchEngine()
+        raise ValueError(f"engine 'cpu' cannot be used here: {error}") from error
 
 
 def engine_report() -> dict[str, str]:
     """Each engine and whether it works here, and what ``auto`` picks, in words."""
-    return {"auto": "torch (the only engine of this version)", "torch": "available on every device"}
+    from sparserefine.native.build import NOTE
+    from sparserefine.native.library import Unavailable, available, load
+
+    try:
+        chosen = load().name
+    except Unavailable as error:
+        return {
+            "auto": "torch, for engine cpu is not available",
+            "torch": "available on every device",
+            "cpu": str(error),
+        }
+    note = f"; {NOTE.read_text(encoding='utf-8').strip()}" if NOTE.is_file() else ""
+    others = ", ".join(name for name in available() if name != chosen)
+    return {
+        "auto": "cpu for tensors on the CPU, torch elsewhere",
+        "torch": "available on every device",
+        "cpu": f"available: {chosen}{f' (also {others})' if others else ''}{note}",
+    }

@@ -164,11 +164,13 @@ def _neighbour_table(sites: Sites, index: Tensor) -> Tensor:
     return _read(index, _position(sites.coords.long(), index), offsets)
 
 
-def _kernel_size(down: DownKind) -> int:
+def kernel_size(down: DownKind) -> int:
+    """Width of the convolution between two levels."""
     return 3 if down == "paper" else 2
 
 
-def _coarser_size(size: int, down: DownKind) -> int:
+def coarser_size(size: int, down: DownKind) -> int:
+    """Height or width of the next level."""
     return max(0, (size - 3) // 2 + 1) if down == "paper" else (size + 1) // 2
 
 
@@ -185,12 +187,12 @@ def _parents(sites: Sites, down: DownKind) -> Iterator[tuple[Tensor, Tensor]]:
             cells = coords - coords.new_tensor([0, row_reach, column_reach])
             cells[:, 1:] >>= 1
             _, row, column = (coords - 2 * cells).unbind(1)
-            yield cells, row * _kernel_size(down) + column
+            yield cells, row * kernel_size(down) + column
 
 
 def _coarser_sites(sites: Sites, down: DownKind) -> Sites:
     """Cells of the next level that have a site in their window."""
-    h, w = _coarser_size(sites.height, down), _coarser_size(sites.width, down)
+    h, w = coarser_size(sites.height, down), coarser_size(sites.width, down)
     active = torch.zeros(sites.batch_size, h + 2 * _PAD, w + 2 * _PAD, dtype=torch.bool, device=sites.coords.device)
     for cells, _ in _parents(sites, down):
         active.view(-1)[_position(cells, active)] = True
@@ -199,7 +201,7 @@ def _coarser_sites(sites: Sites, down: DownKind) -> Sites:
 
 def _children_table(coarser: Sites, index: Tensor, down: DownKind) -> Tensor:
     """``int32 [N_coarse, T]``: site ``2 o + tap`` of each coarse cell ``o``."""
-    width, size = index.shape[2], _kernel_size(down)
+    width, size = index.shape[2], kernel_size(down)
     coords = coarser.coords.long()
     coords[:, 1:] *= 2
     # `cell` on odd sizes reads one row or column past the image: that is the padding, so "no site".
@@ -208,7 +210,7 @@ def _children_table(coarser: Sites, index: Tensor, down: DownKind) -> Tensor:
 
 def _parents_table(sites: Sites, coarser: Sites, coarser_index: Tensor, down: DownKind) -> tuple[Tensor, Tensor | None]:
     """``int32 [N, T]``: the coarse cell ``o`` with ``2 o + tap`` = the site, for each tap; and ``Stencil.single``."""
-    taps = _kernel_size(down) ** 2
+    taps = kernel_size(down) ** 2
     table = torch.full((len(sites), taps), len(coarser), dtype=torch.int32, device=sites.coords.device)
     single = None
     for cells, tap in _parents(sites, down):

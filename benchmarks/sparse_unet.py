@@ -1,0 +1,357 @@
+"""Times the sparse U-Net: engines of this package and spconv, plans, masks, threads. See README.md.
+
+python -m benchmarks.sparse_unet --json runs/sparse_unet.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import (
+    ROOT,
+    Job,
+    Measurement,
+    WorkerError,
+    check_run,
+    chosen,
+    chosen_threads,
+    default_threads,
+    machine,
+    measure,
+    number,
+    print_table,
+    read_mask,
+    sgemm_gflops,
+    site_features,
+    write_report,
+)
+from sparserefine.extractor import PRESETS
+from sparserefine.sparse import Sites, SparseBatchNorm, SparseUNet, get_engine
+
+ENGINES = ("torch", "cpu", "spconv")
+MASKS = ROOT.parent / "shared" / "masks"
+DEFAULT_MASKS = "street0_05pct,street0_10pct,street0_20pct,street0_30pct"
+CHANNELS, CLASSES = 3, 19
+TOLERANCE = 1e-3  # relative rms; beyond it an engine computes something else
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of the table; times are medians over the rounds.
+
+    Attributes:
+        engine: ``torch``, ``cpu`` or ``spconv``.
+        plan: name of the preset.
+        mask: its file's stem.
+        threads: of the worker.
+        sites: N.
+        geometry_ms: sites -> plan. Of spconv the search for neighbours, which its forward does.
+        forward_ms: features and plan -> logits; includes tables that an engine makes when it first needs them.
+        ms: their sum.
+        gflops: 2 MACs / forward [1e9/s]. MACs as ``SparseUNet.macs`` counts them, for every engine alike.
+        sgemm_gflops: dense matrix product of this machine with as many threads [1e9/s].
+        sgemm_share: gflops / sgemm_gflops; more than 1 is possible for Winograd's algorithm.
+        peak_mb: most memory beyond network, mask and features [MB]; packed weights count.
+        difference: relative rms difference of the logits from the torch engine's; ``None`` without that engine.
+        levels_ms: where an engine can tell, the time of each level, from one more round.
+        instruction_set: of engine ``cpu``.
+        machine: processor and torch's version.
+    """
+
+    engine: str
+    plan: str
+    mask: str
+    threads: int
+    sites: int
+    geometry_ms: float
+    forward_ms: float
+    ms: float
+    gflops: float
+    sgemm_gflops: float
+    sgemm_share: float
+    peak_mb: float
+    difference: float | None
+    levels_ms: list[float] | None
+    instruction_set: str | None
+    machine: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, checked."""
+
+    plans: list[str]
+    masks: list[Path]
+    threads: list[int]
+    engines: list[str]
+    rounds: int
+    spconv_python: Path
+    report: Path | None
+
+
+class EngineTask:
+    """Times one engine of this package."""
+
+    def __init__(
+        self,
+        engine: str,
+        mask: str,
+        weights: str,
+        channels: int,
+        classes: int,
+        planes: list[int],
+        blocks: int,
+        down: Any,
+    ) -> None:
+        self._engine = get_engine(engine)
+        with torch.device("meta"):
+            self._network = SparseUNet(channels, classes, planes, blocks, down).eval()
+        self._network.load_state_dict(torch.load(weights, weights_only=True), assign=True)
+        self._sites = Sites.from_mask(read_mask(mask)[None])
+        self._features = site_features(len(self._sites), channels)
+
+    def start(self) -> None:
+        """Packs the network, if the engine can."""
+        self._packed = self._engine.prepare(self._network)
+        self._forward = self._packed or self._network
+
+    def round(self) -> dict[str, float]:
+        """Geometry of sites that the engine has not seen, and a forward on that plan."""
+        self._logits = None
+        sites = replace(self._sites, coords=self._sites.coords.clone())
+        with torch.inference_mode():
+            start = time.perf_counter()
+            plan = self._engine.geometry(sites, self._network.spec)
+            middle = time.perf_counter()
+            self._logits = self._forward(self._features, plan)
+            end = time.perf_counter()
+        return {"geometry_ms": 1e3 * (middle - start), "forward_ms": 1e3 * (end - middle)}
+
+    def output(self) -> Tensor | None:
+        """Logits ``[N, K]`` of the last round."""
+        return self._logits
+
+    def details(self) -> dict[str, Any]:
+        """Instruction set, and the time of each level."""
+        return {"instruction_set": self._instruction_set(), "levels_ms": self._levels_ms()}
+
+    def _instruction_set(self) -> str | None:
+        if self._engine.name != "cpu":
+            return None
+        from sparserefine.native.library import load
+
+        return load().name
+
+    def _levels_ms(self) -> list[float] | None:
+        if self._packed is None or "levels_ms" not in inspect.signature(self._packed).parameters:
+            return None
+        levels: list[float] = []
+        with torch.inference_mode():
+            plan = self._engine.geometry(self._sites, self._network.spec)
+            self._packed(self._features, plan, levels_ms=levels)
+        return levels
+
+
+class Run:
+    """All that one command measures; keeps the networks' weights and what the tables need."""
+
+    def __init__(self, options: Options, scratch: Path) -> None:
+        self._options, self._scratch = options, scratch
+        self._left_out: dict[str, str] = {}
+        self._machine = machine()
+        print(self._machine)
+        self._sgemm = {threads: sgemm_gflops(threads) for threads in options.threads}
+        for threads, gflops in self._sgemm.items():
+            print(f"sgemm, {threads} thread{'s' if threads > 1 else ''}: {gflops:.0f} GFLOP/s", flush=True)
+        for plan in options.plans:
+            torch.save(_network(plan).state_dict(), self._weights(plan))
+
+    def _weights(self, plan: str) -> Path:
+        return self._scratch / f"{plan}.pt"
+
+    def mask(self, mask: Path) -> list[Record]:
+        """Every plan, number of threads and engine on one mask."""
+        records = []
+        sites = Sites.from_mask(read_mask(str(mask))[None])
+        for plan in self._options.plans:
+            macs = _macs(plan, sites)
+            for threads in self._options.threads:
+                jobs = {name: self._job(name, plan, mask) for name in self._engines(threads)}
+                found = measure(jobs, threads, self._options.rounds, self._left_out, self._scratch)
+                reference = found["torch"].output if "torch" in found else None
+                for engine, measured in found.items():
+                    difference = None if reference is None else _relative_rms(measured.output, reference)
+                    place = (engine, plan, mask.stem, threads)
+                    records.append(self._record(place, len(sites), macs, measured, difference))
+        if not records:
+            raise WorkerError("no engine is left; see above")
+        return records
+
+    def _engines(self, threads: int) -> list[str]:
+        """The engines; spconv's CPU code is wrong with several threads (a data race in its scatter)."""
+        return [name for name in self._options.engines if name != "spconv" or threads == 1]
+
+    def _job(self, engine: str, plan: str, mask: Path) -> Job:
+        preset = PRESETS[plan]
+        setup = {
+            "engine": engine,
+            "mask": str(mask),
+            "weights": str(self._weights(plan)),
+            "channels": CHANNELS,
+            "classes": CLASSES,
+            "planes": preset.planes,
+            "blocks": preset.blocks,
+            "down": preset.down,
+        }
+        if engine == "spconv":
+            return Job("benchmarks.spconv_worker:SpconvTask", setup, str(self._options.spconv_python))
+        return Job("benchmarks.sparse_unet:EngineTask", setup)
+
+    def _record(
+        self, place: tuple[str, str, str, int], sites: int, macs: int, measured: Measurement, difference: float | None
+    ) -> Record:
+        engine, plan, mask, threads = place
+        geometry, forward = measured.median("geometry_ms"), measured.median("forward_ms")
+        gflops, sgemm = 2e-6 * macs / forward, self._sgemm[threads]
+        return Record(
+            engine,
+            plan,
+            mask,
+            threads,
+            sites,
+            geometry,
+            forward,
+            geometry + forward,
+            gflops,
+            sgemm,
+            gflops / sgemm,
+            measured.peak_mb,
+            difference,
+            measured.details.get("levels_ms"),
+            measured.details.get("instruction_set"),
+            self._machine,
+        )
+
+
+def _network(plan: str) -> SparseUNet:
+    """Random weights; statistics of the batch normalisation that do not cancel its arithmetic."""
+    preset = PRESETS[plan]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        network = SparseUNet(CHANNELS, CLASSES, preset.planes, preset.blocks, preset.down)
+        for module in network.modules():
+            if isinstance(module, SparseBatchNorm):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+                module.weight.uniform_(0.8, 1.2)
+                module.bias.normal_(0, 0.1)
+    return network
+
+
+def _macs(plan: str, sites: Sites) -> int:
+    preset = PRESETS[plan]
+    with torch.device("meta"):
+        network = SparseUNet(CHANNELS, CLASSES, preset.planes, preset.blocks, preset.down)
+    return network.macs(get_engine("torch").geometry(sites, network.spec))
+
+
+def _relative_rms(logits: Tensor, reference: Tensor) -> float:
+    difference = (logits.double() - reference.double()).norm()
+    return float(difference / reference.double().norm())
+
+
+def _print_records(mask: str, records: Sequence[Record]) -> None:
+    """The table of one mask; ratios say how many times faster a row is than the peer."""
+    times = {(r.engine, r.plan, r.threads): r.ms for r in records}
+    rows = []
+    for r in records:
+        torch_ms, spconv_ms = times.get(("torch", r.plan, r.threads)), times.get(("spconv", r.plan, 1))
+        wrong = " WRONG" if r.difference is not None and not r.difference <= TOLERANCE else ""
+        rows.append(
+            (
+                r.plan,
+                r.engine + (f" ({r.instruction_set})" if r.instruction_set else ""),
+                str(r.threads),
+                number(r.geometry_ms, ".1f"),
+                number(r.forward_ms, ".1f"),
+                number(r.ms, ".1f"),
+                number(torch_ms and torch_ms / r.ms, ".2f", "x"),
+                number(spconv_ms and spconv_ms / r.ms, ".2f", "x"),
+                number(r.gflops),
+                number(100 * r.sgemm_share, ".0f", " %"),
+                number(r.peak_mb),
+                number(r.difference, ".1e") + wrong,
+            )
+        )
+    header = ("plan", "engine", "threads", "geometry ms", "forward ms", "ms", "vs torch", "vs spconv, 1 thread")
+    header += ("GFLOP/s", "of sgemm", "peak MB", "rms from torch")
+    print_table(f"{mask}: {records[0].sites} sites", header, rows)
+    for r in records:
+        if r.levels_ms:
+            levels = ", ".join(f"{ms:.1f}" for ms in r.levels_ms)
+            print(f"{r.plan}, {r.engine}, {r.threads} thread{'s' if r.threads > 1 else ''}: levels {levels} ms")
+
+
+def _options(arguments: Sequence[str] | None) -> Options:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse_unet", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the records to this file too")
+    parser.add_argument("--plans", default=",".join(PRESETS), help="default: %(default)s")
+    parser.add_argument("--masks", default=DEFAULT_MASKS, help="names in ../shared/masks, or PNG files; %(default)s")
+    parser.add_argument("--threads", default=default_threads(), help="default: %(default)s")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each, default: %(default)s")
+    parser.add_argument(
+        "--spconv-python", type=Path, default=Path(".venv-spconv/bin/python"), help="default: %(default)s"
+    )
+    given = parser.parse_args(arguments)
+    check_run(given.rounds, given.json)
+    return Options(
+        chosen(given.plans, tuple(PRESETS), "plan"),
+        [_mask(name.strip()) for name in given.masks.split(",")],
+        chosen_threads(given.threads),
+        chosen(given.engines, ENGINES, "engine"),
+        given.rounds,
+        ROOT / given.spconv_python,
+        given.json,
+    )
+
+
+def _mask(name: str) -> Path:
+    """A PNG file, or one in the folder of masks."""
+    path = Path(name) if name.endswith(".png") else MASKS / f"{name}.png"
+    if path.is_file():
+        return path.absolute()
+    known = sorted(mask.stem for mask in MASKS.glob("*.png"))
+    if not known:
+        raise ValueError(f"mask {name!r} is not found; ../shared/masks is not there: pass --masks FILE.png[,FILE.png]")
+    raise ValueError(f"mask {name!r} is not found; choose from {', '.join(known)}, or pass a PNG file")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    try:
+        options = _options(arguments)
+        records: list[Record] = []
+        with tempfile.TemporaryDirectory() as scratch:
+            run = Run(options, Path(scratch))
+            for mask in options.masks:
+                new = run.mask(mask)
+                _print_records(mask.stem, new)
+                records += new
+                write_report(options.report, records)  # a run that is cut short has something to show
+    except (ValueError, WorkerError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

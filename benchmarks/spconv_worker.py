@@ -1,0 +1,147 @@
+"""The peer: the same network in spconv, run by an interpreter that has it (README.md says how to make one).
+
+Imports nothing of sparserefine: that environment need not have what sparserefine needs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import spconv.pytorch as spconv
+import torch
+import torch.nn.functional as F
+from spconv.pytorch import ops
+from torch import Tensor, nn
+
+from benchmarks.common import read_mask, site_features
+
+
+def _activated(x: spconv.SparseConvTensor, norm: nn.Module) -> spconv.SparseConvTensor:
+    return x.replace_feature(F.relu(norm(x.features), inplace=True))
+
+
+class _Block(nn.Module):
+    """``sparserefine.sparse.ResidualBlock``, the names of its parts included."""
+
+    def __init__(self, c_in: int, c_out: int, key: str) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm1d(c_in), spconv.SubMConv2d(c_in, c_out, 3, bias=False, indice_key=key)
+        self.norm2, self.conv2 = nn.BatchNorm1d(c_out), spconv.SubMConv2d(c_out, c_out, 3, bias=False, indice_key=key)
+        self.shortcut = nn.Identity() if c_in == c_out else nn.Linear(c_in, c_out, bias=False)
+
+    def forward(self, x: spconv.SparseConvTensor) -> spconv.SparseConvTensor:
+        """The sites stay the same."""
+        y = self.conv2(_activated(self.conv1(_activated(x, self.norm1)), self.norm2))
+        return y.replace_feature(y.features + self.shortcut(x.features))
+
+
+class SpconvUNet(nn.Module):
+    """``sparserefine.extractor.SparseUNet``, the names of its parts included."""
+
+    def __init__(self, channels: int, classes: int, planes: Sequence[int], blocks: int, down: str) -> None:
+        super().__init__()
+        pairs, size = list(pairwise(planes)), 3 if down == "paper" else 2
+        self.stem = spconv.SubMConv2d(channels, planes[0], 3, bias=False, indice_key="same0")
+        self.descend = nn.ModuleList(_blocks(c, c, blocks, f"same{i}") for i, c in enumerate(planes))
+        self.down_norms = nn.ModuleList(nn.BatchNorm1d(fine) for fine, _ in pairs)
+        self.down_convs = nn.ModuleList(
+            spconv.SparseConv2d(fine, coarse, size, 2, bias=False, indice_key=f"down{i}")
+            for i, (fine, coarse) in enumerate(pairs)
+        )
+        self.up_norms = nn.ModuleList(nn.BatchNorm1d(coarse) for _, coarse in pairs)
+        self.up_convs = nn.ModuleList(
+            spconv.SparseInverseConv2d(coarse, fine, size, bias=False, indice_key=f"down{i}")
+            for i, (fine, coarse) in enumerate(pairs)
+        )
+        self.ascend = nn.ModuleList(_blocks(2 * fine, fine, blocks, f"same{i}") for i, (fine, _) in enumerate(pairs))
+        self.head_norm = nn.BatchNorm1d(planes[0])
+        self.head = nn.Linear(planes[0], classes)
+
+    def forward(self, x: spconv.SparseConvTensor) -> Tensor:
+        """Logits ``[N, K]``."""
+        x = self.stem(x)
+        skips: list[Tensor] = []
+        for depth, blocks in enumerate(self.descend):
+            for block in blocks:
+                x = block(x)
+            if depth < len(self.down_convs):
+                skips.append(x.features)
+                x = self.down_convs[depth](_activated(x, self.down_norms[depth]))
+        for depth in reversed(range(len(skips))):
+            x = self.up_convs[depth](_activated(x, self.up_norms[depth]))
+            x = x.replace_feature(torch.cat([skips.pop(), x.features], dim=1))
+            for block in self.ascend[depth]:
+                x = block(x)
+        logits: Tensor = self.head(_activated(x, self.head_norm).features)
+        return logits
+
+    def load_weights(self, state: dict[str, Tensor]) -> None:
+        """Weights of a ``SparseUNet``: ``[T, C_in, C_out]`` there, ``[C_out, k, k, C_in]`` here."""
+        shapes = {name: value.shape for name, value in self.state_dict().items()}
+        turned = {
+            name: value.permute(2, 0, 1).reshape(shapes[name]) if value.dim() == 3 else value
+            for name, value in state.items()
+        }
+        self.load_state_dict(turned)
+
+
+def _blocks(c_in: int, c_out: int, count: int, key: str) -> nn.ModuleList:
+    return nn.ModuleList(_Block(c_in if i == 0 else c_out, c_out, key) for i in range(count))
+
+
+class SpconvTask:
+    """Times spconv, its search for neighbours apart from the rest. Takes what ``sparse_unet.EngineTask`` takes."""
+
+    def __init__(
+        self,
+        engine: str,
+        mask: str,
+        weights: str,
+        channels: int,
+        classes: int,
+        planes: list[int],
+        blocks: int,
+        down: str,
+    ) -> None:
+        if torch.get_num_threads() != 1:
+            raise ValueError(f"{engine} is wrong with several threads (a data race in its scatter); expected one")
+        self._network = SpconvUNet(channels, classes, planes, blocks, down).eval()
+        self._network.load_weights(torch.load(weights, weights_only=True))
+        image = read_mask(mask)
+        rows_columns = image.nonzero().int()
+        # Contiguous, or spconv silently computes something else.
+        self._indices = F.pad(rows_columns, (1, 0)).contiguous()
+        self._size = list(image.shape)
+        self._features = site_features(len(self._indices), channels)
+        self._pairs_seconds = 0.0
+        self._get_pairs = ops.get_indice_pairs
+
+    def start(self) -> None:
+        """Makes spconv tell how long it looks for neighbours, which it does on the way, inside the forward."""
+        ops.get_indice_pairs = self._timed_pairs
+
+    def _timed_pairs(self, *arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        pairs = self._get_pairs(*arguments, **options)
+        self._pairs_seconds += time.perf_counter() - start
+        return pairs
+
+    def round(self) -> dict[str, float]:
+        """A forward on sites that spconv has not seen."""
+        self._logits, self._pairs_seconds = None, 0.0
+        with torch.inference_mode():
+            start = time.perf_counter()
+            self._logits = self._network(spconv.SparseConvTensor(self._features, self._indices, self._size, 1))
+            total = time.perf_counter() - start
+        return {"geometry_ms": 1e3 * self._pairs_seconds, "forward_ms": 1e3 * (total - self._pairs_seconds)}
+
+    def output(self) -> Tensor | None:
+        """Logits ``[N, K]`` of the last round."""
+        return self._logits
+
+    def details(self) -> dict[str, Any]:
+        """None."""
+        return {}

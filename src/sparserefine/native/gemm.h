@@ -1,0 +1,98 @@
+// The microkernel that all convolutions share, the packing of its weights, and what happens to its results (epilogue).
+#pragma once
+#include "simd.h"
+
+// A tile of MR rows by NV vectors stays in registers: 24 sums of 32 registers with AVX-512 and on Arm, 12 of 16 otherwise.
+constexpr int MAX_NV = VL == 16 ? 4 : 2;
+constexpr int rows_of(int nv) {
+  return VL == 16 ? (nv == 4 ? 6 : nv == 3 ? 8 : 12) : nv == 2 ? 6 : 10;
+}
+constexpr int MAX_MR = 12;
+
+// Widest tile of which `cout` channels make whole ones; 48 channels are three vectors, 80 are two, two and one.
+SR_INLINE int tile_vectors(int64_t cout) {
+  int64_t vectors = ceil_div(cout, VL);
+  for (int nv = MAX_NV; nv > 1; nv--)
+    if (vectors % nv == 0) return nv;
+  return vectors == 1 ? 1 : 2;
+}
+
+// The output channels in panels of one tile's width each. Weights lie panel after panel, [depth][width] in each, with
+// zeros beyond `cout`; depth is T * C_in.
+struct Panels {
+  int64_t cout;
+  int nv;
+  explicit Panels(int64_t cout) : cout(cout), nv(tile_vectors(cout)) {}
+  int64_t count() const { return ceil_div(cout, nv * VL); }
+  int64_t first(int64_t p) const { return p * nv * VL; }
+  int64_t channels(int64_t p) const { return smaller<int64_t>(nv * VL, cout - first(p)); }
+  int vectors(int64_t p) const { return (int)ceil_div(channels(p), VL); }
+  int64_t width() const { return round_up(cout, VL); }
+  int64_t offset(int64_t p, int64_t depth) const { return first(p) * depth; }
+};
+
+// c [MR, NV * VL] (+)= sum over taps and k of rows[tap][m][k] * b[tap][k][:]; rows are pointers, which is the whole gather.
+template <int MR, int NV>
+static void multiply_tile(const float* const* rows, int64_t taps, int64_t tap_stride, int64_t from, int64_t depth,
+                          const float* b, int64_t b_stride, float* c, bool accumulate) {
+  vec sum[MR][NV];
+  SR_UNROLL for (int m = 0; m < MR; m++) SR_UNROLL for (int v = 0; v < NV; v++)
+    sum[m][v] = accumulate ? load(c + (m * NV + v) * VL) : vec{};
+  for (int64_t t = 0; t < taps; t++) {
+    const float* a[MR];
+    SR_UNROLL for (int m = 0; m < MR; m++) a[m] = rows[t * tap_stride + m] + from;
+    const float* row = b + t * b_stride;
+    for (int64_t k = 0; k < depth; k++, row += NV * VL) {
+      vec w[NV];
+      SR_UNROLL for (int v = 0; v < NV; v++) w[v] = load(row + v * VL);
+      SR_UNROLL for (int m = 0; m < MR; m++) SR_UNROLL for (int v = 0; v < NV; v++) sum[m][v] += a[m][k] * w[v];
+    }
+  }
+  SR_UNROLL for (int m = 0; m < MR; m++) SR_UNROLL for (int v = 0; v < NV; v++)
+    store(c + (m * NV + v) * VL, sum[m][v]);
+}
+
+typedef void (*MultiplyTile)(const float* const*, int64_t, int64_t, int64_t, int64_t, const float*, int64_t, float*,
+                             bool);
+SR_INLINE MultiplyTile tile_function(int nv) {
+  if constexpr (VL == 16) {
+    if (nv == 4) return multiply_tile<rows_of(4), 4>;
+    if (nv == 3) return multiply_tile<rows_of(3), 3>;
+  }
+  return nv == 2 ? multiply_tile<rows_of(2), 2> : multiply_tile<rows_of(1), 1>;
+}
+
+// What becomes of a result v = sum + residual: stored as it is, and up to twice normalised and activated for the layers
+// that read it: relu(v * scale + shift). Null pointers switch parts off. Same layout in Python (convolution.py).
+// Never the other way round, normalising while reading: a missing neighbour is zero after the activation.
+struct Activated {
+  float* out;
+  int64_t stride;
+  const float *scale, *shift;
+};
+struct Epilogue {
+  const float* residual;
+  int64_t residual_stride;
+  const float* bias;
+  float* raw;
+  int64_t raw_stride;
+  Activated activated[2];
+};
+
+SR_INLINE void finish_vector(const Epilogue& e, vec v, int64_t row, int64_t channel, int64_t n) {
+  const bool whole = n >= VL;
+  auto get = [&](const float* p) { return whole ? load(p) : load_part(p, n); };
+  auto put = [&](float* p, vec x) { whole ? store(p, x) : store_part(p, x, n); };
+  if (e.bias) v += get(e.bias + channel);
+  if (e.residual) v += get(e.residual + row * e.residual_stride + channel);
+  if (e.raw) put(e.raw + row * e.raw_stride + channel, v);
+  SR_UNROLL for (int i = 0; i < 2; i++) {
+    const Activated& a = e.activated[i];
+    if (a.out) put(a.out + row * a.stride + channel, relu(v * get(a.scale + channel) + get(a.shift + channel)));
+  }
+}
+
+// Channels first..first + n of one row.
+SR_INLINE void finish_row(const Epilogue& e, const float* sums, int64_t row, int64_t first, int64_t n) {
+  for (int64_t c = 0; c < n; c += VL) finish_vector(e, load(sums + c), row, first + c, n - c);
+}

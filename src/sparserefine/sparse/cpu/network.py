@@ -1,0 +1,316 @@
+"""A whole sparse U-Net for inference: weights packed once, normalisation, ReLU and residuals fused into epilogues."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparserefine.sparse.cpu.geometry import Across, Around, parity_taps
+from sparserefine.sparse.cpu.kernels import Activation, Epilogue, Kernels, Packed, Tiles
+from sparserefine.sparse.modules import ResidualBlock, SparseBatchNorm
+from sparserefine.sparse.plan import Plan
+from sparserefine.sparse.unet import SparseUNet
+
+# Channels below which transforming tiles costs more than the multiplications that it saves, and the product of both
+# widths above which F(4x4)'s weights, four times the size of the convolution's own, cost more than they save.
+_FEWEST_CHANNELS = 8
+_MOST_CHANNELS = 384 * 384
+
+
+class Scratch:
+    """Memory of a network's features: one block for each forward at a time, kept for the next one.
+
+    Fresh memory costs as much time as a convolution: the kernel of the system clears every page of it.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def take(self, floats: int) -> Iterator[Tensor]:
+        """``float32 [>= floats]``, nobody else's until the end of the ``with``; then the largest block is kept."""
+        with self._lock:
+            block = self._idle.pop() if self._idle else None
+        if block is None or block.numel() < floats:
+            # NumPy asks the system for large pages, torch does not.
+            block = torch.from_numpy(np.empty(floats, np.float32))
+        try:
+            yield block
+        finally:
+            with self._lock:
+                self._idle = [max([block, *self._idle], key=len)]
+
+
+class _Norm:
+    """Batch normalisation with running statistics as ``x * scale + shift``."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        assert isinstance(norm, SparseBatchNorm)
+        mean, var = norm.running_mean, norm.running_var
+        assert mean is not None
+        assert var is not None
+        scale = norm.weight.detach().double() / (var.double() + norm.eps).sqrt()
+        shift = norm.bias.detach().double() - mean.double() * scale
+        self.scale, self.shift = scale.float(), shift.float()
+
+    def into(self, out: Tensor, part: slice = slice(None)) -> Activation:
+        """An epilogue's output: the activation of some channels, written to ``out``."""
+        return Activation(out, self.scale[part], self.shift[part])
+
+
+class _Block:
+    def __init__(self, block: nn.Module, pack: _Pack) -> None:
+        assert isinstance(block, ResidualBlock)
+        self.norm1, self.norm2 = _Norm(block.norm1), _Norm(block.norm2)
+        self.conv1, self.conv2 = pack.around(block.conv1.weight), pack.around(block.conv2.weight)
+        shortcut = block.shortcut
+        self.shortcut = pack.linear(shortcut) if isinstance(shortcut, nn.Linear) else None
+
+
+class _Pack:
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def conv(self, weight: Tensor) -> Packed:
+        return self.kernels.pack(weight.detach().contiguous())
+
+    def around(self, weight: Tensor) -> Packed:
+        c_in, c_out = weight.shape[1:]
+        tile = 0 if min(c_in, c_out) < _FEWEST_CHANNELS else 4 if c_in * c_out <= _MOST_CHANNELS else 2
+        return self.kernels.pack(weight.detach().contiguous(), tile)
+
+    def linear(self, layer: nn.Linear) -> Packed:
+        return self.kernels.pack(layer.weight.detach().t()[None].contiguous())
+
+    def up(self, weight: Tensor) -> list[Packed]:
+        return [self.conv(weight[taps]) for taps in parity_taps(len(weight))]
+
+
+class _Level:
+    """Buffers of one level, ``[N, C]`` each: raw features, activated ones, and what lies between two convolutions.
+
+    ``skip`` and ``skip_activated`` hold, side by side, the features on the way down and those that come up again.
+    """
+
+    def __init__(self, sites: int, channels: int, *, skips: bool) -> None:
+        self.sites, self.channels = sites, channels
+        self.kept = [2 * channels, 2 * channels, channels] if skips else [channels]
+        self.passing = [channels, channels]
+
+    def place(self, block: Tensor, start: int) -> int:
+        """Lays the buffers out from ``start``; where those of the next level may begin."""
+        buffers = []
+        for width in (*self.kept, *self.passing):
+            buffers.append(block[start : start + self.sites * width].view(self.sites, width))
+            start += _padded(self.sites * width)
+        *skips, self.activated, self.raw, self.between = buffers
+        if skips:
+            self.skip, self.skip_activated = skips
+        return start - sum(_padded(self.sites * width) for width in self.passing)
+
+    def extent(self, start: int) -> tuple[int, int]:
+        """End of the buffers that live through deeper levels, and of all."""
+        end = start + sum(_padded(self.sites * width) for width in self.kept)
+        return end, end + sum(_padded(self.sites * width) for width in self.passing)
+
+
+def _padded(floats: int) -> int:
+    return -(-floats // 16) * 16
+
+
+class PackedUNet:
+    """:class:`SparseUNet` in evaluation mode: ``(features [N, F], plan) -> logits [N, K]``, float32.
+
+    Args:
+        network: its weights are copied; later changes of them do not reach here.
+        kernels: what computes.
+    """
+
+    def __init__(self, network: SparseUNet, kernels: Kernels) -> None:
+        self.kernels, self.spec = kernels, network.spec
+        pack = _Pack(kernels)
+        self.stem = pack.conv(network.stem.weight)
+        self.descend = [[_Block(b, pack) for b in blocks.children()] for blocks in network.descend]
+        self.ascend = [[_Block(b, pack) for b in blocks.children()] for blocks in network.ascend]
+        self.down_norms = [_Norm(norm) for norm in network.down_norms]
+        self.up_norms = [_Norm(norm) for norm in network.up_norms]
+        self.down = [pack.conv(conv.get_parameter("weight")) for conv in network.down_convs]
+        self.up = [pack.up(conv.get_parameter("weight")) for conv in network.up_convs]
+        self.head_norm, self.head = _Norm(network.head_norm), pack.linear(network.head)
+        self.head_bias = network.head.bias.detach().clone()
+        self.planes = [blocks[0].conv2.c_out for blocks in self.descend]
+        self._memory = Scratch()
+
+    @property
+    def megabytes(self) -> float:
+        """Packed weights [MB]."""
+        blocks = [block for level in (*self.descend, *self.ascend) for block in level]
+        packed = [self.stem, self.head, *self.down, *(p for ps in self.up for p in ps)]
+        packed += [p for b in blocks for p in (b.conv1, b.conv2, b.shortcut) if p is not None]
+        return sum(p.data.nbytes for p in packed) / 1e6
+
+    def __call__(self, features: Tensor, plan: Plan, *, levels_ms: list[float] | None = None) -> Tensor:
+        """Logits ``float32 [N, K]``.
+
+        Args:
+            features: ``float32 [N, F]``.
+            plan: of the N sites, by this engine.
+            levels_ms: filled with the milliseconds that each level took.
+
+        Raises:
+            ValueError: features or plan do not fit.
+        """
+        if plan.spec != self.spec:
+            raise ValueError(f"plan was built for {plan.spec}, this network needs {self.spec}")
+        if not all(isinstance(level.around, Around) for level in plan.levels):
+            raise ValueError(
+                f"plan was built by engine {plan.levels[0].around.engine.name!r}; build it by engine 'cpu'"
+            )
+        run = _Run(self, plan, levels_ms)
+        with self._memory.take(run.floats) as block:
+            return run(features, block)
+
+
+class _Run:
+    """One forward."""
+
+    def __init__(self, net: PackedUNet, plan: Plan, levels_ms: list[float] | None) -> None:
+        self.net, self.plan, self.kernels, self.levels_ms = net, plan, net.kernels, levels_ms
+        last = len(plan.levels) - 1
+        self.levels = [
+            _Level(len(level.sites), channels, skips=depth < last)
+            for depth, (level, channels) in enumerate(zip(plan.levels, net.planes, strict=True))
+        ]
+        self.scratch_floats = _padded(max(self._scratch_needs()))
+        start, ends = self.scratch_floats, []
+        for level in self.levels:
+            start, end = level.extent(start)
+            ends.append(end)
+        self.floats = max(ends)
+
+    def __call__(self, features: Tensor, block: Tensor) -> Tensor:
+        net, top = self.net, self.levels[0]
+        self.scratch, start = block[: self.scratch_floats], self.scratch_floats
+        for level in self.levels:
+            start = level.place(block, start)
+        if self.levels_ms is not None:
+            self.levels_ms[:] = [0.0] * len(self.levels)
+        with self._timed(0):
+            first = net.descend[0][0].norm1
+            stem = Epilogue(raw=top.raw, activated=(first.into(top.activated),))
+            self._convolve(features.detach().contiguous(), self.plan.levels[0].around.table, net.stem, stem, top.sites)
+        for depth in range(len(self.levels)):
+            self._descend(depth)
+        for depth in reversed(range(len(self.levels) - 1)):
+            self._ascend(depth)
+        with self._timed(0):
+            logits = torch.empty(top.sites, net.head.c_out)
+            self._convolve(top.activated, None, net.head, Epilogue(bias=net.head_bias, raw=logits), top.sites)
+        return logits
+
+    def _descend(self, depth: int) -> None:
+        net, level, blocks = self.net, self.levels[depth], self.net.descend[depth]
+        c, deepest = level.channels, depth == len(self.levels) - 1
+        with self._timed(depth):
+            for block, after in pairwise(blocks):
+                self._block(depth, block, level.activated, level.raw, level.raw, (after.norm1.into(level.activated),))
+            if deepest:
+                self._block(depth, blocks[-1], level.activated, level.raw, None, (self._leaving(depth),))
+                return
+            outputs = (
+                net.down_norms[depth].into(level.activated),
+                net.ascend[depth][0].norm1.into(level.skip_activated[:, :c], slice(0, c)),
+            )
+            self._block(depth, blocks[-1], level.activated, level.raw, level.skip[:, :c], outputs)
+            coarser, down = self.levels[depth + 1], self.plan.levels[depth].down
+            assert down is not None
+            entering = net.descend[depth + 1][0].norm1.into(coarser.activated)
+            epilogue = Epilogue(raw=coarser.raw, activated=(entering,))
+            self._convolve(level.activated, down.table, net.down[depth], epilogue, coarser.sites)
+
+    def _ascend(self, depth: int) -> None:
+        net, level, blocks = self.net, self.levels[depth], self.net.ascend[depth]
+        c, down = level.channels, self.plan.levels[depth].down
+        with self._timed(depth):
+            assert isinstance(down, Across)
+            rows, counts, table = down.between.parities
+            first = blocks[0]
+            activated = first.norm1.into(level.skip_activated[:, c:], slice(c, 2 * c))
+            epilogue = Epilogue(raw=level.skip[:, c:], activated=(activated,))
+            row = start = 0
+            for count, packed in zip(counts, net.up[depth], strict=True):
+                part = table[start : start + count * packed.taps].view(count, packed.taps)
+                coarse = self.levels[depth + 1].activated
+                self._convolve(coarse, part, packed, epilogue, level.sites, rows=rows[row : row + count])
+                row, start = row + count, start + count * packed.taps
+            source, residual = level.skip_activated, level.skip
+            if first.shortcut is not None:
+                self._convolve(level.skip, None, first.shortcut, Epilogue(raw=level.raw), level.sites)
+                residual = level.raw
+            for block, after in pairwise(blocks):
+                self._block(depth, block, source, residual, level.raw, (after.norm1.into(level.activated),))
+                source, residual = level.activated, level.raw
+            self._block(depth, blocks[-1], source, residual, None, (self._leaving(depth),))
+
+    def _leaving(self, depth: int) -> Activation:
+        """What the next finer level, or the head, reads of the last block of a level."""
+        norm = self.net.up_norms[depth - 1] if depth else self.net.head_norm
+        return norm.into(self.levels[depth].activated)
+
+    def _block(
+        self,
+        depth: int,
+        block: _Block,
+        source: Tensor,
+        residual: Tensor,
+        raw: Tensor | None,
+        activated: tuple[Activation, ...],
+    ) -> None:
+        between = self.levels[depth].between
+        self._around(depth, source, block.conv1, Epilogue(activated=(block.norm2.into(between),)))
+        self._around(depth, between, block.conv2, Epilogue(residual=residual, raw=raw, activated=activated))
+
+    def _around(self, depth: int, x: Tensor, packed: Packed, epilogue: Epilogue) -> None:
+        tiles = self._tiles(depth, packed)
+        if tiles is not None:
+            self.kernels.winograd(x, tiles, packed, epilogue, scratch=self.scratch)
+        else:
+            self._convolve(x, self.plan.levels[depth].around.table, packed, epilogue, len(x))
+
+    def _tiles(self, depth: int, packed: Packed) -> Tiles | None:
+        around = self.plan.levels[depth].around
+        assert isinstance(around, Around)
+        return None if not packed.tile else around.cells.tiles if packed.tile == 4 else around.cells.quarters
+
+    def _convolve(
+        self, x: Tensor, table: Tensor | None, packed: Packed, epilogue: Epilogue, n: int, rows: Tensor | None = None
+    ) -> None:
+        self.kernels.convolve(x, table, packed, epilogue, n, rows=rows, scratch=self.scratch)
+
+    def _scratch_needs(self) -> Iterator[int]:
+        net = self.net
+        for depth, level in enumerate(self.levels):
+            for block in (*net.descend[depth], *(net.ascend[depth] if depth < len(net.ascend) else ())):
+                for packed in (block.conv1, block.conv2):
+                    tiles = self._tiles(depth, packed)
+                    count = level.sites
+                    if tiles is not None:
+                        count = len(tiles.table if tiles.quarters is None or packed.tile == 4 else tiles.quarters)
+                    yield self.kernels.scratch_floats(packed, count)
+        for packed in (net.stem, net.head, *net.down):
+            yield self.kernels.scratch_floats(packed, 0)
+
+    @contextmanager
+    def _timed(self, depth: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.levels_ms is not None:
+            self.levels_ms[depth] += 1e3 * (time.perf_counter() - start)

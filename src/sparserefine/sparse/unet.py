@@ -1,0 +1,91 @@
+"""The sparse U-Net: residual blocks on sites, down and up again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparserefine.sparse.modules import ResidualBlock, SparseBatchNorm, SparseConv
+from sparserefine.sparse.plan import DownKind, Plan, PlanSpec, Stencil
+
+
+class SparseUNet(nn.Module):
+    """Sparse residual U-Net: the same layers as a dense one, computed at the sites only.
+
+    Args:
+        in_channels: input features of a site.
+        num_classes: K.
+        planes: channels of each level.
+        blocks: residual blocks of each level and direction.
+        down: kind of down-sampling; ``plan`` must be built for it.
+    """
+
+    def __init__(
+        self, in_channels: int, num_classes: int, planes: Sequence[int], blocks: int = 2, down: DownKind = "paper"
+    ) -> None:
+        super().__init__()
+        self.spec = PlanSpec(len(planes), down)
+        pairs = list(pairwise(planes))
+        self.stem = SparseConv(in_channels, planes[0])
+        self.descend = nn.ModuleList(_blocks(c, c, blocks) for c in planes)
+        self.down_norms = nn.ModuleList(SparseBatchNorm(fine) for fine, _ in pairs)
+        self.down_convs = nn.ModuleList(SparseConv(fine, coarse, self.spec.taps) for fine, coarse in pairs)
+        self.up_norms = nn.ModuleList(SparseBatchNorm(coarse) for _, coarse in pairs)
+        self.up_convs = nn.ModuleList(SparseConv(coarse, fine, self.spec.taps) for fine, coarse in pairs)
+        self.ascend = nn.ModuleList(_blocks(2 * fine, fine, blocks) for fine, _ in pairs)
+        self.head_norm = SparseBatchNorm(planes[0])
+        self.head = nn.Linear(planes[0], num_classes)
+
+    def forward(self, features: Tensor, plan: Plan) -> Tensor:
+        """``[N, in_channels]``, plan of the N sites -> logits ``[N, K]``."""
+        if plan.spec != self.spec:
+            raise ValueError(f"plan was built for {plan.spec}, this network needs {self.spec}")
+        x = self.stem(features, plan.levels[0].around)
+        skips: list[Tensor] = []
+        for depth, level in enumerate(plan.levels):
+            x = _through(self.descend[depth], x, level.around)
+            if level.down is not None:
+                skips.append(x)
+                x = self.down_convs[depth](F.relu(self.down_norms[depth](x), inplace=True), level.down)
+        for depth in reversed(range(len(skips))):
+            level = plan.levels[depth]
+            assert level.down is not None
+            x = self.up_convs[depth](F.relu(self.up_norms[depth](x), inplace=True), level.down.transposed())
+            x = torch.cat([skips.pop(), x], dim=1)
+            x = _through(self.ascend[depth], x, level.around)
+        logits: Tensor = self.head(F.relu(self.head_norm(x), inplace=True))
+        return logits
+
+    def macs(self, plan: Plan) -> int:
+        """Multiply-accumulates of one forward, a missing neighbour counted like a present one (it is multiplied)."""
+        total = _rows(self.stem, plan.levels[0].around.num_outputs) + self.head.weight.numel() * len(
+            plan.levels[0].sites
+        )
+        for depth, level in enumerate(plan.levels):
+            n = len(level.sites)
+            total += sum(_rows(module, n) for module in self.descend[depth].modules())
+            if level.down is not None:
+                total += sum(_rows(module, n) for module in self.ascend[depth].modules())
+                coarser = level.down.num_outputs
+                total += _rows(self.down_convs[depth], coarser)
+                # `cell`: every site has one parent, so only the parents are multiplied; see torch_engine.gemm_gather.
+                total += _rows(self.up_convs[depth], n if self.spec.down == "paper" else coarser)
+        return total
+
+
+def _blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
+    return nn.ModuleList(ResidualBlock(c_in if i == 0 else c_out, c_out) for i in range(count))
+
+
+def _through(blocks: nn.Module, x: Tensor, around: Stencil) -> Tensor:
+    for block in blocks.children():
+        x = block(x, around)
+    return x
+
+
+def _rows(module: nn.Module, rows: int) -> int:
+    return rows * module.weight.numel() if isinstance(module, (SparseConv, nn.Linear)) else 0
