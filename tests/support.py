@@ -5,9 +5,8 @@ What judges sparserefine stands on torch.nn.functional alone; of the package onl
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
