@@ -69,11 +69,6 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.cat(planes, dim=1)
 
 
-def unit_range(image: Tensor) -> Tensor:
-    """uint8 pixels or floating-point pixels in 0..1 -> float32 in 0..1."""
-    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
-
-
 class FrozenBase(nn.Module):
     """A frozen segmentation model: image at full size in, coarse logits out.
 

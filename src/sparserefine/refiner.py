@@ -18,15 +18,14 @@ from sparserefine.base import (
     FrozenBase,
     check_image,
     check_normalisation,
-    unit_range,
 )
 from sparserefine.classes import Classes
 from sparserefine.ensembler import EnsemblerConfig, build_ensembler
 from sparserefine.extractor import PRESETS, ExtractorConfig
 from sparserefine.selector import Selector
-from sparserefine.sparse import Sites, get_engine
+from sparserefine.sparse import Engine, Sites, get_engine
 from sparserefine.timing import StageTimer
-from sparserefine.uncertainty import Upsampling, Window, dense, entropy, sample
+from sparserefine.uncertainty import Upsampling, Window, dense, entropy
 
 
 class SparseRefiner(nn.Module):
@@ -124,7 +123,7 @@ class SparseRefiner(nn.Module):
         with timer.stage("plan"):
             plan = self.engine.geometry(sites, self.extractor.spec)
         with timer.stage("gather"):
-            coarse_logits = sample(coarse, sites.coords, size, how, windows)
+            coarse_logits = self.engine.sample(coarse, sites.coords, size, how, windows)
             features = self._features(image, sites, coarse_logits)
         with timer.stage("extractor"):
             packed = None if torch.is_grad_enabled() else self.engine.prepare(self.extractor)
@@ -133,7 +132,18 @@ class SparseRefiner(nn.Module):
             refined = self.ensembler(coarse_logits, sparse_logits.float())
         sparse_macs = {"extractor": self.extractor.macs(plan), "ensembler": self.ensembler.macs(len(sites))}
         return Refinement(
-            coarse, labels, entropies, how, sites, coarse_logits, sparse_logits, refined, timer, sparse_macs, self.base
+            coarse,
+            labels,
+            entropies,
+            how,
+            sites,
+            coarse_logits,
+            sparse_logits,
+            refined,
+            timer,
+            sparse_macs,
+            self.base,
+            self.engine,
         )
 
     def _check_inputs(
@@ -172,7 +182,8 @@ class SparseRefiner(nn.Module):
         for name in self.extractor_config.features:
             if name == "rgb":
                 mean, std = (torch.tensor(v, device=image.device) for v in (self.mean, self.std))
-                parts.append((unit_range(sites.gather(image)) - mean) / std)
+                white = 255 if image.dtype == torch.uint8 else 1
+                parts.append(self.engine.pixels(image, sites, 1 / (std * white), -mean / std))
             elif name == "coords":
                 extent = torch.tensor([sites.height, sites.width], device=image.device)
                 parts.append((2 * sites.coords[:, 1:] + 1) / extent - 1)
@@ -234,10 +245,13 @@ class Refinement:
     _timer: StageTimer
     _sparse_macs: dict[str, int]
     _base: FrozenBase
+    _engine: Engine
 
     def labels(self) -> Tensor:
         """Refined labels, ``uint8 [B, H, W]`` (int16 above 255 classes)."""
-        return self.with_sites(self.refined_logits.argmax(1))
+        labels = self.coarse_labels.clone()
+        self._engine.write_labels(labels, self.refined_logits, self.sites)
+        return labels
 
     def with_sites(self, site_labels: Tensor) -> Tensor:
         """The coarse labels with ``site_labels [N]`` at the sites: how every variant of the method is scored."""

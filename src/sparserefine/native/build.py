@@ -7,6 +7,7 @@ and one build serves every version of torch and Python.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -19,6 +20,9 @@ SOURCES = Path(__file__).parent
 OBJECTS = SOURCES / "objects"
 NOTE = OBJECTS / "build.txt"
 """One line on how the objects were built, or why there are none; ``sparserefine info`` shows it."""
+
+DIGEST = OBJECTS / "sources.sha256"
+"""Of the sources that the objects were built from: objects of others would be called with wrong arguments."""
 
 _X86 = "-mavx2 -mfma -mbmi -mbmi2 -mlzcnt -mpopcnt"
 _AVX512 = f"{_X86} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
@@ -47,6 +51,14 @@ def instruction_sets() -> list[str]:
     """Those that this kind of machine may have."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return [name for name in INSTRUCTION_SETS if x86 or name == "generic"]
+
+
+def sources_digest() -> str:
+    """SHA-256 of all sources."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.glob("*.[ch]*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def compile_object(command: list[str], name: str, out: Path, extra: str = "") -> None:
@@ -93,6 +105,7 @@ def build() -> bool:
         words = " ".join(str(error).split())[:300]
         _note(f"not built: the C++ compiler failed at installation: {words}")
         return False
+    DIGEST.write_text(sources_digest() + "\n", encoding="utf-8")
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
     _note(f"built with {version.splitlines()[0] if version else shlex.join(command)}")
     return True

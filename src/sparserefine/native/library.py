@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparserefine.native.build import INSTRUCTION_SETS, NOTE, OBJECTS
+from sparserefine.native.build import DIGEST, INSTRUCTION_SETS, NOTE, OBJECTS, sources_digest
 
 CHOICE = "SPARSEREFINE_CPU"
 """Environment variable that forces an instruction set, ``torch`` for none; for tests and comparisons."""
@@ -81,6 +81,8 @@ def _load(wanted: str | None, folder_name: str) -> Library:
     if "generic" not in built:
         reason = NOTE.read_text(encoding="utf-8").strip() if NOTE.is_file() else f"no objects in {folder}; reinstall"
         raise Unavailable(reason)
+    if folder == OBJECTS and (not DIGEST.is_file() or DIGEST.read_text(encoding="utf-8").strip() != sources_digest()):
+        raise Unavailable(f"the objects in {folder} were built from other sources; reinstall (pip install -e .)")
     _share_openmp()
     generic = Library("generic", folder)
     runs = generic.function("sr_processor_runs", ctypes.c_int64)

@@ -39,6 +39,22 @@ class Engine(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Labels and entropy at full size."""
 
+    def sample(
+        self,
+        logits: Tensor | Sequence[Tensor],
+        coords: Tensor,
+        size: tuple[int, int],
+        how: Upsampling,
+        windows: Sequence[Window] | None = None,
+    ) -> Tensor:
+        """Full-resolution logits at the sites, ``float32 [N, K]``."""
+
+    def pixels(self, image: Tensor, sites: Sites, scale: Tensor, shift: Tensor) -> Tensor:
+        """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
+
+    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
+        """The classes of the largest ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
+
 
 def get_engine(name: str = "auto") -> Engine:
     """The engine of that name; ``auto`` picks the fastest that works here.

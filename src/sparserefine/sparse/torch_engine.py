@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparserefine.sparse.plan import Plan, PlanSpec, Stencil, build_plan
 from sparserefine.sparse.sites import Sites
-from sparserefine.uncertainty import Upsampling, Window, uncertainty
+from sparserefine.uncertainty import Upsampling, Window, sample, uncertainty
 
 _CHUNK_BYTES = {"cpu": 2 << 20, "other": 64 << 20}  # CPU: gathered rows stay in the second-level cache
 
@@ -49,6 +49,25 @@ class TorchEngine:
     ) -> tuple[Tensor, Tensor]:
         """Labels and entropy at full size; see :func:`sparserefine.uncertainty.uncertainty`."""
         return uncertainty(logits, size, how, windows)
+
+    def sample(
+        self,
+        logits: Tensor | Sequence[Tensor],
+        coords: Tensor,
+        size: tuple[int, int],
+        how: Upsampling,
+        windows: Sequence[Window] | None = None,
+    ) -> Tensor:
+        """Full-resolution logits at the sites; see :func:`sparserefine.uncertainty.sample`."""
+        return sample(logits, coords, size, how, windows)
+
+    def pixels(self, image: Tensor, sites: Sites, scale: Tensor, shift: Tensor) -> Tensor:
+        """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
+        return sites.gather(image).float() * scale + shift
+
+    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
+        """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
+        labels.view(-1)[sites.flat] = logits.argmax(1).to(labels.dtype)
 
 
 def _chunks(table: Tensor, channels: int, itemsize: int) -> list[tuple[int, int]]:

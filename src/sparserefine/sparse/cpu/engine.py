@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from sparserefine.sparse.cpu import uncertainty as fused
 from sparserefine.sparse.cpu.convolution import convolve
 from sparserefine.sparse.cpu.geometry import Across, Around, build_grid_plan
 from sparserefine.sparse.cpu.kernels import kernels
@@ -15,6 +17,7 @@ from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
 from sparserefine.sparse.sites import Sites
 from sparserefine.sparse.torch_engine import TorchEngine
 from sparserefine.sparse.unet import SparseUNet
+from sparserefine.uncertainty import Upsampling, Window
 
 
 class CpuEngine(TorchEngine):
@@ -65,3 +68,46 @@ class CpuEngine(TorchEngine):
             known = (state, PackedUNet(network, self.kernels))
             self._packed[network] = known
         return known[1]
+
+    def uncertainty(
+        self,
+        logits: Tensor | Sequence[Tensor],
+        size: tuple[int, int],
+        how: Upsampling,
+        windows: Sequence[Window] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Labels and entropy at full size, in one pass."""
+        if _plain(*logits):
+            return fused.uncertainty(self.kernels.library, logits, size, how, windows)
+        return super().uncertainty(logits, size, how, windows)
+
+    def sample(
+        self,
+        logits: Tensor | Sequence[Tensor],
+        coords: Tensor,
+        size: tuple[int, int],
+        how: Upsampling,
+        windows: Sequence[Window] | None = None,
+    ) -> Tensor:
+        """Full-resolution logits at the sites, ``float32 [N, K]``."""
+        if _plain(*logits):
+            return fused.sample(self.kernels.library, logits, coords, size, how, windows)
+        return super().sample(logits, coords, size, how, windows)
+
+    def pixels(self, image: Tensor, sites: Sites, scale: Tensor, shift: Tensor) -> Tensor:
+        """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
+        if _plain(image, scale, shift) and image.dtype in (torch.uint8, torch.float32):
+            return fused.gather_normalised(self.kernels.library, image.contiguous(), sites.coords, scale, shift)
+        return super().pixels(image, sites, scale, shift)
+
+    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
+        """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
+        if _plain(labels, logits) and logits.dtype == torch.float32:
+            fused.scatter_argmax(self.kernels.library, logits.detach().contiguous(), sites.coords, labels)
+        else:
+            super().write_labels(labels, logits, sites)
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """On the CPU, and no gradient is wanted of them: what the compiled kernels are for."""
+    return all(t.device.type == "cpu" and not (t.requires_grad and torch.is_grad_enabled()) for t in tensors)
