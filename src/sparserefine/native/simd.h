@@ -3,6 +3,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #ifndef VL
 #error "VL, the floats of a vector, is given by the build (build.py)"
@@ -11,6 +14,7 @@
 #define SR_API extern "C" __attribute__((visibility("default")))
 #define SR_INLINE static inline __attribute__((always_inline))
 #define SR_UNROLL _Pragma("GCC unroll 64")
+#define SR_ROLLED _Pragma("GCC unroll 1")
 
 typedef float vec __attribute__((vector_size(VL * 4)));
 typedef int32_t ivec __attribute__((vector_size(VL * 4)));
@@ -25,13 +29,31 @@ SR_INLINE void store(float* p, vec v) { *(vec_unaligned*)p = v; }
 SR_INLINE vec splat(float x) { return x - vec{}; }
 SR_INLINE vec relu(vec v) { return v < 0.f ? vec{} : v; }  // NaN stays NaN
 
-// The first n < VL floats; what lies behind them is neither read nor written.
+// The first n <= VL floats; what lies behind them is neither read nor written. The vector extension has no masks, and a
+// copy of unknown length takes longer than all arithmetic on a row of few channels.
+#if VL == 16 && defined(__AVX512F__)
+SR_INLINE __mmask16 first_lanes(int64_t n) { return (__mmask16)((1u << n) - 1); }
+SR_INLINE vec load_part(const float* p, int64_t n) { return (vec)_mm512_maskz_loadu_ps(first_lanes(n), p); }
+SR_INLINE void store_part(float* p, vec v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v); }
+#elif VL == 8 && defined(__AVX2__)
+SR_INLINE __m256i first_lanes(int64_t n) {
+  const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  return (__m256i)(lane < (int32_t)n);
+}
+SR_INLINE vec load_part(const float* p, int64_t n) { return (vec)_mm256_maskload_ps(p, first_lanes(n)); }
+SR_INLINE void store_part(float* p, vec v, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), (__m256)v); }
+#else
 SR_INLINE vec load_part(const float* p, int64_t n) {
   vec v{};
-  memcpy(&v, p, n * sizeof(float));
+  for (int i = 0; i < VL; i++)
+    if (i < n) v[i] = p[i];
   return v;
 }
-SR_INLINE void store_part(float* p, vec v, int64_t n) { memcpy(p, &v, n * sizeof(float)); }
+SR_INLINE void store_part(float* p, vec v, int64_t n) {
+  for (int i = 0; i < VL; i++)
+    if (i < n) p[i] = v[i];
+}
+#endif
 
 template <class T> SR_INLINE T smaller(T a, T b) { return a < b ? a : b; }
 template <class T> SR_INLINE T larger(T a, T b) { return a > b ? a : b; }

@@ -54,19 +54,21 @@ template <> struct Transform<4> {  // points 0, 1, -1, 2, -2, infinity
   }
 };
 
-// One vector of channels of one tile: B^T d B. Element i of the result goes to out + i * stride.
+// One vector of channels of one tile: B^T d B. Element i of the result goes to out + i * stride. Rows and columns are
+// loops: unrolled, their 36 addresses do not fit the registers and take longer than the arithmetic.
 template <int M, class Read> SR_INLINE void transform_input(Read read, float* out, int64_t stride) {
   constexpr int A = M + 2;
   vec half[A * A];
-  SR_UNROLL for (int j = 0; j < A; j++) {
+  SR_ROLLED for (int j = 0; j < A; j++) {
     vec column[A];
     SR_UNROLL for (int i = 0; i < A; i++) column[i] = read(i * A + j);
     Transform<M>::input(column, half + j, A);
   }
-  SR_UNROLL for (int i = 0; i < A; i++) {
+  SR_ROLLED for (int i = 0; i < A; i++) {
     vec row[A];
     Transform<M>::input(half + i * A, row, 1);
-    SR_UNROLL for (int j = 0; j < A; j++) store(out + (i * A + j) * stride, row[j]);
+    SR_UNROLL for (int j = 0; j < A; j++) store(out + j * stride, row[j]);
+    out += A * stride;
   }
 }
 
@@ -74,12 +76,13 @@ template <int M, class Read> SR_INLINE void transform_input(Read read, float* ou
 template <int M> SR_INLINE void transform_output(const float* in, int64_t stride, vec* out) {
   constexpr int A = M + 2;
   vec half[M * A];
-  SR_UNROLL for (int j = 0; j < A; j++) {
+  SR_ROLLED for (int j = 0; j < A; j++) {
     vec column[A];
-    SR_UNROLL for (int i = 0; i < A; i++) column[i] = load(in + (i * A + j) * stride);
+    const float* element = in + j * stride;
+    SR_UNROLL for (int i = 0; i < A; i++, element += A * stride) column[i] = load(element);
     Transform<M>::output(column, half + j, A);
   }
-  SR_UNROLL for (int i = 0; i < M; i++) Transform<M>::output(half + i * A, out + i * M, 1);
+  SR_ROLLED for (int i = 0; i < M; i++) Transform<M>::output(half + i * A, out + i * M, 1);
 }
 
 // ---- blocks
@@ -100,7 +103,7 @@ static int64_t block_tiles(int64_t m, int64_t count, int64_t cin, int64_t cout, 
 // Floats of scratch that each thread needs.
 SR_API int64_t sr_winograd_scratch(int64_t m, int64_t count, int64_t cin, int64_t cout, int64_t threads) {
   const int64_t tiles = block_tiles(m, count, cin, cout, threads);
-  return (m + 2) * (m + 2) * (tiles * round_up(cin, VL) + (tiles + MAX_MR) * round_up(cout, VL) + 32);
+  return (m + 2) * (m + 2) * ((tiles + MAX_MR) * (round_up(cin, VL) + round_up(cout, VL)) + 32);
 }
 
 SR_API int64_t sr_packed_winograd_floats(int64_t m, int64_t cin, int64_t cout) {
@@ -146,8 +149,8 @@ template <int M> static int64_t convolve(const Winograd& a) {
   const int64_t block = block_tiles(M, a.count, a.cin, a.cout, a.threads), blocks = ceil_div(a.count, block);
   const int64_t cin = round_up(a.cin, VL), cout = panels.width();
   // 16 floats more than a power of two: else the matrices of one tile would share few sets of the cache.
-  const int64_t capacity = block + MAX_MR;  // results of whole microkernel tiles
-  const int64_t in_stride = block * cin + 16, out_stride = capacity * cout + 16;
+  const int64_t capacity = block + MAX_MR;  // whole microkernel tiles
+  const int64_t in_stride = capacity * cin + 16, out_stride = capacity * cout + 16;
   const int64_t scratch = sr_winograd_scratch(M, a.count, a.cin, a.cout, a.threads);
   int64_t out_of_range = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads) reduction(| : out_of_range)
@@ -189,8 +192,9 @@ template <int M> static int64_t convolve(const Winograd& a) {
         const float* weight = a.weight + matrix * a.cin * panels.width() + panels.offset(p, a.cin);
         float* target = out + matrix * out_stride + panels.first(p) * capacity;
         for (int64_t i = 0; i < n; i += rows) {
+          const float* row = in + matrix * in_stride + i * cin;
           const float* pointers[MAX_MR];
-          for (int64_t r = 0; r < rows; r++) pointers[r] = in + matrix * in_stride + smaller(i + r, n - 1) * cin;
+          SR_UNROLL for (int r = 0; r < MAX_MR; r++, row += cin) pointers[r] = row;
           multiply(pointers, 1, 0, 0, a.cin, weight, 0, target + i * width, false);
         }
       }
@@ -203,7 +207,7 @@ template <int M> static int64_t convolve(const Winograd& a) {
         for (int64_t c = 0; c < panels.channels(p); c += VL) {
           vec results[M * M];
           transform_output<M>(source + c, out_stride, results);
-          SR_UNROLL for (int j = 0; j < M * M; j++) {
+          SR_ROLLED for (int j = 0; j < M * M; j++) {
             const int64_t row = cells[(1 + j / M) * 6 + 1 + j % M];
             if ((uint64_t)row < (uint64_t)a.n)
               finish_vector(a.epilogue, results[j], row, panels.first(p) + c, panels.channels(p) - c);
