@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -72,11 +74,20 @@ def get_engine(name: str = "auto") -> Engine:
     from sparserefine.sparse.cpu.engine import CpuEngine
 
     try:
-        return CpuEngine()
+        engine = CpuEngine()
     except Unavailable as error:
         if name == "auto":
+            _tell(logging.WARNING, f"engine torch, for engine cpu is not available: {error}")
             return TorchEngine()
         raise ValueError(f"engine 'cpu' cannot be used here: {error}") from error
+    _tell(logging.INFO, f"engine cpu ({engine.kernels.library.name})")
+    return engine
+
+
+@cache
+def _tell(level: int, words: str) -> None:
+    """Once for each message: refiners are made often, and what they run on does not change."""
+    logging.getLogger(__name__).log(level, words)
 
 
 def engine_report() -> dict[str, str]:

@@ -157,6 +157,10 @@ class PackedUNet:
         packed += [p for b in blocks for p in (b.conv1, b.conv2, b.shortcut) if p is not None]
         return sum(p.data.nbytes for p in packed) / 1e6
 
+    def tables(self, plan: Plan) -> None:
+        """Makes the tables of the plan that this network reads, which the forward does otherwise."""
+        _Run(self, plan, None).tables()
+
     def __call__(self, features: Tensor, plan: Plan, *, levels_ms: list[float] | None = None) -> Tensor:
         """Logits ``float32 [N, K]``.
 
@@ -215,6 +219,13 @@ class _Run:
             logits = torch.empty(top.sites, net.head.c_out)
             self._convolve(top.activated, None, net.head, Epilogue(bias=net.head_bias, raw=logits), top.sites)
         return logits
+
+    def tables(self) -> None:
+        """Reads every table once; tiles were read to find out how much scratch memory they need."""
+        _ = self.plan.levels[0].around.table
+        for level in self.plan.levels:
+            if isinstance(level.down, Across):
+                _ = level.down.table, level.down.between.parities
 
     def _descend(self, depth: int) -> None:
         net, level, blocks = self.net, self.levels[depth], self.net.descend[depth]
