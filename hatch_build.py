@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels when the package is built: wheels carry them, editable installs have them beside the sources."""
+"""Compiles the CPU kernels when the package is built: into wheels, or beside the sources of an editable installation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE = "src/sparserefine/native"
 
 
 class KernelsHook(BuildHookInterface):
-    """A wheel with kernels is for one kind of machine, but for any Python 3; without a compiler it is for any machine."""
+    """A wheel with kernels is for one kind of machine and any Python 3; one without a compiler for any machine."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Builds; runs for wheels and editable installs."""
