@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels when the package is built: into wheels, or beside the sources of an editable installation."""
+"""Compiles the CPU kernels when the package is built: into wheels, or beside the sources of editable installs."""
 
 from __future__ import annotations
 

@@ -79,8 +79,9 @@ def _load(wanted: str | None, folder_name: str) -> Library:
     folder = Path(folder_name)
     built = [name for name in INSTRUCTION_SETS if (folder / f"{name}.so").is_file()]
     if "generic" not in built:
-        reason = NOTE.read_text(encoding="utf-8").strip() if NOTE.is_file() else f"no objects in {folder}; reinstall"
-        raise Unavailable(reason)
+        note = folder / NOTE.name
+        words = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+        raise Unavailable(words if words.startswith("not built") else f"no objects in {folder}; reinstall")
     if folder == OBJECTS and (not DIGEST.is_file() or DIGEST.read_text(encoding="utf-8").strip() != sources_digest()):
         raise Unavailable(f"the objects in {folder} were built from other sources; reinstall (pip install -e .)")
     _share_openmp()

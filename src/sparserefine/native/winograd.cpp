@@ -161,7 +161,7 @@ template <int M> static int64_t convolve(const Winograd& a) {
     auto patch = [&](int64_t i) -> const int32_t* {  // upper left of the A x A cells, in rows of 6
       if (M == 4) return a.tiles + (first + i) * 36;
       const int64_t quarter = a.quarters[first + i], tile = quarter / 4;
-      if ((uint64_t)tile >= (uint64_t)a.n_tiles) return nullptr;
+      if (quarter < 0 || tile >= a.n_tiles) return nullptr;
       return a.tiles + tile * 36 + (quarter % 4 / 2) * 12 + (quarter % 2) * 2;
     };
     for (int64_t i = 0; i < n; i++) {

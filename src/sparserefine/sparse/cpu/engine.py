@@ -19,6 +19,8 @@ from sparserefine.sparse.torch_engine import TorchEngine
 from sparserefine.sparse.unet import SparseUNet
 from sparserefine.uncertainty import Upsampling, Window
 
+_SAMPLE = 64  # values of each parameter that are compared
+
 
 class CpuEngine(TorchEngine):
     """Engine ``cpu``. Tensors of other devices and other dtypes than float32 go to the torch engine's code.
@@ -34,10 +36,12 @@ class CpuEngine(TorchEngine):
 
     def __init__(self, instruction_set: str | None = None) -> None:
         self.kernels = kernels(instruction_set)
-        self._packed: weakref.WeakKeyDictionary[SparseUNet, tuple[object, PackedUNet]] = weakref.WeakKeyDictionary()
+        self._packed: weakref.WeakKeyDictionary[SparseUNet, tuple[object, Tensor, PackedUNet]] = (
+            weakref.WeakKeyDictionary()
+        )
 
-    def __deepcopy__(self, memo: object) -> CpuEngine:
-        return CpuEngine(self.kernels.library.name)
+    def __reduce__(self) -> tuple[type[CpuEngine], tuple[str]]:
+        return CpuEngine, (self.kernels.library.name,)  # for copy and pickle; packed weights stay here
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
         """Plan of the sites; its tables are made when they are first read."""
@@ -54,20 +58,26 @@ class CpuEngine(TorchEngine):
     def prepare(self, network: torch.nn.Module) -> PackedUNet | None:  # type: ignore[override]
         """The network packed, once for as long as its parameters stay what they are; ``None`` for what is not packed.
 
-        Packed is :class:`SparseUNet` in evaluation mode, float32 on the CPU. Parameters are watched by their address
-        and version; tensors made in inference mode have no version, so networks made there are not packed.
+        Packed is :class:`SparseUNet` in evaluation mode, float32 on the CPU. Parameters are watched by address, version
+        and a sample of their values; tensors made in inference mode have no version: such networks are not packed.
         """
         if type(network) is not SparseUNet or network.training:
             return None
-        tensors = [*network.parameters(), *(b for b in network.buffers() if b.is_floating_point())]
-        if any(t.dtype != torch.float32 or t.device.type != "cpu" or t.is_inference() for t in tensors):
+        tensors = [*network.parameters(), *network.buffers()]
+        if any(t.device.type != "cpu" or t.is_inference() for t in tensors):
             return None
+        if any(t.is_floating_point() and t.dtype != torch.float32 for t in tensors):
+            return None
+        # Running statistics change without a new version; the count of batches beside them has one.
         state = tuple((t.data_ptr(), t._version) for t in tensors)
+        # And writing through `.data` makes no version at all; optimisers and averages of weights did so once.
+        with torch.no_grad():
+            sample = torch.cat([t.flatten()[:: max(1, t.numel() // _SAMPLE)].float() for t in tensors])
         known = self._packed.get(network)
-        if known is None or known[0] != state:
-            known = (state, PackedUNet(network, self.kernels))
+        if known is None or known[0] != state or not torch.equal(known[1], sample):
+            known = (state, sample, PackedUNet(network, self.kernels))
             self._packed[network] = known
-        return known[1]
+        return known[2]
 
     def uncertainty(
         self,

@@ -132,13 +132,15 @@ class Packed:
         c_in: input channels.
         c_out: output channels.
         tile: 4 or 2 for Winograd's F(4x4) or F(2x2), 0 for the indirect GEMM.
+        instruction_set: whose order it is.
     """
 
     data: Tensor
     taps: int
     c_in: int
     c_out: int
-    tile: int = 0
+    tile: int
+    instruction_set: str
 
 
 class Kernels:
@@ -182,7 +184,7 @@ class Kernels:
         else:
             data = torch.empty(self._packed_floats(taps, c_in, c_out))
             self._pack(source, taps, c_in, c_out, data.data_ptr())
-        return Packed(data, taps, c_in, c_out, tile)
+        return Packed(data, taps, c_in, c_out, tile, self.library.name)
 
     def scratch_floats(self, packed: Packed, count: int) -> int:
         """Floats that a convolution of ``count`` rows, tiles or quarters needs besides its operands."""
@@ -283,6 +285,8 @@ class Kernels:
         self, x: Tensor, packed: Packed, epilogue: Epilogue, num_outputs: int, floats: int, scratch: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Refuses operands that would be read or written out of bounds; the row of zeros and the scratch memory."""
+        if packed.instruction_set != self.library.name:
+            raise ValueError(f"weights packed for {packed.instruction_set}, expected {self.library.name}")
         _check_rows(x, "features", None, packed.c_in)
         for name, tensor in (("residual", epilogue.residual), ("raw", epilogue.raw)):
             if tensor is not None:
@@ -298,6 +302,7 @@ class Kernels:
             scratch = torch.empty(floats)
         elif scratch.numel() < floats:
             raise ValueError(f"scratch of {scratch.numel()} floats, expected at least {floats}")
+        pointer(scratch, torch.float32, "scratch")
         return torch.zeros(packed.c_in), scratch
 
 

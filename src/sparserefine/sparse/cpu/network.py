@@ -178,6 +178,10 @@ class PackedUNet:
             raise ValueError(
                 f"plan was built by engine {plan.levels[0].around.engine.name!r}; build it by engine 'cpu'"
             )
+        if features.dim() != 2 or len(features) != len(plan.levels[0].sites) or features.shape[1] != self.stem.c_in:
+            raise ValueError(
+                f"features are {tuple(features.shape)}, expected [{len(plan.levels[0].sites)}, {self.stem.c_in}]"
+            )
         run = _Run(self, plan, levels_ms)
         with self._memory.take(run.floats) as block:
             return run(features, block)
