@@ -20,7 +20,7 @@ from pathlib import Path
 from sparserefine.native import build
 
 TESTS = Path(__file__).parent
-FILES = ("test_cpu_kernels.py", "test_cpu_network.py", "test_cpu_uncertainty.py")
+FILES = ("test_cpu_kernels.py", "test_cpu_network.py", "test_cpu_uncertainty.py", "test_cpu_gate.py")
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so.6")
 """Loaded before Python, which is not built with them; the C++ runtime so that they see torch's exceptions."""
 OPTIONS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g"

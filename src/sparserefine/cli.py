@@ -222,6 +222,36 @@ def _run_predict(parser: ArgumentParser, arguments: Namespace) -> int:
     return EXIT_FAILED if report.failures else 0
 
 
+def _add_calibrate(parser: ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", help="a few typical image files, or folders of them")
+    _add_refiner(parser)
+    parser.add_argument("--out", required=True, help="folder of the calibrated refiner; not the one of --refiner")
+    parser.add_argument("--trust_base", action="store_true", help="allow a base that runs code (python:...)")
+
+
+def _run_calibrate(parser: ArgumentParser, arguments: Namespace) -> int:
+    from tqdm import tqdm
+
+    from sparserefine.data.images import IMAGE_SUFFIXES, read_image
+
+    refiner, out = _refiner(arguments, trust_base=arguments.trust_base), Path(arguments.out)
+    if out.resolve() == Path(arguments.refiner).resolve():
+        raise ValueError(f"--out {out} is the folder of --refiner; give another one, the refiner stays as it is")
+    files: list[Path] = []
+    for given in map(Path, arguments.inputs):
+        inside = sorted(f for f in given.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES) if given.is_dir() else [given]
+        files += inside
+    if not files:
+        raise ValueError(
+            f"no image in {', '.join(arguments.inputs)}; expected {', '.join(sorted(IMAGE_SUFFIXES))} files"
+        )
+    device = next(refiner.extractor.parameters()).device
+    count = refiner.calibrate(read_image(file).to(device) for file in tqdm(files, desc="calibrate", unit="image"))
+    refiner.save_pretrained(out)
+    print(f"calibrated on {count} images, stored in {out}; --engine cpu-int8 runs it in 8 bits")
+    return 0
+
+
 def _add_demo(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the pictures and demo.json")
     _add_device(parser)
@@ -248,5 +278,6 @@ COMMANDS = {
     "logits": Command("Stores the base's coarse logits for training.", _add_logits, _run_logits),
     "train": Command("Trains a refiner for a frozen base.", _add_train, _run_train),
     "evaluate": Command("Scores coarse, refined, oracle and dense predictions.", _add_evaluate, _run_evaluate),
+    "calibrate": Command("Measures activations for 8-bit arithmetic on the CPU.", _add_calibrate, _run_calibrate),
     "info": Command("Versions, devices and engines.", lambda parser: None, _run_info),
 }

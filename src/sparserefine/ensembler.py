@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sparserefine.sparse import Engine, Perceptron
 from sparserefine.uncertainty import entropy
 
 # Of the hidden layers at inference: 8 MiB on the CPU, not N x 64 floats.
@@ -37,8 +38,8 @@ class EnsemblerConfig:
 class Ensembler(nn.Module):
     """What all ensemblers are: ``(coarse [N, K], sparse [N, K]) -> refined [N, K]``, all logits."""
 
-    def forward(self, coarse: Tensor, sparse: Tensor) -> Tensor:
-        """Refined logits ``[N, K]``."""
+    def forward(self, coarse: Tensor, sparse: Tensor, engine: Engine | None = None) -> Tensor:
+        """Refined logits ``[N, K]``; an engine may do what it has a kernel for."""
         raise TypeError(f"{type(self).__name__} must define forward")
 
     def macs(self, sites: int) -> int:
@@ -65,8 +66,12 @@ class GatedEnsembler(Ensembler):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, coarse: Tensor, sparse: Tensor) -> Tensor:
-        """Refined logits ``[N, K]``."""
+    def forward(self, coarse: Tensor, sparse: Tensor, engine: Engine | None = None) -> Tensor:
+        """Refined logits ``[N, K]``; by the engine's kernel if it has one."""
+        if engine is not None:
+            refined = engine.gated(coarse, sparse, _perceptron(self.gate), _perceptron(self.fuser), self.residual)
+            if refined is not None:
+                return refined
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._refined(coarse, sparse)
         rows = _CHUNK_ROWS.get(coarse.device.type, _CHUNK_ROWS["other"])
@@ -86,7 +91,7 @@ class GatedEnsembler(Ensembler):
 class MinimumEntropyEnsembler(Ensembler):
     """At each site the logits of whichever prediction is more certain (the sparse one where they are equal)."""
 
-    def forward(self, coarse: Tensor, sparse: Tensor) -> Tensor:
+    def forward(self, coarse: Tensor, sparse: Tensor, engine: Engine | None = None) -> Tensor:
         """Refined logits ``[N, K]``."""
         return torch.where((entropy(coarse, 1) < entropy(sparse, 1))[:, None], coarse, sparse)
 
@@ -94,10 +99,15 @@ class MinimumEntropyEnsembler(Ensembler):
 class MeanEnsembler(Ensembler):
     """Logarithm of the mean of both probability vectors."""
 
-    def forward(self, coarse: Tensor, sparse: Tensor) -> Tensor:
+    def forward(self, coarse: Tensor, sparse: Tensor, engine: Engine | None = None) -> Tensor:
         """Refined logits ``[N, K]``."""
         both = torch.stack([coarse.log_softmax(1), sparse.log_softmax(1)])
         return both.logsumexp(0) - math.log(2)
+
+
+def _perceptron(network: nn.Sequential) -> Perceptron:
+    weight1, bias1, weight2, bias2 = network.parameters()
+    return weight1, bias1, weight2, bias2
 
 
 def build_ensembler(config: EnsemblerConfig, num_classes: int) -> Ensembler:

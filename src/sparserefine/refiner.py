@@ -5,7 +5,7 @@ image -> base -> coarse logits -> selector -> sites -> extractor -> sparse logit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from sparserefine.classes import Classes
 from sparserefine.ensembler import EnsemblerConfig, build_ensembler
 from sparserefine.extractor import PRESETS, ExtractorConfig
 from sparserefine.selector import Selector
-from sparserefine.sparse import Engine, Sites, get_engine
+from sparserefine.sparse import Engine, Sites, calibrating, get_engine
 from sparserefine.timing import StageTimer
 from sparserefine.uncertainty import Upsampling, Window, dense, entropy
 
@@ -129,7 +129,7 @@ class SparseRefiner(nn.Module):
             packed = None if torch.is_grad_enabled() else self.engine.prepare(self.extractor)
             sparse_logits = (packed or self.extractor)(features, plan)
         with timer.stage("ensembler"):
-            refined = self.ensembler(coarse_logits, sparse_logits.float())
+            refined = self.ensembler(coarse_logits, sparse_logits.float(), self.engine)
         sparse_macs = {"extractor": self.extractor.macs(plan), "ensembler": self.ensembler.macs(len(sites))}
         return Refinement(
             coarse,
@@ -192,6 +192,31 @@ class SparseRefiner(nn.Module):
             else:
                 parts.append(entropy(coarse_logits, 1)[:, None])
         return torch.cat(parts, dim=1)
+
+    def calibrate(self, images: Iterable[Tensor]) -> int:
+        """Runs the method on a few typical images, so that engine ``cpu-int8`` knows how large activations get.
+
+        What it learns is stored with the weights by :meth:`save_pretrained`; training forgets it.
+
+        Args:
+            images: each ``[B, 3, H, W]`` or ``[3, H, W]``, as for :meth:`forward`. Eight are plenty.
+
+        Returns:
+            The number of images.
+
+        Raises:
+            ValueError: no image was given, or none had a pixel to refine.
+        """
+        training, count = self.training, 0
+        try:
+            with calibrating(self.eval().extractor), torch.no_grad():
+                for image in images:
+                    batch = image[None] if image.dim() == 3 else image
+                    self(batch)
+                    count += len(batch)
+        finally:
+            self.train(training)
+        return count
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the extractor and the ensembler: all that training changes."""

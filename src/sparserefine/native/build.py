@@ -118,4 +118,7 @@ def _note(words: str) -> None:
 def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(f"{shlex.join(command)}: {result.stderr or result.stdout}")
+        said = result.stderr or result.stdout
+        # What went wrong first, for a note of one line.
+        first = next((line for line in said.splitlines() if "error" in line), "")
+        raise RuntimeError(f"{first}\n{shlex.join(command)}\n{said}")

@@ -22,7 +22,8 @@ SR_INLINE int tile_vectors(int64_t cout) {
 struct Panels {
   int64_t cout;
   int nv;
-  explicit Panels(int64_t cout) : cout(cout), nv(tile_vectors(cout)) {}
+  explicit Panels(int64_t cout) : Panels(cout, tile_vectors(cout)) {}
+  Panels(int64_t cout, int nv) : cout(cout), nv(nv) {}
   int64_t count() const { return ceil_div(cout, nv * VL); }
   int64_t first(int64_t p) const { return p * nv * VL; }
   int64_t channels(int64_t p) const { return smaller<int64_t>(nv * VL, cout - first(p)); }
@@ -63,12 +64,14 @@ SR_INLINE MultiplyTile tile_function(int nv) {
 }
 
 // What becomes of a result v = sum + residual: stored as it is, and up to twice normalised and activated for the layers
-// that read it: relu(v * scale + shift). Null pointers switch parts off. Same layout in Python (convolution.py).
-// Never the other way round, normalising while reading: a missing neighbour is zero after the activation.
+// that read it: relu(v * scale + shift), as float or rounded to 8 bits. Null pointers switch parts off. Same layout in
+// Python (kernels.py). Never the other way round, normalising while reading: a missing neighbour is zero after the
+// activation.
 struct Activated {
-  float* out;
-  int64_t stride;
+  void* out;       // [n, cout] of float or, if `quantised`, uint8
+  int64_t stride;  // elements
   const float *scale, *shift;
+  int64_t quantised;
 };
 struct Epilogue {
   const float* residual;
@@ -79,6 +82,16 @@ struct Epilogue {
   Activated activated[2];
 };
 
+// Rounded to the nearest; what is above 255 becomes 255.
+SR_INLINE void put_bytes(uint8_t* p, vec y, int64_t n) {
+  typedef uint8_t bytes __attribute__((vector_size(VL)));
+  const vec rounded = (y < 255.f ? y : splat(255.f)) + 0.5f;
+  const bytes values = __builtin_convertvector(__builtin_convertvector(rounded, ivec), bytes);
+  if (n >= VL) memcpy(p, &values, VL);
+  else
+    for (int64_t i = 0; i < n; i++) p[i] = values[i];
+}
+
 SR_INLINE void finish_vector(const Epilogue& e, vec v, int64_t row, int64_t channel, int64_t n) {
   const bool whole = n >= VL;
   auto get = [&](const float* p) { return whole ? load(p) : load_part(p, n); };
@@ -88,7 +101,10 @@ SR_INLINE void finish_vector(const Epilogue& e, vec v, int64_t row, int64_t chan
   if (e.raw) put(e.raw + row * e.raw_stride + channel, v);
   SR_UNROLL for (int i = 0; i < 2; i++) {
     const Activated& a = e.activated[i];
-    if (a.out) put(a.out + row * a.stride + channel, relu(v * get(a.scale + channel) + get(a.shift + channel)));
+    if (!a.out) continue;
+    const vec y = relu(v * get(a.scale + channel) + get(a.shift + channel));
+    if (a.quantised) put_bytes((uint8_t*)a.out + row * a.stride + channel, y, n);
+    else put((float*)a.out + row * a.stride + channel, y);
   }
 }
 

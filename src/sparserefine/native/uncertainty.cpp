@@ -1,10 +1,8 @@
 // Labels and entropy of upsampled coarse logits in one pass, and what reads and writes images at the sites.
 // sparserefine/uncertainty defines the results.
-#include "simd.h"
+#include "transcendental.h"
 
 extern "C" int omp_get_thread_num(void);
-
-typedef uint32_t uvec __attribute__((vector_size(VL * 4)));
 
 namespace {
 
@@ -25,45 +23,6 @@ template <class Body> SR_INLINE void parallel(int64_t items, int64_t threads, Bo
     const int64_t thread = omp_get_thread_num();
     for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < items;) body(i, thread);
   }
-}
-
-// ---- exp and log
-
-SR_INLINE uvec bits_of(vec v) { return (uvec)v; }
-
-// exp(x) for x <= 0; 0 below -87.7; 1 at 0, exactly; relative error below 2e-7.
-SR_INLINE vec exp_of(vec x) {
-  // Rounds to an integer in the low bits of the sum, there already with the exponent's bias.
-  const float round = 12582912.f + 127;
-  const vec n = x * 1.44269504f + round;
-  const vec whole = n - round;
-  const vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts, the first one short
-  vec p = splat(8.29022959e-3f);
-  p = p * r + 4.18983907e-2f;
-  p = p * r + 0.166676401f;
-  p = p * r + 0.499991461f;
-  p = p * r + 0.999999705f;
-  p = p * r + 1.f;
-  return p * (vec)(bits_of(n) << 23);
-}
-constexpr float LOWEST = -88.1f;  // where exp_of is 0 and its argument still in range
-
-// log(x) for normal x > 0; NaN stays NaN; relative error below 2e-7.
-SR_INLINE vec log_of(vec x) {
-  const uint32_t root_half = 0x3f3504f3;
-  const uvec exponent = (bits_of(x) - root_half) & 0xff800000u;
-  const vec f = (vec)(bits_of(x) - exponent) - 1.f;
-  const vec e = __builtin_convertvector((ivec)exponent >> 23, vec);
-  vec p = splat(8.73487059e-2f);
-  p = p * f - 0.143075429f;
-  p = p * f + 0.149179728f;
-  p = p * f - 0.165705051f;
-  p = p * f + 0.199620719f;
-  p = p * f - 0.250017554f;
-  p = p * f + 0.333339502f;
-  p = p * f - 0.499999916f;
-  const vec y = e * 0.693359375f + (f + (p * (f * f) - e * 2.12194440e-4f));
-  return x == x ? y : x;
 }
 
 // ---- uncertainty of a whole image

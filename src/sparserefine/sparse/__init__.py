@@ -1,8 +1,9 @@
 """Sparse convolution on image sites; knows nothing of segmentation models."""
 
-from sparserefine.sparse.engine import Engine, engine_report, get_engine
+from sparserefine.sparse.engine import Engine, Perceptron, engine_report, get_engine
 from sparserefine.sparse.modules import ResidualBlock, SparseBatchNorm, SparseConv, conv
 from sparserefine.sparse.plan import DownKind, Level, Plan, PlanSpec, Stencil
+from sparserefine.sparse.quantisation import calibrating
 from sparserefine.sparse.sites import Sites
 from sparserefine.sparse.unet import SparseUNet
 
@@ -10,6 +11,7 @@ __all__ = [
     "DownKind",
     "Engine",
     "Level",
+    "Perceptron",
     "Plan",
     "PlanSpec",
     "ResidualBlock",
@@ -18,6 +20,7 @@ __all__ = [
     "SparseConv",
     "SparseUNet",
     "Stencil",
+    "calibrating",
     "conv",
     "engine_report",
     "get_engine",

@@ -14,8 +14,12 @@ from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
 from sparserefine.sparse.sites import Sites
 from sparserefine.uncertainty import Upsampling, Window
 
-ENGINES = ("torch", "cpu")
-"""Engines that exist; ``triton`` (GPU) is to stand beside them."""
+ENGINES = ("torch", "cpu", "cpu-int8")
+"""Engines that exist; ``triton`` (GPU) is to stand beside them. ``auto`` does not pick ``cpu-int8``: it rounds."""
+
+
+Perceptron = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Weight and bias of a hidden layer with ReLU, weight and bias of the layer after it, as ``nn.Linear`` has them."""
 
 
 class Engine(Protocol):
@@ -54,6 +58,11 @@ class Engine(Protocol):
     def pixels(self, image: Tensor, sites: Sites, scale: Tensor, shift: Tensor) -> Tensor:
         """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
 
+    def gated(
+        self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
+    ) -> Tensor | None:
+        """What :class:`sparserefine.ensembler.GatedEnsembler` computes, or ``None`` to let it do so."""
+
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
         """The classes of the largest ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
 
@@ -71,16 +80,16 @@ def get_engine(name: str = "auto") -> Engine:
         raise ValueError(f"engine {name!r} is not known; choose 'auto' or one of {', '.join(ENGINES)}")
     if name == "torch":
         return TorchEngine()
-    from sparserefine.sparse.cpu.engine import CpuEngine
+    from sparserefine.sparse.cpu.engine import CpuEngine, Int8Engine
 
     try:
-        engine = CpuEngine()
+        engine = Int8Engine() if name == "cpu-int8" else CpuEngine()
     except Unavailable as error:
         if name == "auto":
             _tell(logging.WARNING, f"engine torch, for engine cpu is not available: {error}")
             return TorchEngine()
-        raise ValueError(f"engine 'cpu' cannot be used here: {error}") from error
-    _tell(logging.INFO, f"engine cpu ({engine.kernels.library.name})")
+        raise ValueError(f"engine {name!r} cannot be used here: {error}") from error
+    _tell(logging.INFO, f"engine {engine.name} ({engine.kernels.library.name})")
     return engine
 
 
@@ -102,6 +111,7 @@ def engine_report() -> dict[str, str]:
             "auto": "torch, for engine cpu is not available",
             "torch": "available on every device",
             "cpu": str(error),
+            "cpu-int8": "needs engine cpu",
         }
     note = f"; {NOTE.read_text(encoding='utf-8').strip()}" if NOTE.is_file() else ""
     others = ", ".join(name for name in available() if name != chosen)
@@ -109,4 +119,13 @@ def engine_report() -> dict[str, str]:
         "auto": "cpu for tensors on the CPU, torch elsewhere",
         "torch": "available on every device",
         "cpu": f"available: {chosen}{f' (also {others})' if others else ''}{note}",
+        "cpu-int8": _int8_report(),
     }
+
+
+def _int8_report() -> str:
+    try:
+        get_engine("cpu-int8")
+    except ValueError as error:
+        return str(error)
+    return "available for calibrated refiners (`sparserefine calibrate`); about 1 % of rounding in the logits"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,16 +41,30 @@ def conv(x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
 
 
 class SparseConv(nn.Module):
-    """Convolution without bias; ``weight [T, C_in, C_out]``, taps row-major (3x3, or 2x2 between ``cell`` levels)."""
+    """Convolution without bias; ``weight [T, C_in, C_out]``, taps row-major (3x3, or 2x2 between ``cell`` levels).
+
+    ``input_max [C_in]``, the largest inputs seen, is there after calibration only (``quantisation.py``) and stored with
+    the weights then; training forgets it.
+    """
+
+    input_max: Tensor | None
 
     def __init__(self, c_in: int, c_out: int, taps: int = 9) -> None:
         super().__init__()
+        self.register_buffer("input_max", None)
         # Variance of a ReLU network is kept (He et al. 2015), counting every tap as present.
         self.weight = nn.Parameter(torch.randn(taps, c_in, c_out) * math.sqrt(2 / (taps * c_in)))
 
     def forward(self, x: Tensor, stencil: Stencil) -> Tensor:
         """``[N_in, C_in]`` -> ``[N_out, C_out]``."""
+        if self.training and self.input_max is not None:
+            self.input_max = None
         return conv(x, self.weight, stencil)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        stored = state_dict.get(f"{prefix}input_max")
+        self.input_max = None if stored is None else self.weight.new_empty(stored.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparserefine.sparse.engine import Perceptron
 from sparserefine.sparse.plan import Plan, PlanSpec, Stencil, build_plan
 from sparserefine.sparse.sites import Sites
 from sparserefine.uncertainty import Upsampling, Window, sample, uncertainty
@@ -64,6 +65,12 @@ class TorchEngine:
     def pixels(self, image: Tensor, sites: Sites, scale: Tensor, shift: Tensor) -> Tensor:
         """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
         return sites.gather(image).float() * scale + shift
+
+    def gated(
+        self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
+    ) -> Tensor | None:
+        """``None``: the ensembler's own modules do it."""
+        return None
 
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
         """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from sparserefine.native.library import Unavailable
 from sparserefine.sparse.cpu import uncertainty as fused
 from sparserefine.sparse.cpu.convolution import convolve
+from sparserefine.sparse.cpu.gate import gated
 from sparserefine.sparse.cpu.geometry import Across, Around, build_grid_plan
 from sparserefine.sparse.cpu.kernels import kernels
 from sparserefine.sparse.cpu.network import PackedUNet
+from sparserefine.sparse.engine import Perceptron
 from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
+from sparserefine.sparse.quantisation import is_calibrated
 from sparserefine.sparse.sites import Sites
 from sparserefine.sparse.torch_engine import TorchEngine
 from sparserefine.sparse.unet import SparseUNet
@@ -33,6 +38,7 @@ class CpuEngine(TorchEngine):
     """
 
     name = "cpu"
+    int8 = False
 
     def __init__(self, instruction_set: str | None = None) -> None:
         self.kernels = kernels(instruction_set)
@@ -41,7 +47,7 @@ class CpuEngine(TorchEngine):
         )
 
     def __reduce__(self) -> tuple[type[CpuEngine], tuple[str]]:
-        return CpuEngine, (self.kernels.library.name,)  # for copy and pickle; packed weights stay here
+        return type(self), (self.kernels.library.name,)  # for copy and pickle; packed weights stay here
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
         """Plan of the sites; its tables are made when they are first read."""
@@ -59,9 +65,10 @@ class CpuEngine(TorchEngine):
         """The network packed, once for as long as its parameters stay what they are; ``None`` for what is not packed.
 
         Packed is :class:`SparseUNet` in evaluation mode, float32 on the CPU. Parameters are watched by address, version
-        and a sample of their values; tensors made in inference mode have no version: such networks are not packed.
+        and a sample of their values; tensors made in inference mode have no version: such networks are not packed, nor
+        are those with hooks, which want to be called.
         """
-        if type(network) is not SparseUNet or network.training:
+        if not _is_packable(network):
             return None
         tensors = [*network.parameters(), *network.buffers()]
         if any(t.device.type != "cpu" or t.is_inference() for t in tensors):
@@ -75,7 +82,7 @@ class CpuEngine(TorchEngine):
             sample = torch.cat([t.flatten()[:: max(1, t.numel() // _SAMPLE)].float() for t in tensors])
         known = self._packed.get(network)
         if known is None or known[0] != state or not torch.equal(known[1], sample):
-            known = (state, sample, PackedUNet(network, self.kernels))
+            known = (state, sample, PackedUNet(network, self.kernels, int8=self.int8))
             self._packed[network] = known
         return known[2]
 
@@ -110,12 +117,54 @@ class CpuEngine(TorchEngine):
             return fused.gather_normalised(self.kernels.library, image.contiguous(), sites.coords, scale, shift)
         return super().pixels(image, sites, scale, shift)
 
+    def gated(
+        self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
+    ) -> Tensor | None:
+        """What :class:`sparserefine.ensembler.GatedEnsembler` computes; ``None`` where a gradient is wanted."""
+        tensors = (coarse, sparse, *gate, *fuser)
+        if not _plain(*tensors) or any(t.dtype != torch.float32 for t in tensors):
+            return None
+        return gated(self.kernels.library, coarse.contiguous(), sparse.contiguous(), gate, fuser, residual)
+
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
         """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
         if _plain(labels, logits) and logits.dtype == torch.float32:
             fused.scatter_argmax(self.kernels.library, logits.detach().contiguous(), sites.coords, labels)
         else:
             super().write_labels(labels, logits, sites)
+
+
+class Int8Engine(CpuEngine):
+    """Engine ``cpu-int8``: as ``cpu``, with calibrated networks in 8 bits (:mod:`sparserefine.sparse.quantisation`).
+
+    Raises:
+        sparserefine.native.library.Unavailable: as for ``cpu``, or the processor has no AVX-512 VNNI.
+    """
+
+    name, int8 = "cpu-int8", True
+
+    def __init__(self, instruction_set: str | None = None) -> None:
+        super().__init__(instruction_set)
+        if not self.kernels.has_int8:
+            raise Unavailable(f"{self.kernels.library.name} on this processor has no 8-bit products (AVX-512 VNNI)")
+
+    def prepare(self, network: torch.nn.Module) -> PackedUNet | None:  # type: ignore[override]
+        """As of ``cpu``.
+
+        Raises:
+            ValueError: the network is not calibrated.
+        """
+        if _is_packable(network) and not is_calibrated(network):
+            raise ValueError(
+                "engine 'cpu-int8' needs a calibrated refiner: "
+                "run `sparserefine calibrate`, or refiner.calibrate(images)"
+            )
+        return super().prepare(network)
+
+
+def _is_packable(network: torch.nn.Module) -> TypeGuard[SparseUNet]:
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+    return type(network) is SparseUNet and not network.training and not hooked
 
 
 def _plain(*tensors: Tensor) -> bool:

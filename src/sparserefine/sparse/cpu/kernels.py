@@ -14,7 +14,13 @@ from sparserefine.native.library import Library, load, pointer
 
 
 class _Activated(Structure):
-    _fields_ = (("out", c_void_p), ("stride", c_int64), ("scale", c_void_p), ("shift", c_void_p))
+    _fields_ = (
+        ("out", c_void_p),
+        ("stride", c_int64),
+        ("scale", c_void_p),
+        ("shift", c_void_p),
+        ("quantised", c_int64),
+    )
 
 
 class _Epilogue(Structure):
@@ -68,6 +74,25 @@ class _Winograd(Structure):
     )
 
 
+class _Int8Convolution(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("n_in", c_int64),
+        ("cin", c_int64),
+        ("table", c_void_p),
+        ("n", c_int64),
+        ("taps", c_int64),
+        ("weight", c_void_p),
+        ("cout", c_int64),
+        ("rows", c_void_p),
+        ("n_out", c_int64),
+        ("scale", c_void_p),
+        ("epilogue", _Epilogue),
+        ("threads", c_int64),
+    )
+
+
 class _WeightGradient(Structure):
     _fields_ = (
         ("x", c_void_p),
@@ -97,7 +122,7 @@ class Grid(Structure):
 
 
 class Activation(NamedTuple):
-    """One output of an epilogue: relu(v * scale + shift) into ``out [N, C]``."""
+    """One output of an epilogue: relu(v * scale + shift) into ``out [N, C]``, float32, or uint8, rounded."""
 
     out: Tensor
     scale: Tensor
@@ -143,6 +168,25 @@ class Packed:
     instruction_set: str
 
 
+@dataclass(frozen=True)
+class Int8Packed:
+    """Weights of 8 bits as the kernel reads them.
+
+    Attributes:
+        data: ``int8``, an order of the kernel's own.
+        scale: ``float32 [C_out]``: what a sum of one is worth.
+        taps: T.
+        c_in: input channels.
+        c_out: output channels.
+    """
+
+    data: Tensor
+    scale: Tensor
+    taps: int
+    c_in: int
+    c_out: int
+
+
 class Kernels:
     """The entry points of one loaded object."""
 
@@ -159,6 +203,11 @@ class Kernels:
         self._winograd = function("sr_winograd", POINTER(_Winograd))
         self._gradient_scratch = function("sr_weight_gradient_scratch", i)
         self._gradient = function("sr_weight_gradient", POINTER(_WeightGradient))
+        self.has_int8 = library.lanes == 16 and bool(function("sr_int8_runs")())
+        if self.has_int8:
+            self._packed_int8_bytes = function("sr_packed_int8_bytes", i, i, i)
+            self._pack_int8 = function("sr_pack_int8", p, i, i, i, p)
+            self._convolve_int8 = function("sr_convolve_int8", POINTER(_Int8Convolution))
         g = POINTER(Grid)
         self.grid_words = function("sr_grid_words", i, i, i)
         self.grid_from_sites = function("sr_grid_from_sites", g, p, i)
@@ -261,6 +310,76 @@ class Kernels:
         )  # fmt: skip
         _raise(self._winograd(call), "tiles")
 
+    def pack_int8(self, weight: Tensor, scale: Tensor) -> Int8Packed:
+        """``int8 [T, C_in, C_out]`` and the outputs' ``float32 [C_out]`` as :meth:`convolve_int8` reads them.
+
+        Raises:
+            ValueError: shapes do not fit, or this processor lacks the instructions.
+        """
+        if not self.has_int8:
+            raise ValueError(f"{self.library.name} on this processor has no 8-bit products (AVX-512 VNNI)")
+        if weight.dim() != 3 or not 1 <= weight.shape[0] <= 9 or min(weight.shape) < 1:
+            raise ValueError(f"weight is {tuple(weight.shape)}, expected [T, C_in, C_out] with T of 1..9")
+        taps, c_in, c_out = weight.shape
+        if scale.shape != (c_out,):
+            raise ValueError(f"scale is {tuple(scale.shape)}, expected [{c_out}]")
+        pointer(scale, torch.float32, "scale")
+        data = torch.empty(self._packed_int8_bytes(taps, c_in, c_out), dtype=torch.int8)
+        self._pack_int8(pointer(weight, torch.int8, "weight"), taps, c_in, c_out, data.data_ptr())
+        return Int8Packed(data, scale, taps, c_in, c_out)
+
+    def convolve_int8(
+        self,
+        x: Tensor,
+        table: Tensor,
+        packed: Int8Packed,
+        epilogue: Epilogue,
+        num_outputs: int,
+        *,
+        rows: Tensor | None = None,
+    ) -> None:
+        """:meth:`convolve` in 8 bits: ``v[n] = scale * sum_t x[table[n, t]] @ W[t]``.
+
+        Args:
+            x: ``uint8 [N_in + 1, C_in]``, rows a multiple of 4 bytes long; the last one zero.
+            table: ``int32 [n, T]``, ``N_in`` where there is none.
+            packed: of :meth:`pack_int8`.
+            epilogue: where results go.
+            num_outputs: rows of the results' tensors.
+            rows: ``int32 [n]``: where in them results go; ``None``: row n.
+
+        Raises:
+            IndexError: a table or ``rows`` points outside.
+        """
+        n = len(table)
+        if x.dim() != 2 or x.dtype != torch.uint8 or x.shape[1] != packed.c_in or not len(x) or x.device.type != "cpu":
+            raise ValueError(
+                f"features are {x.dtype} {tuple(x.shape)}, expected uint8 [N + 1, {packed.c_in}] on the CPU"
+            )
+        padded = -(-packed.c_in // 4) * 4
+        if (x.stride(1) != 1 and packed.c_in > 1) or x.stride(0) < padded or len(x) * x.stride(0) >= 1 << 32:
+            raise ValueError(
+                f"features have strides {x.stride()}, expected rows of at least {padded} bytes, channels side by side, "
+                "and less than 4 GiB in all; refine fewer pixels at a time (a budget), or use engine 'cpu'"
+            )
+        if x.untyped_storage().nbytes() < x.storage_offset() + (len(x) - 1) * x.stride(0) + padded:
+            raise ValueError(
+                f"the last row of the features ends before {padded} bytes; expected whole fours of channels"
+            )
+        if tuple(table.shape) != (n, packed.taps):
+            raise ValueError(f"table is {tuple(table.shape)}, expected [n, {packed.taps}] for these weights")
+        if (rows is None and n != num_outputs) or (rows is not None and tuple(rows.shape) != (n,)):
+            raise ValueError(
+                f"rows are {None if rows is None else tuple(rows.shape)}, {num_outputs} outputs; expected [{n}]"
+            )
+        _check_epilogue(epilogue, num_outputs, packed.c_out)
+        call = _Int8Convolution(
+            x.data_ptr(), x.stride(0), len(x) - 1, packed.c_in, pointer(table, torch.int32, "table"), n, packed.taps,
+            packed.data.data_ptr(), packed.c_out, pointer(rows, torch.int32, "rows"), num_outputs,
+            packed.scale.data_ptr(), _bind(epilogue), torch.get_num_threads(),
+        )  # fmt: skip
+        _raise(self._convolve_int8(call), "table")
+
     def weight_gradient(self, x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
         """``dW[t] = sum_n outer(x[table[n, t]], grad[n])``: ``float32 [T, C_in, C_out]``.
 
@@ -288,16 +407,7 @@ class Kernels:
         if packed.instruction_set != self.library.name:
             raise ValueError(f"weights packed for {packed.instruction_set}, expected {self.library.name}")
         _check_rows(x, "features", None, packed.c_in)
-        for name, tensor in (("residual", epilogue.residual), ("raw", epilogue.raw)):
-            if tensor is not None:
-                _check_rows(tensor, name, num_outputs, packed.c_out)
-        vectors = [("bias", epilogue.bias)]
-        for activation in epilogue.activated:
-            _check_rows(activation.out, "activated", num_outputs, packed.c_out)
-            vectors += [("scale", activation.scale), ("shift", activation.shift)]
-        for name, vector in vectors:
-            if vector is not None and (vector.shape != (packed.c_out,) or vector.dtype != torch.float32):
-                raise ValueError(f"{name} is {vector.dtype} {tuple(vector.shape)}, expected float32 [{packed.c_out}]")
+        _check_epilogue(epilogue, num_outputs, packed.c_out)
         if scratch is None:
             scratch = torch.empty(floats)
         elif scratch.numel() < floats:
@@ -306,9 +416,24 @@ class Kernels:
         return torch.zeros(packed.c_in), scratch
 
 
-def _check_rows(tensor: Tensor, name: str, n: int | None, channels: int) -> None:
+def _check_epilogue(epilogue: Epilogue, n: int, channels: int) -> None:
+    for name, tensor in (("residual", epilogue.residual), ("raw", epilogue.raw)):
+        if tensor is not None:
+            _check_rows(tensor, name, n, channels)
+    vectors = [("bias", epilogue.bias)]
+    for activation in epilogue.activated:
+        _check_rows(activation.out, "activated", n, channels, (torch.float32, torch.uint8))
+        vectors += [("scale", activation.scale), ("shift", activation.shift)]
+    for name, vector in vectors:
+        if vector is not None and (vector.shape != (channels,) or vector.dtype != torch.float32):
+            raise ValueError(f"{name} is {vector.dtype} {tuple(vector.shape)}, expected float32 [{channels}]")
+
+
+def _check_rows(
+    tensor: Tensor, name: str, n: int | None, channels: int, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> None:
     fits = tensor.dim() == 2 and tensor.shape[1] == channels and (n is None or len(tensor) == n)
-    kind = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    kind = tensor.dtype in dtypes and tensor.device.type == "cpu"
     if not fits or not kind or (tensor.stride(1) != 1 and channels > 1 and tensor.numel()):
         wanted = f"[{'N' if n is None else n}, {channels}]"
         raise ValueError(
@@ -330,6 +455,7 @@ def _bind(epilogue: Epilogue) -> _Epilogue:
         target.out, target.stride = activation.out.data_ptr(), activation.out.stride(0)
         target.scale = pointer(activation.scale, torch.float32, "scale")
         target.shift = pointer(activation.shift, torch.float32, "shift")
+        target.quantised = activation.out.dtype == torch.uint8
     return bound
 
 
