@@ -4,8 +4,6 @@
 
 // Rows of a block: their sums and their inputs stay in the second-level cache while all weights pass by.
 static const int64_t BLOCK_ROWS = 240;
-// Floats of the weights that pass at a time: they stay in the first-level cache while the block's rows pass by.
-static const int64_t WEIGHT_FLOATS = 8192;
 
 struct Convolution {
   const float* x;  // [n_in, cin], rows `x_stride` floats apart

@@ -2,28 +2,21 @@
 #pragma once
 #include "simd.h"
 
-// A tile of MR rows by NV vectors stays in registers: 24 sums of 32 registers with AVX-512 and on Arm, 12 of 16 otherwise.
-constexpr int MAX_NV = VL == 16 ? 4 : 2;
-constexpr int rows_of(int nv) {
-  return VL == 16 ? (nv == 4 ? 6 : nv == 3 ? 8 : 12) : nv == 2 ? 6 : 10;
-}
+// A tile of MR rows by NV vectors stays in registers: 24 sums of 32 registers with AVX-512, 12 of 16 otherwise. Rather
+// tall than wide: weights come out of the cache once for all rows.
+constexpr int MAX_NV = 2;
+constexpr int rows_of(int nv) { return VL == 16 ? 12 : nv == 2 ? 6 : 10; }
 constexpr int MAX_MR = 12;
 
-// Widest tile of which `cout` channels make whole ones; 48 channels are three vectors, 80 are two, two and one.
-SR_INLINE int tile_vectors(int64_t cout) {
-  int64_t vectors = ceil_div(cout, VL);
-  for (int nv = MAX_NV; nv > 1; nv--)
-    if (vectors % nv == 0) return nv;
-  return vectors == 1 ? 1 : 2;
-}
+// Floats of the weights that pass at a time: they stay in the first-level cache while all rows of a block pass by.
+constexpr int64_t WEIGHT_FLOATS = 4096;
 
 // The output channels in panels of one tile's width each. Weights lie panel after panel, [depth][width] in each, with
 // zeros beyond `cout`; depth is T * C_in.
 struct Panels {
   int64_t cout;
   int nv;
-  explicit Panels(int64_t cout) : Panels(cout, tile_vectors(cout)) {}
-  Panels(int64_t cout, int nv) : cout(cout), nv(nv) {}
+  explicit Panels(int64_t cout) : cout(cout), nv(cout > VL ? MAX_NV : 1) {}
   int64_t count() const { return ceil_div(cout, nv * VL); }
   int64_t first(int64_t p) const { return p * nv * VL; }
   int64_t channels(int64_t p) const { return smaller<int64_t>(nv * VL, cout - first(p)); }
@@ -56,10 +49,6 @@ static void multiply_tile(const float* const* rows, int64_t taps, int64_t tap_st
 typedef void (*MultiplyTile)(const float* const*, int64_t, int64_t, int64_t, int64_t, const float*, int64_t, float*,
                              bool);
 SR_INLINE MultiplyTile tile_function(int nv) {
-  if constexpr (VL == 16) {
-    if (nv == 4) return multiply_tile<rows_of(4), 4>;
-    if (nv == 3) return multiply_tile<rows_of(3), 3>;
-  }
   return nv == 2 ? multiply_tile<rows_of(2), 2> : multiply_tile<rows_of(1), 1>;
 }
 

@@ -23,7 +23,6 @@ struct Int8Convolution {
 #define SR_VNNI __attribute__((target("avx512vnni")))
 
 static const int64_t BLOCK = 240, MOST_TAPS = 9;
-static int vectors_of(int64_t cout) { return ceil_div(cout, VL) % 2 == 0 ? 2 : 1; }
 constexpr int int8_rows_of(int nv) { return nv == 1 ? 10 : 12; }
 
 // groups: fours of channels. The sums go by way of memory: with an epilogue on the registers, unrolled, GCC would keep
@@ -62,7 +61,7 @@ SR_API int64_t sr_packed_int8_bytes(int64_t taps, int64_t cin, int64_t cout) {
 
 // [taps, cin, cout] -> panels of [taps][cin / 4][width][4], zeros beyond cin and cout.
 SR_API int64_t sr_pack_int8(const int8_t* weight, int64_t taps, int64_t cin, int64_t cout, int8_t* packed) {
-  const Panels panels(cout, vectors_of(cout));
+  const Panels panels(cout);
   for (int64_t p = 0; p < panels.count(); p++)
     for (int64_t t = 0; t < taps; t++)
       for (int64_t k = 0; k < cin; k += 4)
@@ -76,7 +75,7 @@ SR_API int64_t sr_pack_int8(const int8_t* weight, int64_t taps, int64_t cin, int
 
 SR_API int64_t sr_convolve_int8(const Int8Convolution* call) {
   const Int8Convolution& a = *call;
-  const Panels panels(a.cout, vectors_of(a.cout));
+  const Panels panels(a.cout);
   const int64_t mr = int8_rows_of(panels.nv), block = BLOCK / mr * mr, groups = ceil_div(a.cin, 4);
   int64_t out_of_range = a.taps > MOST_TAPS;
 #pragma omp parallel for schedule(dynamic, 4) num_threads(a.threads) reduction(| : out_of_range)

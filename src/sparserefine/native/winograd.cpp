@@ -87,17 +87,20 @@ template <int M> SR_INLINE void transform_output(const float* in, int64_t stride
 
 // ---- blocks
 
-static const int64_t CACHE_FLOATS = 5 << 16;  // of a thread's block: 1.25 MiB of the second-level cache
-static const int64_t MOST_TILES = 192;
+static const int64_t CACHE_FLOATS = 5 << 16;   // of a thread's block: 1.25 MiB of the second-level cache
+static const int64_t HEAVY_FLOATS = 1 << 20;   // of weights that are out of reach of that cache
+static const int64_t MOST_TILES = 384;
 
 static int64_t block_tiles(int64_t m, int64_t count, int64_t cin, int64_t cout, int64_t threads) {
-  const int64_t matrices = (m + 2) * (m + 2), mr = rows_of(tile_vectors(cout));
-  const int64_t fits = CACHE_FLOATS / (matrices * (round_up(cin, VL) + round_up(cout, VL)));
-  const int64_t fair = ceil_div(count, threads);
-  // Weights beyond the cache are read again for each block: then larger blocks, even if they leave the cache themselves.
-  const bool heavy = matrices * cin * cout > CACHE_FLOATS;
-  const int64_t tiles = heavy ? smaller(fair, MOST_TILES) : smaller(smaller(fits, MOST_TILES), ceil_div(fair, 4));
-  return round_up(larger(tiles, heavy ? 2 * mr : mr), mr);
+  const int64_t matrices = (m + 2) * (m + 2), mr = rows_of(Panels(cout).nv);
+  int64_t tiles;
+  if (matrices * cin * cout > HEAVY_FLOATS) {
+    // The weights are read again for each block: then few large ones, equal for all threads, even if they leave the cache.
+    tiles = ceil_div(count, larger<int64_t>(1, round_up(ceil_div(count, MOST_TILES), threads)));
+  } else {
+    tiles = smaller(CACHE_FLOATS / (matrices * (round_up(cin, VL) + round_up(cout, VL))), ceil_div(count, 4 * threads));
+  }
+  return round_up(larger(smaller(tiles, MOST_TILES), mr), mr);
 }
 
 // Floats of scratch that each thread needs.
@@ -191,12 +194,14 @@ template <int M> static int64_t convolve(const Winograd& a) {
         const MultiplyTile multiply = tile_function(nv);
         const float* weight = a.weight + matrix * a.cin * panels.width() + panels.offset(p, a.cin);
         float* target = out + matrix * out_stride + panels.first(p) * capacity;
-        for (int64_t i = 0; i < n; i += rows) {
-          const float* row = in + matrix * in_stride + i * cin;
-          const float* pointers[MAX_MR];
-          SR_UNROLL for (int r = 0; r < MAX_MR; r++, row += cin) pointers[r] = row;
-          multiply(pointers, 1, 0, 0, a.cin, weight, 0, target + i * width, false);
-        }
+        const int64_t depth = WEIGHT_FLOATS / width;
+        for (int64_t k = 0; k < a.cin; k += depth)
+          for (int64_t i = 0; i < n; i += rows) {
+            const float* row = in + matrix * in_stride + i * cin + k;
+            const float* pointers[MAX_MR];
+            SR_UNROLL for (int r = 0; r < MAX_MR; r++, row += cin) pointers[r] = row;
+            multiply(pointers, 1, 0, 0, smaller(depth, a.cin - k), weight + k * width, 0, target + i * width, k > 0);
+          }
       }
     for (int64_t i = 0; i < n; i++) {
       const int32_t* cells = patch(i);

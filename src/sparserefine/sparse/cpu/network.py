@@ -22,7 +22,7 @@ from sparserefine.sparse.unet import SparseUNet
 # Channels below which transforming tiles costs more than the multiplications that it saves, and the product of both
 # widths above which F(4x4)'s weights, four times the size of the convolution's own, cost more than they save.
 _FEWEST_CHANNELS = 8
-_MOST_CHANNELS = 384 * 384
+_MOST_CHANNELS = 1024 * 512
 
 
 class Scratch:
