@@ -14,8 +14,11 @@ import sparserefine
 ROOT = Path(sparserefine.__file__).parent
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 STAGES = ("base", "selector", "extractor", "ensembler", "refiner")
-USES = ("training", "predict", "evaluate", "cli", "demo", "data")
-BREAKABLE = ("torchvision", "timm", "segmentation_models_pytorch")  # torchvision often does not fit the torch beside it
+USES = ("training", "predict", "evaluate", "benchmark", "cli", "demo", "data")
+OPTIONAL = {
+    *("torchvision", "timm", "segmentation_models_pytorch"),
+    *("transformers", "onnx", "onnxruntime", "openvino", "matplotlib"),
+}
 
 
 def imported(path: Path, *, at_import: bool = False) -> set[str]:
@@ -74,9 +77,9 @@ def test_stages_do_not_know_their_uses(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_nothing_needs_torchvision_to_be_imported(name: str) -> None:
+def test_optional_packages_are_not_needed_to_import_anything(name: str) -> None:
     top = {module.split(".")[0] for module in imported(FILES[name], at_import=True)}
-    assert not top & set(BREAKABLE)
+    assert not top & OPTIONAL
 
 
 def test_the_files_that_these_rules_are_about_exist() -> None:

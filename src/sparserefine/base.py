@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
+
+from sparserefine.class_map import check_class_map, merged, read_class_map
+from sparserefine.classes import Classes
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -22,20 +25,26 @@ class BaseConfig:
     """Which base, and how it wants its input.
 
     Attributes:
-        name: ``unet:<file>`` or ``python:<module>:<callable>``; empty: a base given in Python.
+        name: one of :data:`sparserefine.bases.BASE_NAMES`, as ``hf:<folder or hub id>``; empty: a base given in Python.
         ratio: input size relative to the image; give this or ``size``.
         size: fixed input height and width [px].
-        mean: subtracted from pixels in 0..1, per channel.
-        std: divided by, per channel.
-        outputs: ``logits``, or ``scores`` >= 0 that are proportional to probabilities.
+        mean: subtracted from pixels in 0..1, per channel; ``None``: what the model's files say, else ImageNet's.
+        std: divided by, per channel; likewise.
+        outputs: ``logits``, or ``scores`` >= 0 that are proportional to probabilities; ``None``: what the model gives
+            by its kind, else logits.
+        class_map: for a model of other classes than the data: a YAML file (see :mod:`sparserefine.class_map`), or for
+            each class of the model the class of the data, -1 for none.
+        runtime: what runs a torch model on the CPU: ``onnxruntime`` or ``openvino``; ``None``: the model is called.
     """
 
     name: str = ""
     ratio: float | None = None
     size: tuple[int, int] | None = None
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    outputs: Literal["logits", "scores"] = "logits"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    outputs: Literal["logits", "scores"] | None = None
+    class_map: tuple[int, ...] | str | None = None
+    runtime: Literal["onnxruntime", "openvino"] | None = None
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.size is None):
@@ -44,9 +53,32 @@ class BaseConfig:
             raise ValueError(f"base.ratio = {self.ratio}, expected more than 0 and at most 1")
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"base.size = {self.size}, expected at least 1 pixel each way")
-        check_normalisation("base", self.mean, self.std)
-        if self.outputs not in ("logits", "scores"):
+        check_normalisation("base", self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD)
+        if self.outputs not in ("logits", "scores", None):
             raise ValueError(f"base.outputs = {self.outputs!r}, expected 'logits' or 'scores'")
+        if self.runtime not in ("onnxruntime", "openvino", None):
+            raise ValueError(f"base.runtime = {self.runtime!r}, expected 'onnxruntime' or 'openvino', or nothing")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and what its files tell of it; doors such as :func:`sparserefine.bases.hf` return one.
+
+    Attributes:
+        model: ``float32 [B, 3, h, w]``, normalised -> coarse outputs.
+        num_classes: of the model; ``None``: not known before it runs.
+        classes: names and colours, where the files have them.
+        mean: the normalisation that it was trained with, for pixels in 0..1.
+        std: likewise.
+        outputs: ``logits`` or ``scores``.
+    """
+
+    model: Callable[..., Any]
+    num_classes: int | None = None
+    classes: Classes | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    outputs: Literal["logits", "scores"] = "logits"
 
 
 def check_normalisation(whose: str, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -77,23 +109,43 @@ class FrozenBase(nn.Module):
 
     Args:
         model: a module or any callable, ``float32 [B, 3, h, w]`` -> coarse outputs: a tensor, a tuple or list that
-            starts with it, a mapping with ``logits`` or ``out``, or an object with ``.logits``.
-        num_classes: K; checked against every output.
+            starts with it, a mapping with ``logits`` or ``out``, or an object with ``.logits``; or what a door
+            returned, with its classes and normalisation.
+        num_classes: K of the data; ``None``: the model's own. Checked against every output.
         config: input size, normalisation and meaning of the outputs.
+        classes: names and colours of the data's classes; ``None``: the model's own, where it has as many.
+
+    Raises:
+        ValueError: the model has another class count than the data and no class map makes up for it.
     """
 
-    def __init__(self, model: Callable[..., Any], num_classes: int, config: BaseConfig) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any] | LoadedModel,
+        num_classes: int | None = None,
+        config: BaseConfig | None = None,
+        *,
+        classes: Classes | None = None,
+    ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(
-                f"num_classes = {num_classes}, expected at least 2; a model with one foreground channel z becomes one "
-                "of two with torch.cat([torch.zeros_like(z), z], 1)"
-            )
-        self.model = model
-        self.num_classes = num_classes
-        self.config = config
-        if isinstance(model, nn.Module):
-            model.requires_grad_(False)
+        if config is None:
+            raise ValueError("config is missing; give the size of the base's input as config=BaseConfig(ratio=0.5)")
+        loaded = model if isinstance(model, LoadedModel) else LoadedModel(model)
+        self.model = loaded.model
+        self.mean, self.std = config.mean or loaded.mean, config.std or loaded.std
+        self.outputs = config.outputs or loaded.outputs
+        label = config.name or _name_of(self.model)
+        self.class_map = _class_map(config, loaded, classes or num_classes, label)
+        self.num_classes = _class_count(loaded, num_classes, classes, self.class_map, label)
+        self.classes = classes or (loaded.classes if self.class_map is None else None)
+        self.config = replace(config, mean=self.mean, std=self.std, outputs=self.outputs, class_map=self.class_map)
+        if isinstance(self.model, nn.Module):
+            self.model.requires_grad_(False)
+        self._runtime: Callable[[Tensor], Tensor] | None = None
+        if config.runtime is not None:
+            from sparserefine.bases.runtime import Runtime
+
+            self._runtime = Runtime(config.runtime, self.model)
         self._macs: dict[tuple[int, ...], int | None] = {}
         self.train(False)
 
@@ -125,11 +177,14 @@ class FrozenBase(nn.Module):
         check_image(image)
         x = resize(image, self.input_size(*image.shape[-2:]))
         scale = 255.0 if image.dtype == torch.uint8 else 1.0
-        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.config.mean, self.config.std))
+        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         x = ((x / scale - mean) / std).contiguous()
         if isinstance(self.model, nn.Module):  # a model in half precision takes its input so
             x = x.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype))
-        return self.checked(_tensor_of(self.model(x), self.label), len(image))
+        output = tensor_of((self._runtime or self.model)(x), self.label)
+        if self.class_map is None:
+            return self.checked(output, len(image))
+        return merged(self._checked(output, len(image), len(self.class_map)), self.class_map, self.outputs)
 
     @property
     def label(self) -> str:
@@ -137,11 +192,15 @@ class FrozenBase(nn.Module):
         return self.config.name or _name_of(self.model)
 
     def checked(self, logits: Tensor, batch: int) -> Tensor:
-        """Returns ``logits``, or raises ``ValueError`` if shape, class count or values are wrong."""
+        """Returns ``logits [B, K, h, w]``, or raises ``ValueError`` if shape, class count or values are wrong."""
+        return self._checked(logits, batch, self.num_classes)
+
+    def _checked(self, logits: Tensor, batch: int, classes: int) -> Tensor:
         if logits.dim() != 4 or logits.shape[0] != batch:
             raise ValueError(f"base {self.label}: output is {tuple(logits.shape)}, expected [{batch}, K, h, w]")
-        if logits.shape[1] != self.num_classes:
-            raise ValueError(f"base {self.label}: {logits.shape[1]} classes, expected {self.num_classes}")
+        if logits.shape[1] != classes:
+            cure = f"; {_CURE}" if self.class_map is None else ""
+            raise ValueError(f"base {self.label}: {logits.shape[1]} classes, expected {classes}{cure}")
         if not logits.is_floating_point():
             raise ValueError(f"base {self.label}: output is {logits.dtype}, expected floating-point logits, not labels")
         bad = int(logits.numel() - logits.isfinite().sum())
@@ -150,7 +209,7 @@ class FrozenBase(nn.Module):
                 f"base {self.label}: {bad} of {logits.numel()} coarse logits are NaN or infinite; check its "
                 "weights, its normalisation, and the precision it runs in"
             )
-        if self.config.outputs == "scores" and logits.min() < 0:
+        if self.outputs == "scores" and logits.min() < 0:
             raise ValueError(
                 f"base {self.label}: outputs='scores' but the smallest is {float(logits.min()):.4g}, expected >= 0; "
                 "say outputs='logits' if these are logits"
@@ -172,8 +231,10 @@ class FrozenBase(nn.Module):
             for name, tensor in sorted(self.model.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(getattr(self.model, "digest", "").encode())  # of the file behind it, where a door knows one
         c = self.config
-        digest.update(repr((c.ratio, c.size, c.mean, c.std, c.outputs, self.num_classes)).encode())
+        digest.update(repr((c.ratio, c.size, c.mean, c.std, c.outputs, self.num_classes, c.class_map)).encode())
         return f"{_name_of(self.model)}:{digest.hexdigest()[:16]}"
 
 
@@ -191,7 +252,55 @@ def _name_of(model: Callable[..., Any]) -> str:
     return f"{model.__module__}.{name}" if name else type(model).__name__
 
 
-def _tensor_of(output: Any, label: str) -> Tensor:
+def _class_map(
+    config: BaseConfig, loaded: LoadedModel, data: Classes | int | None, label: str
+) -> tuple[int, ...] | None:
+    """The map of a configuration, read and checked."""
+    if config.class_map is None:
+        return None
+    if isinstance(config.class_map, str):
+        return read_class_map(config.class_map, loaded.classes or loaded.num_classes, data)
+    where = f"base {label}: class_map"
+    if loaded.num_classes not in (None, len(config.class_map)):
+        raise ValueError(f"{where} has {len(config.class_map)} entries, the model {loaded.num_classes} classes")
+    check_class_map(config.class_map, data, where)
+    return config.class_map
+
+
+def _class_count(
+    loaded: LoadedModel,
+    num_classes: int | None,
+    classes: Classes | None,
+    class_map: tuple[int, ...] | None,
+    label: str,
+) -> int:
+    """K of the data: what was given, else what the class map reaches, else the model's own."""
+    if classes is not None and num_classes not in (None, len(classes)):
+        raise ValueError(f"base {label}: num_classes = {num_classes}, but {len(classes)} class names")
+    count = num_classes if classes is None else len(classes)
+    if count is None:
+        count = loaded.num_classes if class_map is None else max(class_map) + 1
+    if count is None:
+        raise ValueError(f"base {label}: num_classes is missing, and the model does not tell how many it has")
+    if count < 2:
+        raise ValueError(
+            f"base {label}: num_classes = {count}, expected at least 2; a model with one foreground channel z becomes "
+            "one of two with torch.cat([torch.zeros_like(z), z], 1)"
+        )
+    if class_map is None and loaded.num_classes not in (None, count):
+        raise ValueError(f"base {label}: {loaded.num_classes} classes, the data has {count}; {_CURE}")
+    return count
+
+
+_CURE = "a class map (base.class_map) says which class of the model counts as which of the data"
+
+
+def tensor_of(output: Any, label: str) -> Tensor:
+    """The coarse outputs in what a model returned: see :class:`FrozenBase`.
+
+    Raises:
+        TypeError: it is none of those forms.
+    """
     found = output
     if isinstance(found, Mapping):
         found = next((found[key] for key in ("logits", "out") if key in found), found)

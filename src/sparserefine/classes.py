@@ -67,3 +67,17 @@ def wheel(index: int) -> tuple[int, int, int]:
     for bit in range(8):
         channels[bit % 3] |= ((index >> bit) & 1) << (7 - bit // 3)
     return channels[0], channels[1], channels[2]
+
+
+CITYSCAPES = Classes(
+    (
+        *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
+        *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
+    ),
+    (
+        *((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153)),
+        *((250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60)),
+        *((255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)),
+    ),
+)
+"""The 19 classes of Cityscapes (Cordts et al. 2016) that are scored, in the order of their training ids."""

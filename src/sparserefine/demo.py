@@ -36,7 +36,7 @@ def demo_refiner_folder() -> Path:
 def dense_peer(refiner: SparseRefiner) -> FrozenBase:
     """The embedded network of the base's architecture, trained and run at full resolution."""
     config = replace(refiner.base.config, name=f"unet:{ASSETS / 'dense.safetensors'}", ratio=1.0, size=None)
-    return load_base(config, len(refiner.classes))
+    return load_base(config, refiner.classes)
 
 
 def demo(out: str | Path, *, device: torch.device, repeats: int = 2) -> str:

@@ -11,9 +11,14 @@ import sparserefine
 from sparserefine.bases import BASE_NAMES
 from sparserefine.sparse import engine_report
 
-_OPTIONAL = {
-    "lightning": "not installed; `pip install 'sparserefine[train]'` brings it, for training",
-    "huggingface_hub": "not installed; `pip install 'sparserefine[hub]'` brings it, for refiners by hub id",
+_OPTIONAL = {  # package: the extra that brings it, and what for
+    "lightning": ("train", "training"),
+    "huggingface_hub": ("hub", "refiners by hub id"),
+    "transformers": ("hf", "bases hf:..."),
+    "onnxruntime": ("onnx", "bases onnx:..."),
+    "onnxscript": ("onnxruntime", "base.runtime onnxruntime"),
+    "openvino": ("openvino", "base.runtime openvino"),
+    "matplotlib": ("plot", "benchmark --plot"),
 }
 
 
@@ -32,8 +37,9 @@ def info() -> dict[str, str]:
     }
     for package in ("numpy", "pillow", "safetensors"):
         result[package] = _version(package) or "not installed, though sparserefine needs it"
-    for package, cure in _OPTIONAL.items():
-        result[package] = _version(package) or cure
+    for package, (extra, use) in _OPTIONAL.items():
+        missing = f"not installed; `pip install 'sparserefine[{extra}]'` brings it, for {use}"
+        result[package] = _version(package) or missing
     for engine, words in engine_report().items():
         result[f"engine {engine}"] = words
     result["bases"] = ", ".join(BASE_NAMES)

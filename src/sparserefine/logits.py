@@ -50,7 +50,7 @@ class CoarseLogits:
         source = self._source(name)
         if source not in self._bases:
             base_config = replace(self.config.base, name=source)
-            self._bases[source] = load_base(base_config, len(self.data.classes)).to(self.device)
+            self._bases[source] = load_base(base_config, self.data.classes).to(self.device)
         return self._bases[source]
 
     def identity(self, name: str) -> str:

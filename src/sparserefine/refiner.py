@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class SparseRefiner(nn.Module):
         selector: which pixels are looked at again.
         extractor: shape of the sparse network.
         ensembler: how both predictions are blended.
-        classes: names and colours; numbered ones if not given.
+        classes: names and colours; if not given, the base's own, or numbered ones.
         upsampling: ``bilinear``, or ``nearest`` as in the published code; thresholds belong to this choice.
         mean: subtracted from the refiner's own pixels in 0..1, per channel.
         std: divided by, per channel.
@@ -58,7 +59,7 @@ class SparseRefiner(nn.Module):
     ) -> None:
         super().__init__()
         k = base.num_classes
-        self.classes = classes or Classes.numbered(k)
+        self.classes = classes or base.classes or Classes.numbered(k)
         if len(self.classes) != k:
             raise ValueError(f"{len(self.classes)} class names for a base of {k} classes; expected as many")
         if upsampling not in ("bilinear", "nearest"):
@@ -173,8 +174,8 @@ class SparseRefiner(nn.Module):
     def how(self, size: tuple[int, int]) -> Upsampling:
         """How the base's outputs for an image of ``size`` [px] become full-resolution logits."""
         if self.upsampling == "nearest":
-            return Upsampling("nearest", self.base.config.outputs, self.base.input_size(*size))
-        return Upsampling("bilinear", self.base.config.outputs)
+            return Upsampling("nearest", self.base.outputs, self.base.input_size(*size))
+        return Upsampling("bilinear", self.base.outputs)
 
     def _features(self, image: Tensor, sites: Sites, coarse_logits: Tensor) -> Tensor:
         """``[N, F]``: what :class:`ExtractorConfig` lists, in its order."""
@@ -237,11 +238,12 @@ class SparseRefiner(nn.Module):
         base: FrozenBase | None = None,
         trust_base: bool = False,
         engine: str = "auto",
+        runtime: Literal["onnxruntime", "openvino"] | None = None,
     ) -> SparseRefiner:
         """Reads a refiner from a folder or a hub id; see :func:`sparserefine.storage.load_refiner`."""
         from sparserefine.storage import load_refiner
 
-        return load_refiner(name, base=base, trust_base=trust_base, engine=engine)
+        return load_refiner(name, base=base, trust_base=trust_base, engine=engine, runtime=runtime)
 
 
 @dataclass(frozen=True)

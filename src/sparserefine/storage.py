@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -53,7 +53,7 @@ def save_refiner(refiner: SparseRefiner, folder: str | Path, *, dtype: torch.dty
         # Compared as bytes: NaN, which differs from itself, is stored as faithfully as any number.
         if any(not torch.equal(_bytes(stored[name]), _bytes(tensor)) for name, tensor in weights.items()):
             raise OSError(f"{folder / _WEIGHTS}: what was written reads back differently; is the disk sound?")
-    base = refiner.base.config
+    base = replace(refiner.base.config, runtime=None)  # of the machine, as the engine is, not of the refiner
     if isinstance(refiner.base.model, UNet):
         save_unet(refiner.base.model, folder / _BASE, dtype=dtype)
         base = replace(base, name=f"unet:{_BASE}")
@@ -75,7 +75,12 @@ def save_refiner(refiner: SparseRefiner, folder: str | Path, *, dtype: torch.dty
 
 
 def load_refiner(
-    name: str | Path, *, base: FrozenBase | None = None, trust_base: bool = False, engine: str = "auto"
+    name: str | Path,
+    *,
+    base: FrozenBase | None = None,
+    trust_base: bool = False,
+    engine: str = "auto",
+    runtime: Literal["onnxruntime", "openvino"] | None = None,
 ) -> SparseRefiner:
     """Reads what :func:`save_refiner` wrote, in evaluation mode.
 
@@ -84,6 +89,7 @@ def load_refiner(
         base: the base itself, where the configuration does not name one or another one is wanted.
         trust_base: allows a base of kind ``python:``, which runs code that the configuration names.
         engine: see :class:`SparseRefiner`.
+        runtime: of the base that the configuration names; see :class:`BaseConfig`.
 
     Raises:
         ValueError: the folder is incomplete, of another format version, or does not fit the base.
@@ -113,7 +119,9 @@ def load_refiner(
         base_config = _parse(BaseConfig, config["base"], f"{where}: base")
         if not base_config.name:
             raise ValueError(f"{where}: names no base (it was built in Python); pass it as base=FrozenBase(...)")
-        base = load_base(base_config, len(classes), folder=folder, trust_base=trust_base)
+        base = load_base(replace(base_config, runtime=runtime), classes, folder=folder, trust_base=trust_base)
+    elif runtime is not None:
+        raise ValueError(f"runtime {runtime!r} and a base: give the runtime to the base, BaseConfig(runtime=...)")
     elif base.num_classes != len(classes):
         raise ValueError(f"{where}: {len(classes)} classes, the base given has {base.num_classes}")
     selector = _parse(Selector, config["selector"], f"{where}: selector")

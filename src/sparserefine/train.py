@@ -26,7 +26,7 @@ from sparserefine.storage import load_weights
 
 def build_refiner(config: Config, data: Dataset) -> SparseRefiner:
     """An untrained refiner as ``config`` describes it, for the classes of ``data``."""
-    base = load_base(config.base, len(data.classes))
+    base = load_base(config.base, data.classes)
     return SparseRefiner(
         base,
         selector=config.selector,
