@@ -1,15 +1,19 @@
 # make demo    installs into .venv and shows the method on an embedded 8-megapixel photograph
 # make test    the same for linters, types and the test-suite
 # make sanitize  the tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+# make parity  rewrites tests/data/parity with what mmsegmentation computes, in an environment of its own (.venv-mmseg);
+#              the test-suite compares with those files and needs none of it
 # CONSTRAINTS=FILE  other pinned versions, e.g. of torch;  PYTHON=python3.12  another interpreter
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_MMSEG ?= .venv-mmseg
 CONSTRAINTS ?= constraints.txt
 KERNELS = hatch_build.py src/sparserefine/native/build.py $(wildcard src/sparserefine/native/*.h src/sparserefine/native/*.cpp)
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS)
+MMENGINE_FILE = tests/data/parity/mmengine.pth
 
-.PHONY: demo test test-gpu sanitize lint clean
+.PHONY: demo test test-gpu sanitize parity lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/sparserefine demo --out demo/
@@ -22,6 +26,16 @@ test-gpu: $(VENV)/.installed-dev
 
 sanitize: $(VENV)/.installed-dev
 	$(VENV)/bin/python tests/sanitize.py
+
+parity: $(VENV_MMSEG)/.installed
+	$(VENV_MMSEG)/bin/python -W ignore tests/parity/reference.py
+	test -e $(MMENGINE_FILE) || $(VENV_MMSEG)/bin/python -W ignore tests/parity/checkpoint.py $(MMENGINE_FILE)
+
+$(VENV_MMSEG)/.installed:
+	$(PYTHON) -m venv $(VENV_MMSEG)
+	$(VENV_MMSEG)/bin/python -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS) "setuptools<81" torch \
+		mmengine==0.10.7 mmcv-lite==2.1.0 mmsegmentation==1.2.2 ftfy regex
+	touch $@
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check src tests examples benchmarks hatch_build.py
