@@ -134,6 +134,14 @@ def _refiner(arguments: Namespace, **options: Any) -> SparseRefiner:
     return refiner.to(device_named(arguments.device))
 
 
+def _add_base(parser: ArgumentParser) -> None:
+    """For commands that take the base as the refiner names it, not from a configuration."""
+    parser.add_argument("--trust_base", action="store_true", help="allow a base that runs code (python:...)")
+    parser.add_argument(
+        "--runtime", choices=("onnxruntime", "openvino"), help="what runs the base on the CPU, not torch"
+    )
+
+
 def _add_logits(parser: ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace stored logits of another base")
@@ -184,15 +192,14 @@ def _run_evaluate(parser: ArgumentParser, arguments: Namespace) -> int:
 
     config, device = _config(parser, arguments), device_named(arguments.device)
     data = config.data.read(getattr(config.data, arguments.split))
-    classes = len(data.classes)
-    refiner = _refiner(arguments, base=load_base(config.base, classes))
+    refiner = _refiner(arguments, base=load_base(config.base, data.classes))
     if refiner.selector != config.selector:
         used = f"threshold {refiner.selector.threshold}, budget {refiner.selector.budget}"
         print(f"selector: {used} (not the configuration's; --threshold and --budget choose)", file=sys.stderr)
     dense = None
     if arguments.dense:
         dense_config = replace(config.base, name=arguments.dense, ratio=arguments.dense_ratio, size=None)
-        dense = load_base(dense_config, classes).to(device)
+        dense = load_base(dense_config, data.classes).to(device)
     images = (data.read(index) for index in tqdm(range(len(data)), desc=arguments.split, unit="image"))
     result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)
     print(result.table())
@@ -202,19 +209,80 @@ def _run_evaluate(parser: ArgumentParser, arguments: Namespace) -> int:
     return 0
 
 
+def _add_benchmark(parser: ArgumentParser) -> None:
+    bases = "comma-separated: hrnet_w48, segformer_b5, ... with random weights, or any base as unet:FILE; NAME@HxW "
+    parser.add_argument("--bases", required=True, help=bases + "gives one its own coarse size")
+    parser.add_argument("--size", default="1024x2048", help="height x width of the image in pixels")
+    parser.add_argument("--coarse", help="size of the base's low-resolution input; by default half of --size")
+    parser.add_argument("--plans", default="paper,slim16", help="extractors: paper, slim, slim16")
+    parser.add_argument("--densities", help="of synthetic masks, by default 0.05,0.1,0.2,0.3")
+    parser.add_argument("--masks", nargs="+", default=[], help="image files instead; what is not black is a site")
+    parser.add_argument("--runtimes", default="torch", help="of the base: torch, onnxruntime, openvino")
+    parser.add_argument("--classes", type=int, default=19, help="of random models and of those that do not tell")
+    parser.add_argument("--threads", type=int, help="of the CPU; by default as many as torch uses")
+    parser.add_argument("--precision", default="float32", help="of the base: float32, float16, bfloat16")
+    _add_device(parser)
+    parser.add_argument("--engine", default="auto", help="what executes the sparse network; see `sparserefine info`")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of everything; times are medians")
+    parser.add_argument("--json", help="also write the records to this file, after each base")
+    parser.add_argument("--plot", help="also draw them: a .png, .svg or .pdf file")
+
+
+def _run_benchmark(parser: ArgumentParser, arguments: Namespace) -> int:
+    from sparserefine.benchmark import benchmark
+    from sparserefine.benchmark_records import Report, Settings, parse_base, parse_density, parse_size
+    from sparserefine.benchmark_report import check_outputs, header, model_table, plot, summary, write_records
+
+    def parts(text: str) -> tuple[str, ...]:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+
+    settings = Settings(
+        bases=tuple(map(parse_base, parts(arguments.bases))),
+        size=parse_size(arguments.size),
+        coarse=None if arguments.coarse is None else parse_size(arguments.coarse, "coarse size"),
+        plans=parts(arguments.plans),
+        densities=None if arguments.densities is None else tuple(map(parse_density, parts(arguments.densities))),
+        masks=tuple(arguments.masks),
+        runtimes=parts(arguments.runtimes),
+        classes=arguments.classes,
+        threads=arguments.threads,
+        precision=arguments.precision,
+        device=arguments.device,
+        engine=arguments.engine,
+        rounds=arguments.rounds,
+    )
+    check_outputs(arguments.json, arguments.plot)
+    shown = 0
+
+    def seen(report: Report) -> None:
+        nonlocal shown
+        new, first = report.records[shown:], shown == 0
+        shown = len(report.records)
+        if new:
+            print(f"{header(report)}\n\n{model_table(new)}\n" if first else f"{model_table(new)}\n", flush=True)
+            if arguments.json:
+                write_records(arguments.json, report.records)
+
+    report = benchmark(settings, seen=seen, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    print(summary(report))
+    if arguments.plot and report.records:
+        plot(report, arguments.plot)
+    return EXIT_FAILED if report.left_out else 0
+
+
 def _add_predict(parser: ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", help="image files, folders, or glob patterns in quotes")
     _add_refiner(parser)
     parser.add_argument("--out", required=True, help="folder of the label images (index PNG)")
     parser.add_argument("--overlay", action="store_true", help="also write the labels drawn over the image")
     parser.add_argument("--overwrite", action="store_true", help="replace label images that are there already")
-    parser.add_argument("--trust_base", action="store_true", help="allow a base that runs code (python:...)")
+    _add_base(parser)
 
 
 def _run_predict(parser: ArgumentParser, arguments: Namespace) -> int:
     from sparserefine.predict import predict
 
-    refiner = _refiner(arguments, trust_base=arguments.trust_base)
+    refiner = _refiner(arguments, trust_base=arguments.trust_base, runtime=arguments.runtime)
     report = predict(arguments.inputs, refiner, arguments.out, overlay=arguments.overlay, overwrite=arguments.overwrite)
     for failure in report.failures:
         print(f"{failure.name}: {failure.reason}", file=sys.stderr)
@@ -226,7 +294,7 @@ def _add_calibrate(parser: ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", help="a few typical image files, or folders of them")
     _add_refiner(parser)
     parser.add_argument("--out", required=True, help="folder of the calibrated refiner; not the one of --refiner")
-    parser.add_argument("--trust_base", action="store_true", help="allow a base that runs code (python:...)")
+    _add_base(parser)
 
 
 def _run_calibrate(parser: ArgumentParser, arguments: Namespace) -> int:
@@ -234,7 +302,7 @@ def _run_calibrate(parser: ArgumentParser, arguments: Namespace) -> int:
 
     from sparserefine.data.images import IMAGE_SUFFIXES, read_image
 
-    refiner, out = _refiner(arguments, trust_base=arguments.trust_base), Path(arguments.out)
+    refiner, out = _refiner(arguments, trust_base=arguments.trust_base, runtime=arguments.runtime), Path(arguments.out)
     if out.resolve() == Path(arguments.refiner).resolve():
         raise ValueError(f"--out {out} is the folder of --refiner; give another one, the refiner stays as it is")
     files: list[Path] = []
@@ -278,6 +346,7 @@ COMMANDS = {
     "logits": Command("Stores the base's coarse logits for training.", _add_logits, _run_logits),
     "train": Command("Trains a refiner for a frozen base.", _add_train, _run_train),
     "evaluate": Command("Scores coarse, refined, oracle and dense predictions.", _add_evaluate, _run_evaluate),
+    "benchmark": Command("Times dense, coarse and refined predictions of models.", _add_benchmark, _run_benchmark),
     "calibrate": Command("Measures activations for 8-bit arithmetic on the CPU.", _add_calibrate, _run_calibrate),
     "info": Command("Versions, devices and engines.", lambda parser: None, _run_info),
 }

@@ -1,0 +1,486 @@
+"""``sparserefine benchmark``: what refinement costs and saves for a model, measured end to end.
+
+For each base and each runtime three things are timed in turn:
+
+- dense: the base on the whole image, normalisation included, and labels;
+- coarse: the base on the downsized image, antialiased resize and normalisation included;
+- refine: every stage after the base, from its coarse logits to labels.
+
+Random weights do, for time does not depend on them. What they select does not resemble anything, though, so the sites
+are given: by mask files, or by :func:`synthetic_mask`. The selector works all the same, see :class:`GivenSites`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.util
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparserefine.base import BaseConfig, FrozenBase, LoadedModel
+from sparserefine.bases.onnx import OnnxModel
+from sparserefine.benchmark_records import DENSITIES, BaseEntry, Record, Report, Settings, size_text
+from sparserefine.data.images import read_image
+from sparserefine.device import device_named
+from sparserefine.extractor import PRESETS
+from sparserefine.refiner import SparseRefiner
+from sparserefine.selector import Selector
+from sparserefine.sparse import Engine, Sites, calibrating, get_engine
+from sparserefine.timing import PeakMemory
+from sparserefine.uncertainty import Upsampling, first_largest, label_dtype
+
+RANDOM_MODELS = (
+    "hrnet_w48",
+    "segformer_b5",
+    "mask2former_t",
+    "mask2former_l",
+    *(f"segnext_{size}" for size in "tsbl"),
+)
+"""Bases by bare name, with random weights."""
+
+_PACKAGES = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",)}
+
+
+@dataclass(frozen=True, eq=False)
+class GivenSites(Selector):
+    """The selector at work on a given map instead of the base's entropies: 1 nat at the wanted sites, 0 elsewhere.
+
+    It does all that the real one does (compares every pixel, lists those above the threshold), on as many sites.
+    """
+
+    entropy: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1))
+
+    def __call__(self, entropy: Tensor, valid: Tensor | None = None) -> Sites:
+        """Sites of the given map, ``float32 [B, H, W]``; ``entropy`` is what the base's prediction would have had."""
+        return super().__call__(self.entropy, valid)
+
+
+def random_model(name: str, num_classes: int) -> LoadedModel:
+    """A model of the paper with seeded random weights: right for timing, useless for predicting.
+
+    Args:
+        name: one of :data:`RANDOM_MODELS`.
+        num_classes: K.
+
+    Raises:
+        ValueError: no model has that name.
+        ImportError: a package is missing; the message says which.
+    """
+    if name not in RANDOM_MODELS:
+        raise ValueError(f"model {name!r} is not known; choose from {', '.join(RANDOM_MODELS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _built(name, num_classes)
+
+
+def _built(name: str, num_classes: int) -> LoadedModel:
+    if name == "hrnet_w48":
+        from sparserefine.bases.hrnet import hrnet_w48
+
+        return LoadedModel(hrnet_w48(num_classes), num_classes)
+    if name.startswith("segnext_"):
+        from sparserefine.bases import SEGNEXT
+        from sparserefine.bases.segnext import segnext
+
+        return LoadedModel(segnext(SEGNEXT[name], num_classes), num_classes)
+    from sparserefine.bases import hf
+
+    if name == "segformer_b5":
+        return hf.segformer_b5(num_classes)
+    if name == "mask2former_t":
+        return hf.mask2former_t(num_classes)
+    return hf.mask2former_l(num_classes)
+
+
+def synthetic_mask(size: tuple[int, int], density: float, seed: int = 0) -> Tensor:
+    """Sites as uncertain predictions have them: bands around lines that wind through the image.
+
+    A smooth random field is the sum of noise at three scales, a 4th, a 16th and a 64th of the image's shorter side,
+    each as strong as it is wide; the sites are the pixels where it is nearest to its median. At equal density the
+    levels of a sparse U-Net get as many sites as with the borders of street scenes, within some percent.
+
+    Args:
+        size: height and width [px].
+        density: share of the pixels, 0..1; met to the pixel.
+        seed: of the noise.
+
+    Returns:
+        ``bool [H, W]``.
+    """
+    height, width = size
+    generator = torch.Generator().manual_seed(seed)
+    smooth = torch.zeros(height, width)
+    for parts in (4, 16, 64):
+        cell = max(1.0, min(size) / parts)
+        grid = [max(2, round(extent / cell) + 1) for extent in size]
+        noise = torch.randn(1, 1, *grid, generator=generator)
+        smooth += cell * F.interpolate(noise, size, mode="bicubic", align_corners=True)[0, 0]
+    distance = (smooth - smooth.median()).abs().flatten()
+    mask = torch.zeros(height * width, dtype=torch.bool)
+    mask[distance.topk(round(density * height * width), largest=False).indices] = True
+    return mask.view(height, width)
+
+
+def read_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
+    """``bool [H, W]``, true where the picture is not black.
+
+    Raises:
+        ValueError: unreadable, or of another size.
+    """
+    mask = read_image(path).amax(0) > 0
+    if tuple(mask.shape) != size:
+        raise ValueError(f"mask {path} is {size_text(mask.shape)}, expected {size_text(size)}, the size of the image")
+    return mask
+
+
+@torch.no_grad()
+def benchmark(
+    settings: Settings,
+    *,
+    seen: Callable[[Report], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Report:
+    """Measures every base with every runtime, one after the other.
+
+    In each round dense, coarse and every refinement have their turn, so that a disturbance of the machine hits a round
+    of all of them and not all rounds of one. One run of each before the rounds is not timed, nor is another one in
+    which memory is watched. Peak memory of dense and coarse is what they need beyond the loaded torch model; what a
+    runtime keeps for itself (its own weights, its pool) counts.
+
+    Dense labels are made by the quickest code there is here: the CPU engine's single pass (which also gives entropies
+    and is faster all the same), otherwise interpolation and argmax.
+
+    Args:
+        settings: what is measured.
+        seen: called after each base with all that was measured so far.
+        tell: called with a line whenever something begins that may take long, or is left out.
+
+    Raises:
+        ValueError: before anything is measured: unknown names, masks of another size, a base that cannot be loaded.
+        ImportError: a package is missing; the message says which.
+    """
+    tell = tell or (lambda line: None)
+    device, engine = device_named(settings.device), get_engine(settings.engine)
+    masks = _masks(settings)
+    _check_packages(settings)
+    for entry in settings.bases:
+        if entry.name not in RANDOM_MODELS:
+            _load(entry, settings)  # what cannot be loaded should say so now, not after an hour
+    before = torch.get_num_threads()
+    try:
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        report = Report(settings, machine(device, engine))
+        for entry in settings.bases:
+            records, left_out = _Base(entry, settings, masks, device, engine, report.machine, tell).measure()
+            report = Report(settings, report.machine, (*report.records, *records), (*report.left_out, *left_out))
+            gc.collect()  # the next base may need all the memory
+            if seen:
+                seen(report)
+        return report
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine(device: torch.device, engine: Engine) -> str:
+    """Processor, the widest instructions torch uses on it, torch's version, the GPU."""
+    name = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        lines = information.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    parts = [name, torch.backends.cpu.get_cpu_capability(), f"torch {torch.__version__}"]
+    if device.type == "cuda":
+        parts.insert(0, torch.cuda.get_device_name(device))
+    kernels = getattr(engine, "kernels", None)
+    if kernels is not None and device.type == "cpu":
+        parts.append(f"kernels {kernels.library.name}")
+    return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """Sites to refine: where they come from, and the map that :class:`GivenSites` reads."""
+
+    name: str
+    entropy: Tensor
+    sites: int
+
+
+def _masks(settings: Settings) -> list[_Mask]:
+    if settings.masks:
+        masks = [(Path(path).stem, read_mask(path, settings.size)) for path in settings.masks]
+    else:
+        densities = DENSITIES if settings.densities is None else settings.densities
+        masks = [("synthetic", synthetic_mask(settings.size, density)) for density in densities]
+    return [_Mask(name, mask[None].float(), int(mask.sum())) for name, mask in masks]
+
+
+def _check_packages(settings: Settings) -> None:
+    wanted = {r: (_PACKAGES[r], r) for r in settings.runtimes if r in _PACKAGES}
+    wanted |= {
+        b.name: (("transformers",), "hf") for b in settings.bases if b.name.startswith(("segformer_", "mask2former_"))
+    }
+    for what, (packages, extra) in wanted.items():
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        if missing:
+            cure = f"`pip install 'sparserefine[{extra}]'` brings it"
+            raise ImportError(f"{what} needs {' and '.join(missing)}, not installed here; {cure}")
+
+
+def _load(entry: BaseEntry, settings: Settings) -> LoadedModel:
+    if entry.name in RANDOM_MODELS:
+        return random_model(entry.name, settings.classes)
+    from sparserefine.bases import load_model
+
+    try:
+        return load_model(entry.name, settings.classes)
+    except ValueError as error:
+        if ":" in entry.name:
+            raise
+        raise ValueError(f"{error}; with random weights: {', '.join(RANDOM_MODELS)}") from error
+
+
+class _Clock:
+    """Something that is run again and again, and what is known of it."""
+
+    def __init__(self, run: Callable[[], dict[str, float]]) -> None:
+        self._run = run
+        self.rounds: list[dict[str, float]] = []
+        self.peak_mb = 0.0
+
+    def watch_memory(self, device: torch.device, *, keeps: bool = False) -> None:
+        """One run that does not count, and one for the memory; ``keeps``: what the first leaves behind counts."""
+        _trim()
+        process = psutil.Process()
+        before = process.memory_info().rss
+        self._run()
+        _trim()
+        kept = max(0, process.memory_info().rss - before) / 1e6 if keeps and device.type == "cpu" else 0.0
+        with PeakMemory(device) as memory:
+            self._run()
+        self.peak_mb = memory.megabytes + kept
+
+    def round(self) -> None:
+        """One that counts."""
+        self.rounds.append(self._run())
+
+    def median(self, key: str = "ms") -> float:
+        """Median over the rounds [ms]."""
+        return median(one[key] for one in self.rounds)
+
+
+class _Base:
+    """All that is measured of one base."""
+
+    def __init__(
+        self,
+        entry: BaseEntry,
+        settings: Settings,
+        masks: Sequence[_Mask],
+        device: torch.device,
+        engine: Engine,
+        machine: str,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._entry, self._settings, self._masks = entry, settings, masks
+        self._device, self._engine, self._machine, self._tell = device, engine, machine, tell
+        self._coarse_size = settings.coarse_size(entry)
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (1, 3, *settings.size), generator=generator, dtype=torch.uint8)
+        self._image = pixels.to(device)
+
+    def measure(self) -> tuple[list[Record], list[str]]:
+        """Records, and a line for each runtime that is left out."""
+        records: list[Record] = []
+        left_out: list[str] = []
+        name = self._entry.name
+        try:
+            self._tell(f"{name}: loading")
+            self._prepare()
+        except Exception as error:  # whatever a foreign model does, the others are to be measured
+            left_out.append(f"{name} is left out: {_one_line(error)}")
+            self._tell(left_out[-1])
+            return records, left_out
+        for runtime in self._runtimes():
+            try:
+                records += self._with_runtime(runtime)
+            except Exception as error:
+                left_out.append(f"{name} with runtime {runtime} is left out: {_one_line(error)}")
+                self._tell(left_out[-1])
+            gc.collect()  # what exporters and runtimes leave in cycles
+        return records, left_out
+
+    def _prepare(self) -> None:
+        settings = self._settings
+        loaded = _load(self._entry, settings)
+        self._loaded, self._classes = loaded, loaded.num_classes or settings.classes
+        coarse = self._frozen(BaseConfig(self._entry.name, size=self._coarse_size))
+        dense = self._frozen(BaseConfig(self._entry.name, size=settings.size))
+        # Counted before parameters change their type: the counter feeds float32.
+        self._macs = {"dense": dense.macs(*settings.size), "coarse": coarse.macs(*settings.size)}
+        if isinstance(loaded.model, nn.Module):
+            loaded.model.to(self._device, getattr(torch, settings.precision))
+        elif settings.precision != "float32":
+            raise ValueError(f"precision {settings.precision} needs a torch module, this is {type(loaded.model)}")
+        self._refiners: dict[str, SparseRefiner] = {}
+        for plan in settings.plans:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                refiner = SparseRefiner(coarse, extractor=PRESETS[plan], engine=settings.engine)
+            refiner.engine = self._engine
+            self._refiners[plan] = refiner.eval().to(self._device)
+
+    def _frozen(self, config: BaseConfig) -> FrozenBase:
+        return FrozenBase(self._loaded, self._classes, config)
+
+    def _runtimes(self) -> list[str]:
+        """What runs this base: ``torch`` stands for the model as it is, which need not be a torch module."""
+        model = self._loaded.model
+        if isinstance(model, nn.Module):
+            return list(self._settings.runtimes)
+        as_it_is = "onnxruntime" if isinstance(model, OnnxModel) else "own"
+        return list(dict.fromkeys(as_it_is if name == "torch" else name for name in self._settings.runtimes))
+
+    def _with_runtime(self, runtime: str) -> list[Record]:
+        settings, device, image = self._settings, self._device, self._image
+        chosen: Any = None if runtime in ("torch", "own") else runtime
+        name = self._entry.name
+        dense_base = self._frozen(BaseConfig(name, size=settings.size, runtime=chosen))
+        coarse_base = self._frozen(BaseConfig(name, size=self._coarse_size, runtime=chosen))
+        how = Upsampling("bilinear", dense_base.outputs)
+        logits: list[Tensor] = []
+
+        def dense() -> dict[str, float]:
+            start = self._now()
+            _labels(self._engine, dense_base(image), settings.size, how)
+            return {"ms": self._now() - start}
+
+        def coarse() -> dict[str, float]:
+            start = self._now()
+            logits[:] = [coarse_base(image)]
+            return {"ms": self._now() - start}
+
+        def refine(refiner: SparseRefiner, selector: GivenSites) -> dict[str, float]:
+            refiner.selector = selector
+            start = self._now()
+            refinement = refiner.refine(image, logits[0])
+            middle = self._now()
+            refinement.labels()
+            end = self._now()
+            macs = sum(value or 0 for stage, value in refinement.macs.items() if stage != "base")
+            return {**refinement.timings_ms, "labels": end - middle, "ms": end - start, "macs": float(macs)}
+
+        clocks = {"dense": _Clock(dense), "coarse": _Clock(coarse)}
+        for which, clock in clocks.items():
+            self._tell(f"{name}, {runtime}: {which}, untimed run and memory")
+            clock.watch_memory(device, keeps=runtime != "torch")
+        refined: dict[tuple[str, int], _Clock] = {}
+        for plan, refiner in self._refiners.items():
+            self._tell(f"{name}, {runtime}: refinement with {plan}, untimed run and memory")
+            if self._engine.name == "cpu-int8":
+                self._calibrate(refiner, logits[0])
+            for number, mask in enumerate(self._masks):
+                selector = GivenSites(threshold=0.5, entropy=mask.entropy.to(device))
+                clock = _Clock(lambda refiner=refiner, selector=selector: refine(refiner, selector))  # type: ignore[misc]
+                clock.watch_memory(device)
+                refined[plan, number] = clock
+        for number in range(settings.rounds):
+            self._tell(f"{name}, {runtime}: round {number + 1} of {settings.rounds}")
+            for clock in (*clocks.values(), *refined.values()):
+                clock.round()
+        return [
+            self._record(runtime, plan, self._masks[number], clocks["dense"], clocks["coarse"], clock)
+            for (plan, number), clock in refined.items()
+        ]
+
+    def _calibrate(self, refiner: SparseRefiner, logits: Tensor) -> None:
+        """8-bit arithmetic needs to know how large activations get."""
+        densest = max(self._masks, key=lambda mask: mask.sites)
+        refiner.selector = GivenSites(threshold=0.5, entropy=densest.entropy.to(self._device))
+        with calibrating(refiner.extractor):
+            refiner.refine(self._image, logits)
+
+    def _record(self, runtime: str, plan: str, mask: _Mask, dense: _Clock, coarse: _Clock, refine: _Clock) -> Record:
+        settings = self._settings
+        height, width = settings.size
+        dense_ms, coarse_ms, refine_ms = (clock.median() for clock in (dense, coarse, refine))
+        stages = [key for key in refine.rounds[0] if key not in ("ms", "macs")]
+        gmacs = {key: None if value is None else value / 1e9 for key, value in self._macs.items()}
+        on_cpu = self._device.type == "cpu"
+        return Record(
+            model=self._entry.name,
+            size=size_text(settings.size),
+            density=mask.sites / (height * width),
+            plan=plan,
+            engine=self._engine.name if on_cpu or not self._engine.name.startswith("cpu") else "torch",
+            threads=torch.get_num_threads(),
+            dense_ms=dense_ms,
+            coarse_ms=coarse_ms,
+            refine_ms=refine_ms,
+            ratio=dense_ms / (coarse_ms + refine_ms),
+            runtime=runtime,
+            precision=settings.precision,
+            device=str(self._device),
+            coarse_size=size_text(self._coarse_size),
+            mask=mask.name,
+            sites=mask.sites,
+            classes=self._classes,
+            stages_ms={stage: refine.median(stage) for stage in stages},
+            dense_gmacs=gmacs["dense"],
+            coarse_gmacs=gmacs["coarse"],
+            refine_gmacs=refine.rounds[0]["macs"] / 1e9,
+            dense_peak_mb=dense.peak_mb,
+            coarse_peak_mb=coarse.peak_mb,
+            refine_peak_mb=refine.peak_mb,
+            rounds=settings.rounds,
+            machine=self._machine,
+        )
+
+    def _now(self) -> float:
+        """Milliseconds; what the device was asked to do is done."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
+        return 1e3 * time.perf_counter()
+
+
+def _labels(engine: Engine, logits: Tensor, size: tuple[int, int], how: Upsampling) -> Tensor:
+    """Labels ``[B, H, W]`` of the dense prediction, by the quickest code there is."""
+    on_cpu = logits.device.type == "cpu"
+    if on_cpu and engine.name != "torch":
+        return engine.uncertainty(logits, size, how)[0]
+    if tuple(logits.shape[2:]) != size:
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    if not on_cpu:
+        return logits.argmax(1).to(label_dtype(logits.shape[1]))
+    labels = torch.empty(len(logits), *size, dtype=label_dtype(logits.shape[1]))
+    for image, image_labels in zip(logits, labels, strict=True):
+        first_largest(image, image_labels)
+    return labels
+
+
+def _trim() -> None:
+    """Free memory that the C library keeps for later would hide what the next run needs."""
+    with suppress(AttributeError, OSError, TypeError):  # not the GNU C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _one_line(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    if len(words) > 300:
+        words = words[:300] + " ..."
+    return words if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__}: {words}"

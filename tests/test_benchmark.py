@@ -1,0 +1,589 @@
+"""What the benchmark measures, prints and draws. No time is judged here, only that the figures belong together."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from sparserefine import benchmark as module
+from sparserefine.base import LoadedModel
+from sparserefine.bases.unet import UNet, save_unet
+from sparserefine.benchmark import GivenSites, benchmark, random_model, read_mask, synthetic_mask
+from sparserefine.benchmark_records import BaseEntry, Record, Report, Settings, parse_base, parse_size
+from sparserefine.benchmark_report import (
+    BreakEven,
+    break_even,
+    check_outputs,
+    header,
+    model_table,
+    plot,
+    summary,
+    write_records,
+)
+from sparserefine.cli import main
+
+SIZE = (64, 128)
+STAGES = ["uncertainty", "select", "plan", "gather", "extractor", "ensembler", "labels"]
+
+
+class Tiny(nn.Module):
+    """Five classes at a quarter of the size."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 4, stride=4)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class OnlyCoarse(Tiny):
+    """Does not take the whole image."""
+
+    def forward(self, x):
+        if x.shape[2] == SIZE[0]:
+            raise RuntimeError("too large for this model\nand a second line")
+        return super().forward(x)
+
+
+def function(x):
+    """A base that is no module."""
+    return torch.nn.functional.avg_pool2d(x, 4)[:, [0, 1, 2, 0, 1]]
+
+
+@pytest.fixture(autouse=True)
+def models(monkeypatch):
+    """``python:benchmarked:...``, as a user's own models."""
+    own = types.ModuleType("benchmarked")
+    own.tiny, own.only_coarse, own.function = Tiny, OnlyCoarse, lambda: function
+    monkeypatch.setitem(sys.modules, "benchmarked", own)
+
+
+@pytest.fixture
+def unet(tmp_path):
+    path = tmp_path / "unet.safetensors"
+    save_unet(UNet(3, (4, 8)), path)
+    return f"unet:{path}"
+
+
+def small(*bases, **options):
+    """Settings of a run that takes a blink."""
+    options = {"size": SIZE, "plans": ("slim",), "densities": (0.1,), "classes": 5, "rounds": 1, **options}
+    return Settings(tuple(map(parse_base, bases)), **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _counters():
+    """What torch loads when it first counts MACs takes seconds on a busy machine: not a part of any test here."""
+    assert module.FrozenBase(Tiny(), 5, module.BaseConfig(ratio=1.0)).macs(*SIZE)
+
+
+@pytest.fixture(scope="module")
+def report():
+    """Two runtimes of one base, two plans, two densities, as a run would report them."""
+    own = types.ModuleType("benchmarked")
+    own.tiny = Tiny
+    sys.modules["benchmarked"] = own
+    try:
+        bases = ("python:benchmarked:tiny", "python:benchmarked:tiny@16x32")
+        done = benchmark(small(*bases, plans=("slim", "slim16"), densities=(0.1, 0.3), rounds=2))
+    finally:
+        del sys.modules["benchmarked"]
+    return done
+
+
+# --- parts ---
+
+
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    density=st.floats(0, 1),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_synthetic_masks_have_exactly_the_wanted_sites(height, width, density, seed):
+    mask = synthetic_mask((height, width), density, seed)
+    assert mask.shape == (height, width)
+    assert mask.dtype == torch.bool
+    assert int(mask.sum()) == round(density * height * width)
+
+
+def test_synthetic_masks_are_bands_and_repeat():
+    mask = synthetic_mask((256, 512), 0.1)
+    assert torch.equal(mask, synthetic_mask((256, 512), 0.1))
+    assert not torch.equal(mask, synthetic_mask((256, 512), 0.1, seed=1))
+    thicker = synthetic_mask((256, 512), 0.2)
+    assert not (mask & ~thicker).any()
+    # A site's neighbour is a site nearly always, which it would be one time in ten if they were strewn.
+    assert (mask[:, 1:] & mask[:, :-1]).sum() > 0.8 * mask.sum()
+    # And no part of the image has them all.
+    assert (torch.nn.functional.max_pool2d(mask[None, None].float(), 128) > 0).sum() >= 6
+
+
+def test_mask_files(tmp_path):
+    pixels = torch.zeros(4, 6, 3, dtype=torch.uint8)
+    pixels[1, 2, 2] = 1  # any colour that is not black
+    pixels[3, 5] = 255
+    Image.fromarray(pixels.numpy()).save(tmp_path / "mask.png")
+    mask = read_mask(tmp_path / "mask.png", (4, 6))
+    assert mask.nonzero().tolist() == [[1, 2], [3, 5]]
+    with pytest.raises(ValueError, match=r"mask.png is 4x6, expected 6x4"):
+        read_mask(tmp_path / "mask.png", (6, 4))
+
+
+def test_given_sites_are_selected_whatever_the_entropy():
+    mask = synthetic_mask((8, 8), 0.25)
+    selector = GivenSites(threshold=0.5, entropy=mask[None].float())
+    assert torch.equal(selector(torch.rand(1, 8, 8)).mask()[0], mask)
+
+
+@pytest.mark.parametrize(
+    ("text", "entry"),
+    [
+        ("hrnet_w48", BaseEntry("hrnet_w48")),
+        (" segnext_l@640x1280", BaseEntry("segnext_l", (640, 1280))),
+        ("unet:a@b.safetensors", BaseEntry("unet:a@b.safetensors")),
+        ("unet:a@b.safetensors@32x64", BaseEntry("unet:a@b.safetensors", (32, 64))),
+    ],
+)
+def test_a_base_may_have_its_own_coarse_size(text, entry):
+    assert parse_base(text) == entry
+
+
+@pytest.mark.parametrize("text", ["1024", "0x5", "ax5", "5x5x5", "-1x4", "5,5", ""])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="1024x2048"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("dense", "points", "expected"),
+    [
+        (150, [(0.1, 100), (0.2, 200)], BreakEven(0.15, False)),
+        (150, [(0.2, 200), (0.1, 100)], BreakEven(0.15, False)),
+        (200, [(0.1, 100), (0.2, 200)], BreakEven(0.2, False)),
+        (500, [(0.1, 100), (0.2, 200)], BreakEven(0.5, True)),
+        (500, [(0.1, 50), (0.2, 100), (0.3, 300)], BreakEven(0.4, True)),  # by the last two
+        (2000, [(0.1, 100), (0.2, 200)], BreakEven(None, True)),
+        (2000, [(0.5, 100), (1.0, 200)], BreakEven(None, False)),
+        (200, [(0.1, 150), (0.2, 150)], BreakEven(None, True)),  # flat
+        (150, [(0.1, 200), (0.2, 300)], BreakEven(0.05, True)),
+        (100, [(0.1, 200), (0.2, 300)], BreakEven(0.0, True)),
+        (50, [(0.1, 200), (0.2, 300)], BreakEven(0.0, True)),
+        (50, [(0.0, 60), (0.2, 300)], BreakEven(0.0, False)),  # measured: dense is cheaper than no site
+        (250, [(0.1, 100), (0.2, 300), (0.3, 200), (0.4, 400)], BreakEven(0.325, False)),  # the last crossing
+        (150, [(0.1, 90), (0.1001, 110), (0.2, 200)], BreakEven(0.15, False)),  # two masks of one density
+        (150, [(0.1, 100)], None),
+        (150, [], None),
+    ],
+)
+def test_break_even(dense, points, expected):
+    found = break_even(dense, points)
+    if expected is None or expected.density is None:
+        assert found == expected
+    else:
+        assert found.density == pytest.approx(expected.density, abs=1e-4)
+        assert found.extrapolated == expected.extrapolated
+
+
+@pytest.mark.parametrize(
+    ("even", "words"),
+    [
+        (BreakEven(0.254, False), "25 %"),
+        (BreakEven(0.62, True), "~62 %*"),
+        (BreakEven(None, False), "never"),
+        (BreakEven(None, True), "never*"),
+        (BreakEven(0.0, False), "0 %: always dearer"),
+    ],
+)
+def test_break_even_in_words(even, words):
+    assert str(even) == words
+
+
+# --- models with random weights ---
+
+
+def test_each_random_model_has_its_builder(monkeypatch):
+    built = []
+
+    def fake(name, attributes):
+        fake_module = types.ModuleType(f"sparserefine.bases.{name}")
+        for attribute in attributes:
+            setattr(
+                fake_module, attribute, lambda *given, a=attribute: built.append((a, *given)) or LoadedModel(Tiny())
+            )
+        monkeypatch.setitem(sys.modules, f"sparserefine.bases.{name}", fake_module)
+        monkeypatch.setattr(f"sparserefine.bases.{name}", fake_module, raising=False)
+
+    fake("hrnet", ["hrnet_w48"])
+    fake("segnext", ["segnext"])
+    fake("hf", ["segformer_b5", "mask2former_t", "mask2former_l"])
+    for name in module.RANDOM_MODELS:
+        assert isinstance(random_model(name, 7), LoadedModel)
+    assert built == [
+        ("hrnet_w48", 7),
+        ("segformer_b5", 7),
+        ("mask2former_t", 7),
+        ("mask2former_l", 7),
+        *(("segnext", size, 7) for size in "tsbl"),
+    ]
+
+
+def test_random_weights_repeat_and_leave_the_generator_alone():
+    before = torch.random.get_rng_state()
+    first, second = (random_model("segnext_t", 4).model.state_dict() for _ in range(2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_unknown_random_model():
+    with pytest.raises(ValueError, match="'resnet' is not known; choose from hrnet_w48"):
+        random_model("resnet", 4)
+
+
+# --- a run ---
+
+
+def test_records_belong_together(report):
+    assert not report.left_out
+    keys = [(r.model, r.coarse_size, r.plan, r.density) for r in report.records]
+    name = "python:benchmarked:tiny"
+    tenth, third = round(0.1 * 64 * 128) / (64 * 128), round(0.3 * 64 * 128) / (64 * 128)
+    assert keys == [
+        (name, coarse, plan, density)
+        for coarse in ("32x64", "16x32")
+        for plan in ("slim", "slim16")
+        for density in (tenth, third)
+    ]
+    for r in report.records:
+        assert (r.size, r.mask, r.runtime, r.precision, r.device) == ("64x128", "synthetic", "torch", "float32", "cpu")
+        assert (r.threads, r.rounds, r.classes) == (torch.get_num_threads(), 2, 5)
+        assert r.sites == round(r.density * 64 * 128)
+        assert r.ratio == pytest.approx(r.dense_ms / (r.coarse_ms + r.refine_ms))
+        assert list(r.stages_ms) == STAGES
+        assert min(r.dense_ms, r.coarse_ms, r.refine_ms, *r.stages_ms.values()) > 0
+        assert r.dense_gmacs == pytest.approx(3 * 5 * 64 * 128 / 1e9)
+        height, width = parse_size(r.coarse_size)
+        assert r.coarse_gmacs == pytest.approx(3 * 5 * height * width / 1e9)
+        assert min(r.dense_peak_mb, r.coarse_peak_mb, r.refine_peak_mb) >= 0
+        assert torch.__version__ in r.machine
+    by_density = [
+        (a.refine_gmacs, b.refine_gmacs) for a, b in zip(report.records[::2], report.records[1::2], strict=True)
+    ]
+    assert all(0 < less < more for less, more in by_density)
+    # What is the base's does not depend on the plan.
+    assert len({(r.coarse_size, r.dense_ms, r.coarse_ms) for r in report.records}) == 2
+
+
+def test_times_are_those_of_the_runs(monkeypatch):
+    """By a clock that ticks once a second, whenever it is read."""
+    ticks = iter(range(1_000_000))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(ticks)))
+    (record,) = benchmark(small("python:benchmarked:tiny", densities=(0.2,), rounds=3)).records
+    assert (record.dense_ms, record.coarse_ms) == (1000, 1000)
+    assert record.refine_ms > sum(record.stages_ms.values()) >= 1000 * len(STAGES)
+    assert record.ratio == pytest.approx(1000 / (1000 + record.refine_ms))
+
+
+def test_masks_from_files(tmp_path):
+    mask = synthetic_mask(SIZE, 0.125)
+    Image.fromarray(mask.numpy()).save(tmp_path / "street.png")
+    report = benchmark(small("python:benchmarked:tiny", densities=None, masks=(str(tmp_path / "street.png"),)))
+    (record,) = report.records
+    assert (record.mask, record.density, record.sites) == ("street", 0.125, 1024)
+    assert "street" in model_table(report.records)
+    assert " - " in summary(report)  # one density makes no line, so no break-even
+
+
+def test_no_site_is_an_ordinary_case():
+    (record,) = benchmark(small("python:benchmarked:tiny", densities=(0.0,))).records
+    assert (record.sites, record.refine_gmacs) == (0, 0)
+
+
+def test_a_file_knows_its_classes(unet):
+    assert {r.classes for r in benchmark(small(unet)).records} == {3}
+
+
+def test_scores_are_labelled_as_scores(monkeypatch):
+    class Scores(Tiny):
+        def forward(self, x):
+            return super().forward(x).softmax(1)
+
+    monkeypatch.setattr(module, "_built", lambda name, classes: LoadedModel(Scores(), classes, outputs="scores"))
+    assert not benchmark(small("mask2former_t")).left_out
+
+
+@pytest.mark.parametrize("engine", ["torch", "auto"])
+def test_half_precision_is_of_the_base(engine):
+    seen = []
+
+    class Watched(Tiny):
+        def forward(self, x):
+            if x.device.type != "meta":
+                seen.append((x.dtype, self.conv.weight.dtype))
+            return super().forward(x)
+
+    sys.modules["benchmarked"].tiny = Watched
+    report = benchmark(small("python:benchmarked:tiny", precision="bfloat16", engine=engine))
+    assert not report.left_out
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert {r.precision for r in report.records} == {"bfloat16"}
+    assert all(r.dense_gmacs for r in report.records)
+
+
+def test_threads_are_put_back_even_after_an_interruption():
+    before = torch.get_num_threads()
+    used = []
+
+    def interrupt(report):
+        used.extend(r.threads for r in report.records)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(small("python:benchmarked:tiny", threads=before + 1), seen=interrupt)
+    assert used == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+def test_a_function_runs_as_it_is():
+    report = benchmark(small("python:benchmarked:function", runtimes=("torch",)))
+    assert {(r.runtime, r.dense_gmacs) for r in report.records} == {("own", None)}
+    assert " - " in model_table(report.records)
+
+
+def test_a_runtime_that_fails_is_left_out_and_the_rest_goes_on(monkeypatch):
+    def refuse(self, name, model):
+        raise ValueError("cannot be exported:\nline two")
+
+    monkeypatch.setattr("sparserefine.bases.runtime.Runtime.__init__", refuse)
+    monkeypatch.setattr(module, "_check_packages", lambda settings: None)
+    lines = []
+    wanted = small("python:benchmarked:tiny", "python:benchmarked:function", runtimes=("openvino", "torch"))
+    report = benchmark(wanted, tell=lines.append)
+    tiny, other = "python:benchmarked:tiny", "python:benchmarked:function"
+    assert {(r.model, r.runtime) for r in report.records} == {(tiny, "torch"), (other, "own")}
+    assert report.left_out == tuple(
+        f"{name} with runtime openvino is left out: cannot be exported: line two" for name in (tiny, other)
+    )
+    assert set(report.left_out) <= set(lines)
+    assert summary(report).splitlines()[-2:] == list(report.left_out)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_runtime_runs_the_base(runtime):
+    for package in module._PACKAGES[runtime]:
+        pytest.importorskip(package, reason=f"runtime {runtime} needs it")
+    report = benchmark(small("python:benchmarked:tiny", runtimes=("torch", runtime)))
+    assert not report.left_out
+    assert [r.runtime for r in report.records] == ["torch", runtime]
+
+
+def test_a_model_that_fails_is_left_out_and_the_rest_goes_on():
+    seen = []
+    report = benchmark(small("python:benchmarked:only_coarse", "python:benchmarked:tiny"), seen=seen.append)
+    (line,) = report.left_out
+    assert "only_coarse with runtime torch is left out: RuntimeError: too large for this model and a second" in line
+    assert {r.model for r in report.records} == {"python:benchmarked:tiny"}
+    assert [len(r.records) for r in seen] == [0, 1]
+    nothing = dataclasses.replace(report, records=())
+    assert "nothing was measured" in summary(nothing)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot(nothing, "never.png")
+
+
+# --- what is refused before the run ---
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"plans": ("fat",)}, "plan 'fat' is not known; choose from paper, slim, slim16"),
+        ({"plans": ()}, "no plan is chosen"),
+        ({"plans": ("slim", "slim")}, "plan 'slim' is given twice"),
+        ({"runtimes": ("tensorrt",)}, "runtime 'tensorrt' is not known; choose from torch, onnxruntime, openvino"),
+        ({"precision": "int8"}, "precision 'int8' is not known"),
+        ({"precision": "float16", "runtimes": ("openvino",)}, "precision float16 is for runtime torch, not openvino"),
+        ({"densities": (1.5,)}, "density 1.5, expected a share of the pixels between 0 and 1"),
+        ({"densities": ()}, "no density is chosen"),
+        ({"masks": ("a.png",)}, "densities and masks: give one of them"),
+        ({"coarse": (32, 256)}, "32x256 is larger than the image, 64x128"),
+        ({"classes": 1}, "classes = 1, expected at least 2"),
+        ({"rounds": 0}, "rounds = 0, expected at least 1"),
+        ({"threads": 0}, "threads = 0, expected at least 1"),
+    ],
+)
+def test_wrong_settings(options, words):
+    with pytest.raises(ValueError, match=words):
+        small("python:benchmarked:tiny", **options)
+
+
+def test_bases_are_checked_too():
+    with pytest.raises(ValueError, match="no base is chosen"):
+        small()
+    with pytest.raises(ValueError, match="base 'a' is given twice"):
+        small("a", "a")
+    with pytest.raises(ValueError, match=r"tiny@\.\.\.: 128x128 is larger"):
+        small("tiny@128x128")
+    assert len(small("a", "a@32x32").bases) == 2
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    def measured(self):
+        raise AssertionError("measured before all was checked")
+
+    monkeypatch.setattr(module._Base, "measure", measured)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--bases", "python:benchmarked:tiny,resnet"], "hrnet_w48, segformer_b5"),
+        (["--bases", "unet:none.safetensors"], "none.safetensors"),
+        (["--bases", "python:benchmarked:huge"], "huge"),
+        (["--bases", ","], "no base is chosen"),
+        (["--bases", "python:benchmarked:tiny", "--size", "64"], "size '64', expected height x width"),
+        (["--bases", "python:benchmarked:tiny", "--coarse", "x"], "coarse size 'x'"),
+        (["--bases", "python:benchmarked:tiny", "--densities", "a"], "density 'a', expected a number"),
+        (["--bases", "python:benchmarked:tiny", "--masks", "none.png"], "none.png: no such file"),
+        (["--bases", "python:benchmarked:tiny", "--json", "no/folder/a.json"], "its folder does not exist"),
+        (["--bases", "python:benchmarked:tiny", "--plot", "no/folder/a.png"], "its folder does not exist"),
+        (["--bases", "python:benchmarked:tiny", "--json", "."], "is a folder"),
+        (["--bases", "python:benchmarked:tiny", "--plot", "a.jpeg"], "ends with .png, .svg, .pdf"),
+        (["--bases", "python:benchmarked:tiny", "--device", "abacus"], "abacus"),
+        (["--bases", "python:benchmarked:tiny", "--engine", "steam"], "engine 'steam' is not known"),
+    ],
+)
+def test_errors_come_before_the_run(nothing_runs, capsys, options, words):
+    assert main(["benchmark", *options]) == 1
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_missing_package_is_said_before_the_run(nothing_runs, monkeypatch):
+    find = module.importlib.util.find_spec
+    gone = ("openvino", "transformers")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name in gone else find(name))
+    with pytest.raises(ImportError, match=r"openvino needs openvino, .* 'sparserefine\[openvino\]'"):
+        benchmark(small("python:benchmarked:tiny", runtimes=("openvino",)))
+    with pytest.raises(ImportError, match=r"segformer_b5 needs transformers, .* 'sparserefine\[hf\]'"):
+        benchmark(small("segformer_b5"))
+
+
+def test_a_plot_without_matplotlib_is_refused_at_once(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'sparserefine\[plot\]'"):
+        check_outputs(None, tmp_path / "a.png")
+    check_outputs(tmp_path / "a.json", None)
+
+
+# --- what is written ---
+
+
+def test_json_round_trip(report, tmp_path):
+    write_records(tmp_path / "report.json", report.records)
+    records = json.loads((tmp_path / "report.json").read_text())
+    assert tuple(Record(**record) for record in records) == report.records
+
+
+def test_tables_say_what_was_measured(report):
+    first = report.records[0]
+    assert torch.__version__ in header(report)
+    assert "64x128, float32, device cpu, 1 thread, engine" in header(report)
+    text = model_table(report.records)
+    assert f"{first.model}, torch, 5 classes: 32x64 instead of 64x128" in text
+    assert text.count(f"{first.ratio:.2f}x") >= 1
+    assert "labels" in text
+    lines = summary(report).splitlines()
+    assert "density of 10%" in lines[0]
+    rows = [line for line in lines if line.startswith(first.model)]
+    assert len(rows) == 2
+    assert ("32x64" in rows[0], "16x32" in rows[1]) == (True, True)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_plots(report, tmp_path, suffix, count):
+    """Of one base, and of several with two runtimes one of which is left out once."""
+    pytest.importorskip("matplotlib", reason="plots are drawn by it")
+    records = (
+        report.records
+        if count == 1
+        else tuple(
+            dataclasses.replace(r, model=f"model {i}", runtime=runtime)
+            for i in range(count)
+            for runtime in ("torch", "openvino")
+            for r in report.records[:4]
+            if (i, runtime) != (1, "openvino")
+        )
+    )
+    drawn = Report(report.settings, report.machine, records)
+    path = tmp_path / f"plot.{suffix}"
+    plot(drawn, path)
+    if suffix == "png":
+        with Image.open(path) as picture:
+            assert min(picture.size) > 400
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 5
+    else:
+        text = path.read_text()
+        assert "</svg>" in text
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+# --- the command ---
+
+COMMAND = ["benchmark", "--size", "64x128", "--plans", "slim", "--densities", "0.1,0.3", "--rounds", "1"]
+
+
+def test_the_command(unet, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="--plot draws with it")
+    bases = f"{unet},python:benchmarked:tiny@16x32"
+    outputs = ["--json", str(tmp_path / "report.json"), "--plot", str(tmp_path / "report.svg")]
+    assert main([*COMMAND, "--bases", bases, "--classes", "5", *outputs]) == 0
+    printed = capsys.readouterr()
+    records = json.loads((tmp_path / "report.json").read_text())
+    assert [(r["model"], r["coarse_size"], round(r["density"], 2)) for r in records] == [
+        (unet, "32x64", 0.1),
+        (unet, "32x64", 0.3),
+        ("python:benchmarked:tiny", "16x32", 0.1),
+        ("python:benchmarked:tiny", "16x32", 0.3),
+    ]
+    assert "</svg>" in (tmp_path / "report.svg").read_text()
+    assert printed.out.count(records[0]["machine"]) == 1
+    for record in records:
+        assert f"{record['ratio']:.2f}x" in printed.out
+    assert "break-even" in printed.out
+    assert "round 1 of 1" in printed.err
+    assert "round 1 of 1" not in printed.out
+
+
+def test_the_command_tells_by_its_exit_code_that_something_is_left_out(tmp_path, capsys):
+    bases = "python:benchmarked:only_coarse,python:benchmarked:tiny"
+    file = tmp_path / "report.json"
+    assert main([*COMMAND, "--bases", bases, "--classes", "5", "--json", str(file)]) == 1
+    assert "only_coarse with runtime torch is left out" in capsys.readouterr().out
+    assert len(json.loads(file.read_text())) == 2
+
+
+def test_an_interrupted_run_keeps_the_bases_that_were_done(unet, monkeypatch, tmp_path, capsys):
+    measure = module._Base.measure
+
+    def interrupted(self):
+        if "tiny" in self._entry.name:
+            raise KeyboardInterrupt
+        return measure(self)
+
+    monkeypatch.setattr(module._Base, "measure", interrupted)
+    file = tmp_path / "report.json"
+    assert main([*COMMAND, "--bases", f"{unet},python:benchmarked:tiny", "--json", str(file)]) == 130
+    assert {r["model"] for r in json.loads(file.read_text())} == {unet}
+    assert unet in capsys.readouterr().out

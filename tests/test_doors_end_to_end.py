@@ -1,0 +1,174 @@
+"""Every way to name a base, from a stored refiner to label images on disk, as a user runs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparserefine import BaseConfig, ExtractorConfig, Selector, SparseRefiner, read_label
+from sparserefine.bases import BASE_NAMES, load_base
+from sparserefine.cli import main
+from test_predict import photo
+
+K, SIZE = 3, (64, 96)
+
+
+class Net(nn.Module):
+    """Stride 2, K classes; exports everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, K, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.b(self.a(image).relu())
+
+
+def unet_file(folder: Path) -> str:
+    from sparserefine.bases.unet import UNet, save_unet
+
+    save_unet(UNet(K, (4, 8)), folder / "unet.safetensors")
+    return f"unet:{folder / 'unet.safetensors'}"
+
+
+def hrnet_file(folder: Path) -> str:
+    from sparserefine.bases.hrnet import hrnet_w48
+
+    save_file(hrnet_w48(K).state_dict(), folder / "hrnet.safetensors")
+    return f"hrnet_w48:{folder / 'hrnet.safetensors'}"
+
+
+def segnext_file(folder: Path) -> str:
+    from sparserefine.bases.segnext import segnext
+
+    torch.save({"state_dict": segnext("t", K).state_dict()}, folder / "segnext.pth")
+    return f"segnext_t:{folder / 'segnext.pth'}"
+
+
+def segformer_folder(folder: Path) -> str:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SegformerConfig(
+        hidden_sizes=[8, 16, 16, 16],
+        num_attention_heads=[1, 1, 2, 2],
+        depths=[1, 1, 1, 1],
+        decoder_hidden_size=16,
+        id2label=dict(enumerate(("road", "car", "sky"))),
+    )
+    transformers.SegformerForSemanticSegmentation(config).save_pretrained(folder / "segformer")
+    return f"hf:{folder / 'segformer'}"
+
+
+def mask2former_folder(folder: Path) -> str:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Mask2FormerConfig(
+        backbone_config=transformers.SwinConfig(
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 1, 1],
+            window_size=4,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        dim_feedforward=16,
+        num_attention_heads=2,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_queries=5,
+        num_labels=K,
+    )
+    transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(folder / "mask2former")
+    return f"hf:{folder / 'mask2former'}"
+
+
+def onnx_file(folder: Path) -> str:
+    pytest.importorskip("onnxruntime")
+    helper, numpy_helper = pytest.importorskip("onnx.helper"), pytest.importorskip("onnx.numpy_helper")
+    import onnx
+
+    net = Net()
+    weights = [numpy_helper.from_array(value.numpy(), name) for name, value in net.state_dict().items()]
+    nodes = [
+        helper.make_node("Conv", ["image", "a.weight", "a.bias"], ["x"], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["x"], ["y"]),
+        helper.make_node("Conv", ["y", "b.weight", "b.bias"], ["logits"]),
+    ]
+    image = helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, [1, 3, "h", "w"])
+    logits = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1, K, "h2", "w2"])
+    model = helper.make_model(
+        helper.make_graph(nodes, "net", [image], [logits], weights), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    model.ir_version = 10  # as old as the opset; ONNX Runtime reads no newer ones than it knows
+    onnx.save(model, folder / "net.onnx")
+    return f"onnx:{folder / 'net.onnx'}"
+
+
+def python_module(folder: Path) -> str:
+    (folder / "door_module.py").write_text("from test_doors_end_to_end import Net\ndef build():\n    return Net()\n")
+    sys.modules.pop("door_module", None)
+    return "python:door_module:build"
+
+
+DOORS = {
+    "unet": unet_file,
+    "hrnet_w48": hrnet_file,
+    "segnext_<t, s, b or l>": segnext_file,
+    "hf": segformer_folder,
+    "hf of scores": mask2former_folder,
+    "onnx": onnx_file,
+    "python": python_module,
+}
+ELSEWHERE = {"torchvision", "timm", "smp"}  # packages that are not installed here: test_doors.py, with stand-ins
+
+
+def test_every_kind_is_here() -> None:
+    assert {name.partition(":")[0] for name in BASE_NAMES} == {name.split(" of ")[0] for name in DOORS} | ELSEWHERE
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_predict_through(door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    name = DOORS[door](tmp_path)
+    base = load_base(BaseConfig(name, size=SIZE), K)
+    refiner = SparseRefiner(base, selector=Selector(budget=100), extractor=ExtractorConfig((4, 8)))
+    refiner.save_pretrained(tmp_path / "refiner")
+    photo(tmp_path / "photos" / "a.png", *SIZE)
+    trust = ["--trust_base"] if door == "python" else []
+    arguments = [str(tmp_path / "photos"), "--refiner", str(tmp_path / "refiner"), "--out", str(tmp_path / "out")]
+    assert main(["predict", *arguments, *trust]) == 0
+    labels = read_label(tmp_path / "out" / "a.png")
+    assert labels.shape == SIZE
+    assert labels.max() < K
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_predict_with_runtime(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(runtime)
+    monkeypatch.syspath_prepend(tmp_path)
+    refiner = SparseRefiner(load_base(BaseConfig(python_module(tmp_path), size=SIZE), K), selector=Selector(budget=100))
+    refiner.save_pretrained(tmp_path / "refiner")
+    photo(tmp_path / "a.png", *SIZE)
+    common = ["predict", str(tmp_path / "a.png"), "--refiner", str(tmp_path / "refiner"), "--trust_base", "--out"]
+    assert main([*common, str(tmp_path / "torch")]) == 0
+    assert main([*common, str(tmp_path / runtime), "--runtime", runtime]) == 0
+    eager, other = (read_label(tmp_path / name / "a.png") for name in ("torch", runtime))
+    assert (eager == other).float().mean() > 0.99
+
+
+def test_runtime_belongs_to_the_machine_and_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = BaseConfig(python_module(tmp_path), size=SIZE, runtime="openvino")
+    SparseRefiner(load_base(config, K)).save_pretrained(tmp_path / "refiner")
+    found = SparseRefiner.from_pretrained(tmp_path / "refiner", trust_base=True)
+    assert found.base.config.runtime is None
+    with pytest.raises(ValueError, match=r"give the runtime to the base, BaseConfig\(runtime="):
+        SparseRefiner.from_pretrained(tmp_path / "refiner", base=found.base, runtime="openvino")
