@@ -34,12 +34,12 @@ from sparserefine.bases.onnx import OnnxModel
 from sparserefine.benchmark_records import DENSITIES, BaseEntry, Record, Report, Settings, size_text
 from sparserefine.data.images import read_image
 from sparserefine.device import device_named
+from sparserefine.evaluate import dense_labels
 from sparserefine.extractor import PRESETS
 from sparserefine.refiner import SparseRefiner
 from sparserefine.selector import Selector
 from sparserefine.sparse import Engine, Sites, calibrating, get_engine
 from sparserefine.timing import PeakMemory
-from sparserefine.uncertainty import Upsampling, first_largest, label_dtype
 
 RANDOM_MODELS = (
     "hrnet_w48",
@@ -360,12 +360,11 @@ class _Base:
         name = self._entry.name
         dense_base = self._frozen(BaseConfig(name, size=settings.size, runtime=chosen))
         coarse_base = self._frozen(BaseConfig(name, size=self._coarse_size, runtime=chosen))
-        how = Upsampling("bilinear", dense_base.outputs)
         logits: list[Tensor] = []
 
         def dense() -> dict[str, float]:
             start = self._now()
-            _labels(self._engine, dense_base(image), settings.size, how)
+            dense_labels(self._engine, dense_base(image), settings.size, dense_base.outputs)
             return {"ms": self._now() - start}
 
         def coarse() -> dict[str, float]:
@@ -456,21 +455,6 @@ class _Base:
         elif self._device.type == "mps":
             torch.mps.synchronize()
         return 1e3 * time.perf_counter()
-
-
-def _labels(engine: Engine, logits: Tensor, size: tuple[int, int], how: Upsampling) -> Tensor:
-    """Labels ``[B, H, W]`` of the dense prediction, by the quickest code there is."""
-    on_cpu = logits.device.type == "cpu"
-    if on_cpu and engine.name != "torch":
-        return engine.uncertainty(logits, size, how)[0]
-    if tuple(logits.shape[2:]) != size:
-        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-    if not on_cpu:
-        return logits.argmax(1).to(label_dtype(logits.shape[1]))
-    labels = torch.empty(len(logits), *size, dtype=label_dtype(logits.shape[1]))
-    for image, image_labels in zip(logits, labels, strict=True):
-        first_largest(image, image_labels)
-    return labels
 
 
 def _trim() -> None:

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,10 @@ from torch import Tensor
 from sparserefine.base import FrozenBase
 from sparserefine.classes import IGNORE, Classes
 from sparserefine.refiner import Refinement, SparseRefiner
+from sparserefine.sparse import Engine
 from sparserefine.timing import PeakMemory
 from sparserefine.training.metrics import accuracy, band_overlap, boundary_bands, confusion, dice, foreground, iou
-from sparserefine.uncertainty import first_largest, label_dtype
+from sparserefine.uncertainty import Upsampling, first_largest, label_dtype
 
 
 @dataclass
@@ -197,11 +198,11 @@ def evaluate(
         rows["refined"].cost(ms, None if None in macs else sum(m for m in macs if m is not None), peak)
         if dense is not None:
 
-            def dense_labels(x: Tensor = batch, size: tuple[int, int] = size, model: FrozenBase = dense) -> Tensor:
-                return _argmax_at(model(x), size)
+            def predicted(x: Tensor = batch, size: tuple[int, int] = size, model: FrozenBase = dense) -> Tensor:
+                return dense_labels(refiner.engine, model(x), size, model.outputs)
 
             tell("dense prediction")
-            labels["dense"], ms, peak = _timed(dense_labels, device, repeats)
+            labels["dense"], ms, peak = _timed(predicted, device, repeats)
             rows["dense"].cost(ms, dense.macs(*size), peak)
 
         tell("scores")
@@ -251,11 +252,25 @@ def _timed(run: Callable[[], Any], device: torch.device, repeats: int) -> tuple[
     return result, statistics.median(times), memory.megabytes
 
 
-def _argmax_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels at full size, as who has no uncertainty to compute does it."""
+def dense_labels(engine: Engine, logits: Tensor, size: tuple[int, int], outputs: Literal["logits", "scores"]) -> Tensor:
+    """Labels ``[B, H, W]`` of a prediction that is not refined, by the quickest code there is.
+
+    That is the CPU engine's single pass, though it gives entropies too; else interpolation and argmax.
+
+    Args:
+        engine: of the refiner that it is compared with.
+        logits: ``[B, K, h, w]``.
+        size: H and W.
+        outputs: what ``logits`` are, ``logits`` or ``scores``.
+    """
+    on_cpu = logits.device.type == "cpu"
+    if on_cpu and engine.name != "torch":
+        return engine.uncertainty(logits, size, Upsampling("bilinear", outputs))[0]
     if tuple(logits.shape[2:]) != size:
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-    labels = torch.empty(len(logits), *size, dtype=label_dtype(logits.shape[1]), device=logits.device)
+    if not on_cpu:
+        return logits.argmax(1).to(label_dtype(logits.shape[1]))
+    labels = torch.empty(len(logits), *size, dtype=label_dtype(logits.shape[1]))
     for image, image_labels in zip(logits, labels, strict=True):
         first_largest(image, image_labels)
     return labels
