@@ -340,3 +340,14 @@ def test_faults(fault: str) -> None:
     with pytest.raises(ValueError, match=rf"^some\.pth: does not fit Sequential, nothing is loaded; .*{words}"):
         load(loaded, tensors, rules)
     assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_prefixes_of_training_are_taken_off(prefix: str, suffix: str, tmp_path: Path) -> None:
+    path, state = tmp_path / f"weights{suffix}", {f"{prefix}a.weight": torch.ones(2), f"{prefix}b": torch.ones(1)}
+    if suffix == ".pth":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    assert set(read_checkpoint(path).tensors) == {"a.weight", "b"}

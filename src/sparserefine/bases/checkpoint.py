@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     classes: Classes | None
 
+    def classes_of(self, num_classes: int, source: str | Path) -> Classes | None:
+        """The classes, if there are ``num_classes`` of them; else none, with a warning."""
+        if self.classes is None or len(self.classes) == num_classes:
+            return self.classes
+        told = f"{source}: names {len(self.classes)} classes for a model of {num_classes}; they are left out"
+        warnings.warn(told, stacklevel=3)
+        return None
+
 
 class _Inert:
     """Takes the place of an object of a checkpoint that we have no use for: takes anything, does and keeps nothing."""
@@ -70,7 +79,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a ``.safetensors`` file, or what ``torch.save`` wrote: a state dict, or one in ``state_dict`` or ``model``.
 
     Files of mmengine 1.x and of the older mmcv are read as they are, with the class names and colours in their
-    ``meta``. A leading ``module.``, as data-parallel training leaves it, is taken off. Nothing in the file is executed:
+    ``meta``. A leading ``module.`` or ``_orig_mod.``, as data-parallel training and
+    torch.compile leave them, is taken off. Nothing in the file is executed:
     torch unpickles tensors and plain values only; what mmengine saves beside them becomes objects that do nothing.
 
     Raises:
@@ -82,7 +92,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise FileNotFoundError(f"{path}: no such weights file")
     if path.suffix == ".safetensors":
         try:
-            return Checkpoint(load_file(path), None)
+            return Checkpoint(_without_prefix(load_file(path)), None)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
     content = _unpickled(path)
@@ -94,8 +104,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if odd or not state:
         found = f"no tensors but {_listed(odd)}" if odd else "nothing"
         raise ValueError(f"{path}: expected names and tensors, or those in 'state_dict' or 'model'; found {found}")
-    prefix = "module." if all(str(key).startswith("module.") for key in state) else ""
-    return Checkpoint({str(key).removeprefix(prefix): value for key, value in state.items()}, _classes(content))
+    return Checkpoint(_without_prefix(state), _classes(content))
+
+
+def _without_prefix(state: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    """Without what data-parallel training and torch.compile put before every name."""
+    tensors = {str(key): value for key, value in state.items()}
+    for prefix in ("module.", "_orig_mod.", "module."):  # either may be around the other
+        if all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
 
 
 def _unpickled(path: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -178,7 +177,7 @@ def load_hrnet_w48(path: str | Path) -> LoadedModel:
         ValueError: the file is no checkpoint, not safe to read, or of some other model.
     """
     checkpoint = read_checkpoint(path)
-    tensors, classes = checkpoint.tensors, checkpoint.classes
+    tensors = checkpoint.tensors
     classifier = next((name for name in _CLASSIFIERS if name in tensors and tensors[name].dim()), None)
     if classifier is None:
         raise ValueError(
@@ -188,9 +187,4 @@ def load_hrnet_w48(path: str | Path) -> LoadedModel:
     num_classes = len(tensors[classifier])
     model = hrnet_w48(num_classes)
     load_renamed(model, tensors, _CLASSIFIERS[classifier], ("auxiliary_head.",), str(path))
-    if classes is not None and len(classes) != num_classes:
-        warnings.warn(
-            f"{path}: names {len(classes)} classes for a model of {num_classes}; they are left out", stacklevel=2
-        )
-        classes = None
-    return LoadedModel(model, num_classes, classes)
+    return LoadedModel(model, num_classes, checkpoint.classes_of(num_classes, path))

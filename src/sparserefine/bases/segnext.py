@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -322,7 +321,7 @@ def load_segnext(size: Size, path: str | Path) -> LoadedModel:
         ValueError: the file is no checkpoint, not safe to read, or of another size or model.
     """
     checkpoint = read_checkpoint(path)
-    tensors, classes = checkpoint.tensors, checkpoint.classes
+    tensors = checkpoint.tensors
     depths = _depths(tensors)
     classifier = next((name for name in _CLASSIFIERS if name in tensors and tensors[name].dim()), None)
     if classifier is None or not depths:
@@ -338,9 +337,4 @@ def load_segnext(size: Size, path: str | Path) -> LoadedModel:
     num_classes = len(tensors[classifier])
     model = segnext(size, num_classes)
     load_renamed(model, tensors, _CLASSIFIERS[classifier], ("auxiliary_head.",), str(path))
-    if classes is not None and len(classes) != num_classes:
-        warnings.warn(
-            f"{path}: names {len(classes)} classes for a model of {num_classes}; they are left out", stacklevel=2
-        )
-        classes = None
-    return LoadedModel(model, num_classes, classes)
+    return LoadedModel(model, num_classes, checkpoint.classes_of(num_classes, path))
