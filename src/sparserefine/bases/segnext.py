@@ -166,18 +166,6 @@ def _update(factor: Tensor, projection: Tensor, other: Tensor) -> Tensor:
     return factor * projection / (factor @ (other.transpose(1, 2) @ other) + 1e-6)
 
 
-class _GroupNorm(nn.GroupNorm):
-    """Group normalisation in other words, for the one place where OpenVINO cannot take it.
-
-    OpenVINO 2026.4 crashes (segmentation fault) when it compiles ``y + group_norm(f(y))`` with y = relu(group_norm(x)).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, h, w]`` -> the same shape."""
-        y = F.instance_norm(x.reshape(x.shape[0], self.num_groups, -1), eps=self.eps).view(x.shape)
-        return y * self.weight[:, None, None] + self.bias[:, None, None]
-
-
 class HamHead(nn.Module):
     """The light "Hamburger" head: 1x1 convolutions around an NMF, on the stages of strides 8, 16 and 32.
 
@@ -194,7 +182,7 @@ class HamHead(nn.Module):
         )
         self.enter = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ReLU(inplace=True))
         self.nmf = NMF(channels)
-        self.leave = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), _GroupNorm(32, channels))
+        self.leave = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.GroupNorm(32, channels))
         self.align = nn.Sequential(
             nn.Conv2d(channels, channels, 1, bias=False), nn.GroupNorm(32, channels), nn.ReLU(inplace=True)
         )
