@@ -474,3 +474,27 @@ def test_python_base_that_does_not_exist(name: str, factory_module: Path) -> Non
 def test_python_base_that_is_not_callable(factory_module: Path) -> None:
     with pytest.raises(ValueError, match="base python:some_factory:NUMBER: "):
         load_base(BaseConfig("python:some_factory:NUMBER", ratio=0.5), K)
+
+
+def test_python_base_may_be_the_model_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from torch import nn\nMODEL = nn.Conv2d(3, 3, 1)\ndef nothing():\n    return None\n"
+    (tmp_path / "ready_model.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "ready_model", raising=False)
+    assert load_base(BaseConfig("python:ready_model:MODEL", ratio=1.0), K)(pixels()).shape[1] == K
+    with pytest.raises(ValueError, match="python:ready_model:nothing: returned NoneType, expected a model"):
+        load_base(BaseConfig("python:ready_model:nothing", ratio=1.0), K)
+
+
+def test_identity_sees_what_is_no_weight() -> None:
+    def base(settings: str = "", value: float = 0.0) -> FrozenBase:
+        model = nn.Conv2d(3, K, 1)
+        nn.init.ones_(model.weight)
+        nn.init.ones_(model.bias)
+        model.register_buffer("unstored", torch.tensor([value]), persistent=False)
+        model.settings = settings
+        return FrozenBase(model, K, PLAIN)
+
+    assert base().identity == base().identity
+    assert base("flipped").identity != base().identity
+    assert base(value=1.0).identity != base().identity

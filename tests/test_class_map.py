@@ -190,3 +190,36 @@ def test_the_example_maps_cityscapes_to_camvid():
     assert len(found) == 19
     assert found[CITYSCAPES.names.index("truck")] == camvid.names.index("car")
     assert found[CITYSCAPES.names.index("terrain")] == -1
+
+
+def test_a_line_given_twice_is_refused(tmp_path):
+    path = tmp_path / "map.yaml"
+    path.write_text("road: ground\ngrass: ground\ncar: thing\nsky: null\ncar: null\n")
+    with pytest.raises(ValueError, match=r"map\.yaml: .*'car' is given twice"):
+        read_class_map(path, MODEL, DATA)
+
+
+def named(*names: str) -> Classes:
+    return Classes(names, ((0, 0, 0),) * len(names))
+
+
+def test_the_same_classes_in_another_order_are_refused():
+    loaded = LoadedModel(four, 4, MODEL)
+    with pytest.raises(ValueError, match=r"another order \(class 0 is 'road' in the model and 'car' in the data\)"):
+        FrozenBase(loaded, config=BaseConfig(ratio=1.0), classes=named("car", "Grass", "road", "sky"))
+    in_order = FrozenBase(loaded, config=BaseConfig(ratio=1.0), classes=named("Road", "grass", "car ", "sky"))
+    assert in_order.classes.names[0] == "Road"
+
+
+def test_other_names_are_warned_of(caplog):
+    FrozenBase(LoadedModel(four, 4, MODEL), config=BaseConfig(ratio=1.0), classes=named("road", "lawn", "car", "sky"))
+    assert "class 1 is 'grass' in the model and 'lawn' in the data" in caplog.text
+
+
+def test_probabilities_taken_for_logits_are_warned_of_once(caplog):
+    base = FrozenBase(lambda x: four(x).softmax(1), 4, BaseConfig(ratio=1.0))
+    for _ in range(2):
+        base(torch.rand(1, 3, 4, 5))
+    assert caplog.text.count("look like probabilities; if so, set base.outputs: scores") == 1
+    FrozenBase(four, 4, BaseConfig(ratio=1.0))(torch.rand(1, 3, 4, 5))
+    assert caplog.text.count("look like probabilities") == 1

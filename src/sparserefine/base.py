@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparserefine.class_map import check_class_map, merged, read_class_map
 from sparserefine.classes import Classes
+
+_log = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -137,6 +140,8 @@ class FrozenBase(nn.Module):
         label = config.name or _name_of(self.model)
         self.class_map = _class_map(config, loaded, classes or num_classes, label)
         self.num_classes = _class_count(loaded, num_classes, classes, self.class_map, label)
+        if self.class_map is None:
+            _check_order(loaded.classes, classes, label)
         self.classes = classes or (loaded.classes if self.class_map is None else None)
         self.config = replace(config, mean=self.mean, std=self.std, outputs=self.outputs, class_map=self.class_map)
         if isinstance(self.model, nn.Module):
@@ -146,6 +151,7 @@ class FrozenBase(nn.Module):
             from sparserefine.bases.runtime import Runtime
 
             self._runtime = Runtime(config.runtime, self.model)
+        self._warned = False
         self._macs: dict[tuple[int, ...], int | None] = {}
         self.train(False)
 
@@ -214,6 +220,9 @@ class FrozenBase(nn.Module):
                 f"base {self.label}: outputs='scores' but the smallest is {float(logits.min()):.4g}, expected >= 0; "
                 "say outputs='logits' if these are logits"
             )
+        if self.outputs == "logits" and not self._warned and _are_probabilities(logits):
+            self._warned = True
+            _log.warning("base %s: its outputs look like probabilities; if so, set base.outputs: scores", self.label)
         return logits
 
     def macs(self, height: int, width: int) -> int | None:
@@ -227,8 +236,10 @@ class FrozenBase(nn.Module):
     def identity(self) -> str:
         """Changes with the weights and with anything that changes the outputs; stored beside coarse logits."""
         digest = hashlib.sha256()
+        digest.update(getattr(self.model, "settings", "").encode())  # of a door's wrapper: what is no weight
         if isinstance(self.model, nn.Module):
-            for name, tensor in sorted(self.model.state_dict().items()):
+            state = {**self.model.state_dict(), **dict(self.model.named_buffers())}  # also those that are not stored
+            for name, tensor in sorted(state.items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         else:
@@ -236,6 +247,14 @@ class FrozenBase(nn.Module):
         c = self.config
         digest.update(repr((c.ratio, c.size, c.mean, c.std, c.outputs, self.num_classes, c.class_map)).encode())
         return f"{_name_of(self.model)}:{digest.hexdigest()[:16]}"
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    """All in 0..1 and summing to 1 over the classes; looks at a few pixels first, since most logits fail there."""
+    few = logits[:1, :, :1, :8].float()
+    if few.min() < 0 or (few.sum(1) - 1).abs().max() > 1e-3:
+        return False
+    return bool(logits.min() >= 0) and bool(((logits.float().sum(1) - 1).abs() < 1e-3).all())
 
 
 def check_image(image: Tensor) -> None:
@@ -265,6 +284,20 @@ def _class_map(
         raise ValueError(f"{where} has {len(config.class_map)} entries, the model {loaded.num_classes} classes")
     check_class_map(config.class_map, data, where)
     return config.class_map
+
+
+def _check_order(model: Classes | None, data: Classes | None, label: str) -> None:
+    """Raises ``ValueError`` where a model has the classes of the data in another order; warns of other names."""
+    if model is None or data is None:
+        return
+    theirs, ours = ([name.strip().lower() for name in classes.names] for classes in (model, data))
+    first = next((k for k, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b), None)
+    if first is None:
+        return
+    pair = f"class {first} is {model.names[first]!r} in the model and {data.names[first]!r} in the data"
+    if sorted(theirs) == sorted(ours):
+        raise ValueError(f"base {label}: the classes of the data in another order ({pair}); {_CURE}")
+    _log.warning("base %s: other class names than the data's (%s); if they mean something else, %s", label, pair, _CURE)
 
 
 def _class_count(

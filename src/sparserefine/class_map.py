@@ -39,7 +39,7 @@ def read_class_map(path: str | Path, model: Classes | int | None, data: Classes 
     """
     path = Path(path)
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"class map {path}: not readable as YAML ({error})") from error
     if not isinstance(entries, dict) or not entries:
@@ -90,6 +90,20 @@ def merged(outputs: Tensor, class_map: tuple[int, ...], kind: str) -> Tensor:
         some = outputs[:, rows]
         parts.append(some.sum(1) if kind == "scores" else some.logsumexp(1))
     return torch.stack(parts, dim=1)
+
+
+class _Loader(yaml.SafeLoader):
+    """Keeps lines that are given twice, of which YAML's own mapping would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, or an error that names the second one of two equal keys."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def _count(classes: Classes | int) -> int:

@@ -131,7 +131,10 @@ def _refiner(arguments: Namespace, **options: Any) -> SparseRefiner:
             stored.budget if arguments.budget is None else arguments.budget,
         )
         refiner.selector.check(len(refiner.classes))
-    return refiner.to(device_named(arguments.device))
+    device = device_named(arguments.device)
+    if refiner.base.config.runtime is not None and device.type != "cpu":
+        raise ValueError(f"runtime {refiner.base.config.runtime} runs on the CPU, device is {device}; add --device cpu")
+    return refiner.to(device)
 
 
 def _add_base(parser: ArgumentParser) -> None:
@@ -174,7 +177,8 @@ def _add_evaluate(parser: ArgumentParser) -> None:
     _add_config(parser)
     _add_refiner(parser)
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="which split of the data")
-    parser.add_argument("--dense", help="another base to compare with, as unet:FILE, at --dense_ratio of the size")
+    parser.add_argument("--dense", help="another base to compare with, by name, at --dense_ratio of the size")
+    parser.add_argument("--dense_class_map", help="its class map; a base of the same kind has the configuration's")
     parser.add_argument("--dense_ratio", type=float, default=1.0, help="input size of --dense relative to the image")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each image; times are medians")
     parser.add_argument("--json", help="also write the figures to this file")
@@ -199,6 +203,10 @@ def _run_evaluate(parser: ArgumentParser, arguments: Namespace) -> int:
     dense = None
     if arguments.dense:
         dense_config = replace(config.base, name=arguments.dense, ratio=arguments.dense_ratio, size=None)
+        if arguments.dense.partition(":")[0] != config.base.name.partition(":")[0]:  # what its files say is right
+            dense_config = replace(dense_config, mean=None, std=None, outputs=None, class_map=None)
+        if arguments.dense_class_map:
+            dense_config = replace(dense_config, class_map=arguments.dense_class_map)
         dense = load_base(dense_config, data.classes).to(device)
     images = (data.read(index) for index in tqdm(range(len(data)), desc=arguments.split, unit="image"))
     result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)

@@ -188,6 +188,9 @@ def evaluate(
             result = refiner(x)
             return result, result.labels()
 
+        for base in (refiner.base, *([dense] if dense else ())):
+            if base.config.runtime is not None:  # compiles for each new size, which is no part of predicting
+                base(batch)
         tell("coarse prediction")
         labels["coarse"], ms, peak = _timed(coarse_labels, device, repeats)
         base_macs = refiner.base.macs(*size)

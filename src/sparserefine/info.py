@@ -20,6 +20,7 @@ _OPTIONAL = {  # package: the extra that brings it, and what for
     "openvino": ("openvino", "base.runtime openvino"),
     "matplotlib": ("plot", "benchmark --plot"),
 }
+_BRINGS_ITS_OWN = {"torchvision": "torchvision:", "timm": "timm:", "segmentation-models-pytorch": "smp:"}
 
 
 def info() -> dict[str, str]:
@@ -40,6 +41,8 @@ def info() -> dict[str, str]:
     for package, (extra, use) in _OPTIONAL.items():
         missing = f"not installed; `pip install 'sparserefine[{extra}]'` brings it, for {use}"
         result[package] = _version(package) or missing
+    for package, kind in _BRINGS_ITS_OWN.items():
+        result[package] = _version(package) or f"not installed; for bases {kind}..., in the version that fits torch"
     for engine, words in engine_report().items():
         result[f"engine {engine}"] = words
     result["bases"] = ", ".join(BASE_NAMES)

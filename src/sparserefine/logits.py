@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparserefine.base import FrozenBase
+from sparserefine.base import BaseConfig, FrozenBase
 from sparserefine.bases import load_base
+from sparserefine.classes import Classes
 from sparserefine.config import Config
 from sparserefine.data.datasets import Dataset
 from sparserefine.data.stored_logits import LiveSplit, StoredLogits, StoredSplit, quantised
@@ -24,22 +25,48 @@ class LogitsReport:
     present: int
 
 
+class Bases:
+    """The bases that a configuration names, each loaded and digested once, when it is first asked for.
+
+    Args:
+        config: input and normalisation of all of them.
+        device: to run them on.
+        loaded: one that is there already.
+    """
+
+    def __init__(self, config: BaseConfig, device: torch.device, loaded: FrozenBase | None = None) -> None:
+        self._config, self._device = config, device
+        self._bases = {} if loaded is None else {config.name: loaded.to(device)}
+        self._identities: dict[str, str] = {}
+
+    def base(self, name: str, classes: Classes) -> FrozenBase:
+        """The base of that name, for data of those classes."""
+        if name not in self._bases:
+            self._bases[name] = load_base(replace(self._config, name=name), classes).to(self._device)
+        return self._bases[name]
+
+    def identity(self, name: str, classes: Classes) -> str:
+        """Identity of :meth:`base`."""
+        if name not in self._identities:
+            self._identities[name] = self.base(name, classes).identity
+        return self._identities[name]
+
+
 class CoarseLogits:
     """Coarse logits of the images of one split, each from the base that may judge it (see ``logits.crossfit``).
 
     Args:
         config: names the bases.
         data: the split; cross-fit bases apply to the images that their own splits share with it.
-        device: to run bases on.
+        device: where the bases run.
+        bases: those of several splits.
     """
 
-    def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
-        self.config, self.data, self.device = config, data, device
+    def __init__(self, config: Config, data: Dataset, device: torch.device, bases: Bases) -> None:
+        self.config, self.data, self.device, self._bases = config, data, device, bases
         self._fold_of = {
             sample.name: fold.base for fold in config.logits.crossfit for sample in config.data.read(fold.split).samples
         }
-        self._bases: dict[str, FrozenBase] = {}
-        self._identities: dict[str, str] = {}
 
     def _source(self, name: str) -> str:
         """Name of the base for the sample of that name."""
@@ -47,18 +74,11 @@ class CoarseLogits:
 
     def base(self, name: str) -> FrozenBase:
         """The base for the sample of that name."""
-        source = self._source(name)
-        if source not in self._bases:
-            base_config = replace(self.config.base, name=source)
-            self._bases[source] = load_base(base_config, self.data.classes).to(self.device)
-        return self._bases[source]
+        return self._bases.base(self._source(name), self.data.classes)
 
     def identity(self, name: str) -> str:
-        """Identity of :meth:`base`, its digest computed once."""
-        source = self._source(name)
-        if source not in self._identities:
-            self._identities[source] = self.base(name).identity
-        return self._identities[source]
+        """Identity of :meth:`base`."""
+        return self._bases.identity(self._source(name), self.data.classes)
 
     def compute(self, index: int) -> tuple[Tensor, tuple[int, int]]:
         """Coarse logits ``[K, h, w]`` of image ``index`` and the image's size."""
@@ -90,8 +110,9 @@ def store_logits(config: Config, *, device: torch.device, overwrite: bool = Fals
     store = StoredLogits(config.logits.folder)
     computed = present = 0
     splits = {split: config.data.read(split) for split in (config.data.train, config.data.val)}
+    bases = Bases(config.base, device)
     for split, data in splits.items():
-        source = CoarseLogits(config, data, device)
+        source = CoarseLogits(config, data, device, bases)
         for index, sample in enumerate(tqdm(data.samples, desc=f"logits of {split}", unit="image")):
             there, wanted = store.base_of(sample.name), source.identity(sample.name)
             if there == wanted:

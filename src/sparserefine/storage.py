@@ -179,7 +179,12 @@ def _local_folder(name: str | Path) -> Path:
             f"{name}: no such folder; if it is a hub id, `pip install huggingface_hub` lets me fetch it"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        base = _read_config(folder / _CONFIG).get("base") if (folder / _CONFIG).is_file() else None
+        file = str(base.get("name", "")).rpartition(":")[2] if isinstance(base, Mapping) else ""
+        if file.endswith((".onnx", ".pth", ".pt")):  # of the base, where it lies beside the refiner
+            snapshot_download(name, allow_patterns=[file, f"{file}.data", f"{file}_data"])
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{name}: no such folder, and the hub gave none of that id ({error})") from error
 

@@ -19,7 +19,7 @@ from sparserefine.data.datasets import Dataset
 from sparserefine.data.images import written_whole
 from sparserefine.data.stored_logits import LiveSplit, StoredSplit
 from sparserefine.device import device_named
-from sparserefine.logits import CoarseLogits
+from sparserefine.logits import Bases, CoarseLogits
 from sparserefine.refiner import SparseRefiner
 from sparserefine.storage import load_weights
 
@@ -66,6 +66,7 @@ def _check_resumable(config: Config, checkpoint: Path) -> None:
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     for values in (stored, now):
         values.pop("out", None)
+        values["base"].pop("runtime", None)
         for name in _MAY_DIFFER:
             values["training"].pop(name, None)
     for key in sorted({*stored, *now}):
@@ -116,9 +117,10 @@ def train(config: Config, *, resume: bool = False) -> Path:
     if c.init:
         load_weights(refiner, Path(c.init))
     device = device_named(c.device)
-    sources = [CoarseLogits(config, part, device) for part in (data, val)]
+    bases = Bases(config.base, device, refiner.base)
+    sources = [CoarseLogits(config, part, device, bases) for part in (data, val)]
     logits = [source.stored() if config.logits.source == "stored" else source.live() for source in sources]
-    del sources  # and with them the bases, which training does not need
+    del sources, bases  # and with them the cross-fit bases, which training does not need
 
     crops = CropDataset(data, logits[0], config.augment, c.seed, c.cache_gb / max(1, c.workers))
     loader = DataLoader(

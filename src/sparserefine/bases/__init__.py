@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from torch import nn
 
 from sparserefine.base import BaseConfig, FrozenBase, LoadedModel
 from sparserefine.classes import Classes
@@ -64,8 +66,7 @@ def load_model(
     if kind == "python" and rest.count(":") == 1:
         if not trust_base:
             raise ValueError(f"base {name}: runs code; pass trust_base=True (--trust_base) if you trust it")
-        model = _called(name, *rest.split(":"))
-        return model if isinstance(model, LoadedModel) else LoadedModel(model)
+        return _called(name, *rest.split(":"))
     if not rest:
         random = "; random weights are for `sparserefine benchmark` only" if kind in ("hrnet_w48", *SEGNEXT) else ""
         raise ValueError(unknown + random)
@@ -74,7 +75,7 @@ def load_model(
 
         builder, _, weights = rest.partition(":")
         if not weights:
-            raise ValueError(unknown)
+            raise ValueError(f"base {name!r}: no weights; expected '{kind}:{builder}:<file>'")
         door = torchvision if kind == "torchvision" else timm
         return door(builder, _found(weights, folder), num_classes)
     place = _found(rest, folder)
@@ -112,12 +113,17 @@ def _found(file: str, folder: Path | None) -> str:
     return str(inside) if inside and inside.exists() else file
 
 
-def _called(base: str, module: str, name: str) -> Any:
-    """What the callable of that name in that module returns."""
+def _called(base: str, module: str, name: str) -> LoadedModel:
+    """What the callable of that name in that module returns; a module of torch is taken as it is."""
     try:
-        factory = getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"base {base}: {error}; expected 'python:<module>:<callable returning a model>'") from error
-    if not callable(factory):
-        raise ValueError(f"base {base}: is {type(factory).__name__}, expected a callable returning a model")
-    return factory()
+    if not callable(found):
+        raise ValueError(f"base {base}: is {type(found).__name__}, expected a callable returning a model")
+    model = found if isinstance(found, nn.Module) else found()
+    if isinstance(model, LoadedModel):
+        return model
+    if not callable(model):
+        raise ValueError(f"base {base}: returned {type(model).__name__}, expected a model: a module or a callable")
+    return LoadedModel(model)
