@@ -5,14 +5,16 @@ What judges sparserefine stands on torch.nn.functional alone; of the package onl
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from sparserefine.sparse import Engine
@@ -32,6 +34,9 @@ PATTERNS = ("none", "one", "border", "all", "random")
 SIZES = [pytest.param(size, id="{}x{}".format(*size)) for size in ((1, 1), (1, 7), (2, 2), (3, 3), (6, 8), (9, 7))]
 KERNEL = {"paper": 3, "cell": 2}
 """Width of the convolution between two levels."""
+
+CLASSIFIER = "decode_head.conv_seg.weight"
+"""The classifier of mmsegmentation's models."""
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -113,6 +118,26 @@ def shared(path: str) -> Path:
     if not found.exists():
         pytest.skip(f"needs {found}")
     return found
+
+
+def of_mmsegmentation(name: str, num_classes: int = 19) -> dict[str, Tensor]:
+    """mmsegmentation's state dict of a model; each tensor is one number, repeated, so that files are small."""
+    with np.load(Path(__file__).parent / "data" / "parity" / f"{name}.npz") as stored:
+        shapes: dict[str, list[int]] = json.loads(str(stored["shapes"]))
+    shapes.pop("decode_head.hamburger.ham.bases", None)  # of SegNeXt: in the reference, but in no file
+    for key in (CLASSIFIER, "decode_head.conv_seg.bias"):
+        shapes[key][0] = num_classes
+    return {key: torch.tensor(1 / (i + 1)).expand(shape) for i, (key, shape) in enumerate(shapes.items())}
+
+
+def saved(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def numbers(model: nn.Module) -> set[float]:
+    """The values of the weights, each tensor of which is one number."""
+    return {value.view(-1)[0].item() for value in model.parameters()}
 
 
 @cache

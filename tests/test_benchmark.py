@@ -1,8 +1,10 @@
 """What the benchmark measures, prints and draws. No time is judged here, only that the figures belong together."""
 
 import dataclasses
+import gc
 import json
 import sys
+import time
 import types
 
 import pytest
@@ -28,6 +30,8 @@ from sparserefine.benchmark_report import (
     write_records,
 )
 from sparserefine.cli import main
+from sparserefine.sparse import get_engine
+from support import coarser_mask, engine_of, shared
 
 SIZE = (64, 128)
 STAGES = ["uncertainty", "select", "plan", "gather", "extractor", "ensembler", "labels"]
@@ -42,6 +46,15 @@ class Tiny(nn.Module):
 
     def forward(self, x):
         return self.conv(x)
+
+
+class Hungry(Tiny):
+    """Needs 67 MB for a moment."""
+
+    def forward(self, x):
+        held = x.new_ones(1 << 24)
+        time.sleep(0.02)  # memory is looked at every 2 ms
+        return super().forward(x) * held[0]
 
 
 class OnlyCoarse(Tiny):
@@ -62,7 +75,7 @@ def function(x):
 def models(monkeypatch):
     """``python:benchmarked:...``, as a user's own models."""
     own = types.ModuleType("benchmarked")
-    own.tiny, own.only_coarse, own.function = Tiny, OnlyCoarse, lambda: function
+    own.tiny, own.hungry, own.only_coarse, own.function = Tiny, Hungry, OnlyCoarse, lambda: function
     monkeypatch.setitem(sys.modules, "benchmarked", own)
 
 
@@ -75,8 +88,17 @@ def unet(tmp_path):
 
 def small(*bases, **options):
     """Settings of a run that takes a blink."""
-    options = {"size": SIZE, "plans": ("slim",), "densities": (0.1,), "classes": 5, "rounds": 1, **options}
+    quick = {"size": SIZE, "plans": ("slim",), "densities": (0.1,), "rounds": 1, "device": "cpu"}
+    options = {**quick, "classes": 5, **options}
     return Settings(tuple(map(parse_base, bases)), **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_garbage():
+    """A run collects garbage often, and the modules that all the other tests loaded are none."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,7 +130,7 @@ def report():
     density=st.floats(0, 1),
     seed=st.integers(0, 3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_synthetic_masks_have_exactly_the_wanted_sites(height, width, density, seed):
     mask = synthetic_mask((height, width), density, seed)
     assert mask.shape == (height, width)
@@ -126,6 +148,15 @@ def test_synthetic_masks_are_bands_and_repeat():
     assert (mask[:, 1:] & mask[:, :-1]).sum() > 0.8 * mask.sum()
     # And no part of the image has them all.
     assert (torch.nn.functional.max_pool2d(mask[None, None].float(), 128) > 0).sum() >= 6
+
+
+@pytest.mark.parametrize("name", ["street0_10pct", "street1_10pct"])
+def test_synthetic_masks_are_as_coarse_as_those_of_streets(name):
+    street = read_mask(shared(f"masks/{name}.png"), (1024, 2048))[None]
+    synthetic = synthetic_mask((1024, 2048), float(street.float().mean()))[None]
+    for _ in range(4):
+        street, synthetic = coarser_mask(street, "cell"), coarser_mask(synthetic, "cell")
+        assert int(synthetic.sum()) == pytest.approx(int(street.sum()), rel=0.15)
 
 
 def test_mask_files(tmp_path):
@@ -171,7 +202,9 @@ def test_what_is_no_size(text):
         (150, [(0.2, 200), (0.1, 100)], BreakEven(0.15, False)),
         (200, [(0.1, 100), (0.2, 200)], BreakEven(0.2, False)),
         (500, [(0.1, 100), (0.2, 200)], BreakEven(0.5, True)),
-        (500, [(0.1, 50), (0.2, 100), (0.3, 300)], BreakEven(0.4, True)),  # by the last two
+        (400, [(0.1, 50), (0.2, 100), (0.3, 300)], BreakEven(0.4, True)),  # 125 ms for each tenth, 150 ms at 0.2
+        (310, [(0.1, 50), (0.2, 100), (0.3, 300)], BreakEven(0.328, True)),
+        (310, [(0.1, 110), (0.2, 320), (0.3, 300)], BreakEven(0.3, True)),  # the line says 0.27: 0.3 was measured
         (2000, [(0.1, 100), (0.2, 200)], BreakEven(None, True)),
         (2000, [(0.5, 100), (1.0, 200)], BreakEven(None, False)),
         (200, [(0.1, 150), (0.2, 150)], BreakEven(None, True)),  # flat
@@ -181,7 +214,10 @@ def test_what_is_no_size(text):
         (50, [(0.0, 60), (0.2, 300)], BreakEven(0.0, False)),  # measured: dense is cheaper than no site
         (250, [(0.1, 100), (0.2, 300), (0.3, 200), (0.4, 400)], BreakEven(0.325, False)),  # the last crossing
         (150, [(0.1, 90), (0.1001, 110), (0.2, 200)], BreakEven(0.15, False)),  # two masks of one density
+        (150, [(0.01, 100), (0.015, 200)], BreakEven(0.0125, False)),  # two densities, small as they are
+        (150, [(0.0, 90), (0.0, 110), (0.2, 200)], BreakEven(0.1, False)),
         (150, [(0.1, 100)], None),
+        (150, [(0.0, 100), (0.0, 110)], None),
         (150, [], None),
     ],
 )
@@ -273,7 +309,6 @@ def test_records_belong_together(report):
         assert r.dense_gmacs == pytest.approx(3 * 5 * 64 * 128 / 1e9)
         height, width = parse_size(r.coarse_size)
         assert r.coarse_gmacs == pytest.approx(3 * 5 * height * width / 1e9)
-        assert min(r.dense_peak_mb, r.coarse_peak_mb, r.refine_peak_mb) >= 0
         assert torch.__version__ in r.machine
     by_density = [
         (a.refine_gmacs, b.refine_gmacs) for a, b in zip(report.records[::2], report.records[1::2], strict=True)
@@ -291,6 +326,36 @@ def test_times_are_those_of_the_runs(monkeypatch):
     assert (record.dense_ms, record.coarse_ms) == (1000, 1000)
     assert record.refine_ms > sum(record.stages_ms.values()) >= 1000 * len(STAGES)
     assert record.ratio == pytest.approx(1000 / (1000 + record.refine_ms))
+
+
+def test_memory_of_the_base_is_what_it_needs_beyond_its_weights():
+    (record,) = benchmark(small("python:benchmarked:hungry")).records
+    assert 60 <= record.dense_peak_mb < 200
+    assert 60 <= record.coarse_peak_mb < 200
+
+
+@pytest.mark.parametrize(("engine", "buffers"), [("torch", 1), ("cpu", 6)])
+def test_memory_of_refinement_has_all_features(engine, buffers):
+    """``slim`` has 16 channels at full size, of which the packed network holds several buffers at a time."""
+    if engine == "cpu":
+        engine_of("cpu-generic")
+    options = {"size": (256, 512), "densities": (1.0, 0.01), "engine": engine}
+    most, least = benchmark(small("python:benchmarked:tiny", **options)).records
+    assert most.sites == 256 * 512
+    assert most.refine_peak_mb >= buffers * most.sites * 16 * 4 / 1e6
+    assert least.refine_peak_mb < 0.5 * most.refine_peak_mb
+    if engine == "cpu":
+        weights = sum(p.numel() for p in module.PRESETS["slim"].build(5).parameters())
+        assert most.packed_mb == least.packed_mb >= 4 * weights / 1e6
+    else:
+        assert most.packed_mb is None
+
+
+def test_masks_and_densities_together(tmp_path):
+    Image.fromarray(synthetic_mask(SIZE, 0.125).numpy()).save(tmp_path / "street.png")
+    wanted = small("python:benchmarked:tiny", masks=(str(tmp_path / "street.png"),), densities=(1.0,))
+    report = benchmark(wanted)
+    assert [(r.mask, r.density) for r in report.records] == [("street", 0.125), ("synthetic", 1.0)]
 
 
 def test_masks_from_files(tmp_path):
@@ -321,6 +386,17 @@ def test_scores_are_labelled_as_scores(monkeypatch):
     assert not benchmark(small("mask2former_t")).left_out
 
 
+@pytest.mark.parametrize("name", ["torch", "cpu", "cpu-int8"])
+def test_the_engine_is_the_chosen_one(name):
+    try:
+        get_engine(name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    report = benchmark(small("python:benchmarked:tiny", engine=name, densities=(0.5,)))
+    assert not report.left_out
+    assert [r.engine for r in report.records] == [name]
+
+
 @pytest.mark.parametrize("engine", ["torch", "auto"])
 def test_half_precision_is_of_the_base(engine):
     seen = []
@@ -334,14 +410,24 @@ def test_half_precision_is_of_the_base(engine):
     sys.modules["benchmarked"].tiny = Watched
     report = benchmark(small("python:benchmarked:tiny", precision="bfloat16", engine=engine))
     assert not report.left_out
-    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert seen[0] == (torch.float32, torch.float32)  # which counted the classes
+    assert set(seen[1:]) == {(torch.bfloat16, torch.bfloat16)}
     assert {r.precision for r in report.records} == {"bfloat16"}
+    assert "64x128, base bfloat16, refiner float32, device cpu" in header(report)
     assert all(r.dense_gmacs for r in report.records)
 
 
-def test_threads_are_put_back_even_after_an_interruption():
+def test_settings_of_torch_are_put_back_even_after_an_interruption():
     before = torch.get_num_threads()
-    used = []
+    assert torch.backends.cudnn.allow_tf32
+    used, tf32 = [], []
+
+    class Watched(Tiny):
+        def forward(self, x):
+            tf32.append(torch.backends.cudnn.allow_tf32)
+            return super().forward(x)
+
+    sys.modules["benchmarked"].tiny = Watched
 
     def interrupt(report):
         used.extend(r.threads for r in report.records)
@@ -350,12 +436,15 @@ def test_threads_are_put_back_even_after_an_interruption():
     with pytest.raises(KeyboardInterrupt):
         benchmark(small("python:benchmarked:tiny", threads=before + 1), seen=interrupt)
     assert used == [before + 1]
+    assert not any(tf32)
     assert torch.get_num_threads() == before
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_a_function_runs_as_it_is():
-    report = benchmark(small("python:benchmarked:function", runtimes=("torch",)))
-    assert {(r.runtime, r.dense_gmacs) for r in report.records} == {("own", None)}
+    """And has the classes that it has, whatever the number for random models."""
+    report = benchmark(small("python:benchmarked:function", runtimes=("torch",), classes=19))
+    assert {(r.runtime, r.dense_gmacs, r.classes) for r in report.records} == {("own", None, 5)}
     assert " - " in model_table(report.records)
 
 
@@ -379,11 +468,41 @@ def test_a_runtime_that_fails_is_left_out_and_the_rest_goes_on(monkeypatch):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_runtime_runs_the_base(runtime):
-    for package in module._PACKAGES[runtime]:
+    for package in module.NEEDS[runtime]:
         pytest.importorskip(package, reason=f"runtime {runtime} needs it")
     report = benchmark(small("python:benchmarked:tiny", runtimes=("torch", runtime)))
     assert not report.left_out
     assert [r.runtime for r in report.records] == ["torch", runtime]
+
+
+@pytest.mark.parametrize("asked", [("torch",), ("torch", "onnxruntime")])
+def test_an_onnx_file_is_run_as_it_is(monkeypatch, tmp_path, asked):
+    """By ONNX Runtime, once, in one session for each size, and not by way of :class:`Runtime`."""
+    onnx = pytest.importorskip("onnx", reason="writes the file")
+    for package in module.NEEDS["onnxruntime"]:
+        pytest.importorskip(package, reason="asked for as runtime")
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    kernel = onnx.numpy_helper.from_array(torch.rand(4, 3, 1, 1).numpy(), "kernel")
+    image, logits = (value(name, 1, [1, c, "h", "w"]) for name, c in (("image", 3), ("logits", 4)))
+    graph = onnx.helper.make_graph([node("Conv", ["image", "kernel"], ["logits"])], "g", [image], [logits], [kernel])
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), tmp_path / "model.onnx")
+    run = {}
+    call = module.OnnxModel.__call__
+
+    def watched(model, x):
+        run.setdefault(id(model), (model, set()))[1].add(tuple(x.shape[2:]))
+        return call(model, x)
+
+    def refuse(self, name, model):
+        raise AssertionError("an ONNX file needs no other runtime")
+
+    monkeypatch.setattr(module.OnnxModel, "__call__", watched)
+    monkeypatch.setattr("sparserefine.bases.runtime.Runtime.__init__", refuse)
+    report = benchmark(small(f"onnx:{tmp_path / 'model.onnx'}", runtimes=asked))
+    assert not report.left_out
+    assert [(r.runtime, r.classes) for r in report.records] == [("onnxruntime", 4)]
+    assert [sizes for _, sizes in run.values()] == [{SIZE}, {(32, 64)}]
 
 
 def test_a_model_that_fails_is_left_out_and_the_rest_goes_on():
@@ -413,7 +532,6 @@ def test_a_model_that_fails_is_left_out_and_the_rest_goes_on():
         ({"precision": "float16", "runtimes": ("openvino",)}, "precision float16 is for runtime torch, not openvino"),
         ({"densities": (1.5,)}, "density 1.5, expected a share of the pixels between 0 and 1"),
         ({"densities": ()}, "no density is chosen"),
-        ({"masks": ("a.png",)}, "densities and masks: give one of them"),
         ({"coarse": (32, 256)}, "32x256 is larger than the image, 64x128"),
         ({"classes": 1}, "classes = 1, expected at least 2"),
         ({"rounds": 0}, "rounds = 0, expected at least 1"),
@@ -428,11 +546,18 @@ def test_wrong_settings(options, words):
 def test_bases_are_checked_too():
     with pytest.raises(ValueError, match="no base is chosen"):
         small()
-    with pytest.raises(ValueError, match="base 'a' is given twice"):
-        small("a", "a")
+    for same in ("a", "a@32x64"):  # by default half of the size
+        with pytest.raises(ValueError, match="base 'a@32x64' is given twice"):
+            small("a", same)
     with pytest.raises(ValueError, match=r"tiny@\.\.\.: 128x128 is larger"):
         small("tiny@128x128")
     assert len(small("a", "a@32x32").bases) == 2
+
+
+def test_a_runtime_on_a_gpu_is_refused_at_once(nothing_runs, monkeypatch):
+    monkeypatch.setattr(module, "device_named", lambda name: torch.device("cuda"))
+    with pytest.raises(ValueError, match="openvino run on the CPU, the device is cuda; choose --device cpu"):
+        benchmark(small("python:benchmarked:tiny", runtimes=("torch", "openvino")))
 
 
 @pytest.fixture
@@ -463,7 +588,7 @@ def nothing_runs(monkeypatch):
     ],
 )
 def test_errors_come_before_the_run(nothing_runs, capsys, options, words):
-    assert main(["benchmark", *options]) == 1
+    assert main(["benchmark", "--device", "cpu", "--size", "64x128", *options]) == 1
     error = capsys.readouterr().err
     assert words in error
     assert len(error.splitlines()) == 1
@@ -471,12 +596,14 @@ def test_errors_come_before_the_run(nothing_runs, capsys, options, words):
 
 def test_a_missing_package_is_said_before_the_run(nothing_runs, monkeypatch):
     find = module.importlib.util.find_spec
-    gone = ("openvino", "transformers")
+    gone = ("openvino", "transformers", "scipy")
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name in gone else find(name))
     with pytest.raises(ImportError, match=r"openvino needs openvino, .* 'sparserefine\[openvino\]'"):
         benchmark(small("python:benchmarked:tiny", runtimes=("openvino",)))
     with pytest.raises(ImportError, match=r"segformer_b5 needs transformers, .* 'sparserefine\[hf\]'"):
         benchmark(small("segformer_b5"))
+    with pytest.raises(ImportError, match=r"mask2former_t needs transformers and scipy, .* 'sparserefine\[hf\]'"):
+        benchmark(small("mask2former_t"))
 
 
 def test_a_plot_without_matplotlib_is_refused_at_once(monkeypatch, tmp_path):
@@ -493,6 +620,12 @@ def test_json_round_trip(report, tmp_path):
     write_records(tmp_path / "report.json", report.records)
     records = json.loads((tmp_path / "report.json").read_text())
     assert tuple(Record(**record) for record in records) == report.records
+    assert set(records[0]) == {
+        *("model", "size", "density", "plan", "engine", "threads", "dense_ms", "coarse_ms", "refine_ms", "ratio"),
+        *("runtime", "precision", "device", "coarse_size", "mask", "sites", "classes", "stages_ms"),
+        *("dense_gmacs", "coarse_gmacs", "refine_gmacs", "dense_peak_mb", "coarse_peak_mb", "refine_peak_mb"),
+        *("packed_mb", "rounds", "machine"),
+    }
 
 
 def test_tables_say_what_was_measured(report):
@@ -542,6 +675,7 @@ def test_plots(report, tmp_path, suffix, count):
 # --- the command ---
 
 COMMAND = ["benchmark", "--size", "64x128", "--plans", "slim", "--densities", "0.1,0.3", "--rounds", "1"]
+COMMAND += ["--device", "cpu"]
 
 
 def test_the_command(unet, tmp_path, capsys):
@@ -572,6 +706,14 @@ def test_the_command_tells_by_its_exit_code_that_something_is_left_out(tmp_path,
     assert main([*COMMAND, "--bases", bases, "--classes", "5", "--json", str(file)]) == 1
     assert "only_coarse with runtime torch is left out" in capsys.readouterr().out
     assert len(json.loads(file.read_text())) == 2
+
+
+def test_nothing_measured_replaces_the_records_of_an_earlier_run(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    file.write_text("[{}]")
+    assert main([*COMMAND, "--bases", "python:benchmarked:only_coarse", "--json", str(file)]) == 1
+    assert json.loads(file.read_text()) == []
+    assert "nothing was measured" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_keeps_the_bases_that_were_done(unet, monkeypatch, tmp_path, capsys):

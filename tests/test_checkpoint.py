@@ -187,7 +187,7 @@ def test_what_stands_in_for_getattr_gets_nothing(tmp_path: Path) -> None:
     path = saved(tmp_path / "file.pth", {"state_dict": TENSORS, "meta": reached})
     assert_same(read_checkpoint(path), TENSORS)
     path = saved(tmp_path / "file.pth", {"state_dict": {**TENSORS, "bad": reached}})
-    with pytest.raises(ValueError, match=r"no tensors but 'bad' \(getattr\)"):
+    with pytest.raises(ValueError, match=r"2 tensors and, besides them, 'bad' \(getattr\)"):
         read_checkpoint(path)
 
 
@@ -237,9 +237,10 @@ def test_archive_without_weights(tmp_path: Path) -> None:
         ({}, "found nothing"),
         ({"state_dict": {}}, "found nothing"),
         ({"epoch": 3, "best": 0.5}, r"no tensors but 'epoch' \(int\), 'best' \(float\)"),
+        ({**TENSORS, "epoch": 3}, r"found 2 tensors and, besides them, 'epoch' \(int\)"),
         ({"state_dict": {"a": 1, "b": 2, "c": 3, "d": 4}}, r"'a' \(int\), 'b' \(int\), 'c' \(int\), \.\.\."),
     ],
-    ids=["list", "tensor", "empty", "empty state dict", "no tensors", "numbers"],
+    ids=["list", "tensor", "empty", "empty state dict", "no tensors", "flat", "numbers"],
 )
 def test_other_content(tmp_path: Path, content: Any, words: str) -> None:
     with pytest.raises(ValueError, match=f"file.pth: .*{words}"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from torch import nn
 
 from sparserefine import SparseRefiner
@@ -35,11 +37,20 @@ def test_bring_your_own_model_in_three_lines(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_exist(page: Path) -> None:
+def test_commands_and_options_exist(page: Path) -> None:
+    """Of every `sparserefine ...` in a block or a line."""
     text = page.read_text(encoding="utf-8")
-    code = "\n".join([*blocks(page, "bash"), *re.findall(r"`([^`]+)`", text)])
-    used = set(re.findall(r"^sparserefine ([a-z]+)", code, flags=re.MULTILINE))
-    assert used <= set(COMMANDS)
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    lines += [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", prose)]
+    for line in lines:
+        if re.match(r"sparserefine [a-z]", line):
+            _, name, *arguments = shlex.split(line, comments=True)
+            parser = ArgumentParser()
+            COMMANDS[name].add_arguments(parser)
+            known = {option for action in parser._actions for option in action.option_strings}
+            used = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
+            assert used <= known, line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -144,18 +145,19 @@ class Smp(nn.Module):
         classes: int = 1,
         activation: str | None = None,
         aux_params: dict[str, Any] | None = None,
-        stride: int = 32,
-        divisible: bool = True,
-        shrink: int = 1,
+        encoder_stride: int = 32,
+        decoder_divisible: bool = True,
+        decoder_shrink: int = 1,
+        img_size: int | None = None,
     ) -> None:
         super().__init__()
         assert encoder_weights is None, "would be downloaded"
         self.encoder = nn.Module()
-        self.encoder.output_stride = stride
+        self.encoder.output_stride = encoder_stride
         self.conv = nn.Conv2d(in_channels, classes, 3, padding=1)
         self.dropout = nn.Dropout()
-        self.requires_divisible_input_shape = divisible
-        self.activation, self.labels, self.shrink = activation, aux_params is not None, shrink
+        self.requires_divisible_input_shape = decoder_divisible
+        self.activation, self.labels, self.shrink = activation, aux_params is not None, decoder_shrink
 
     def forward(self, x: Tensor) -> Any:
         h, w = x.shape[-2:]
@@ -273,7 +275,7 @@ def test_broken_package(package: str, error: Exception, monkeypatch: pytest.Monk
     message = str(caught.value)
     first_line = str(error).splitlines()[0]
     assert message.startswith(
-        f"{PACKAGES[package]} does not work here ({type(error).__name__}: {first_line}); `pip ins"
+        f"{PACKAGES[package]} does not work here ({first_line}); `pip install {PACKAGES[package]}"
     )
     assert "torchvision" in message.partition("pip install")[2]
     assert "\n" not in message
@@ -317,6 +319,28 @@ def test_torchvision_model_of_other_classes_than_the_data(fake_torchvision: list
     weights = stored(Segmenter(K).state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"4 classes.* 3\b"):
         FrozenBase(doors.torchvision("fcn_small", weights, 3), 3, FULL)
+
+
+@pytest.mark.parametrize("count", [K, K + 1])
+@pytest.mark.parametrize("door", [doors.torchvision, doors.timm], ids=["torchvision", "timm"])
+def test_class_names_of_the_file(
+    door: Any, count: int, fake_torchvision: list[Any], fake_timm: list[Any], tmp_path: Path
+) -> None:
+    """Names that do not fit the model are left out, which is told."""
+    meta = {"classes": [f"name {k}" for k in range(count)]}
+    torch.save({"state_dict": Segmenter(K).state_dict(), "meta": meta}, tmp_path / "w.pth")
+    name = "fcn_small" if door is doors.torchvision else "segmenter"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loaded = door(name, tmp_path / "w.pth", K)
+    if count == K:
+        assert loaded.classes.names == ("name 0", "name 1", "name 2", "name 3")
+        assert not told
+    else:
+        assert loaded.classes is None
+        assert [str(w.message) for w in told] == [
+            f"{tmp_path / 'w.pth'}: names 5 classes for a model of 4; they are left out"
+        ]
 
 
 @pytest.mark.parametrize(
@@ -428,7 +452,7 @@ def test_one_channel_becomes_two_classes(
 @pytest.mark.parametrize("stride", [32, 8])
 def test_smp_model_at_any_size(stride: int, size: tuple[int, int], fake_smp: list[Any], tmp_path: Path) -> None:
     """Its output is that for the image with zeros added right and bottom after normalisation, at the image's pixels."""
-    model = saved_smp(tmp_path / "m", classes=K, stride=stride)
+    model = saved_smp(tmp_path / "m", classes=K, encoder_stride=stride)
     loaded = doors.smp(tmp_path / "m")
     assert (loaded.num_classes, loaded.outputs, loaded.mean) == (K, "logits", IMAGENET_MEAN)
     assert not any(module.training for module in loaded.model.modules())
@@ -443,7 +467,7 @@ def test_smp_model_at_any_size(stride: int, size: tuple[int, int], fake_smp: lis
 
 
 def test_smp_model_that_takes_any_size_is_not_padded(fake_smp: list[Any], tmp_path: Path) -> None:
-    model = saved_smp(tmp_path / "m", classes=K, divisible=False, shrink=2)
+    model = saved_smp(tmp_path / "m", classes=K, decoder_divisible=False, decoder_shrink=2)
     image = pixels(10, 6)
     with torch.no_grad():
         expected = model(normalised(image))
@@ -454,7 +478,7 @@ def test_smp_model_that_takes_any_size_is_not_padded(fake_smp: list[Any], tmp_pa
 
 def test_smp_output_smaller_than_the_input_stays_in_place(fake_smp: list[Any], tmp_path: Path) -> None:
     """Quarter-size output of a padded image: what it says of a pixel is found at that pixel."""
-    model = saved_smp(tmp_path / "m", classes=K, shrink=4)
+    model = saved_smp(tmp_path / "m", classes=K, decoder_shrink=4)
     image = pixels(30, 50)
     padded = F.pad(normalised(image), (0, 14, 0, 2))
     with torch.no_grad():
@@ -491,7 +515,7 @@ def test_smp_binary_model(activation: str | None, fake_smp: list[Any], tmp_path:
 
 
 def test_smp_dpt(fake_smp: list[Any], tmp_path: Path) -> None:
-    saved_smp(tmp_path / "m", classes=K, stride=16)
+    saved_smp(tmp_path / "m", classes=K, encoder_stride=16)
     path = tmp_path / "m" / "config.json"
     path.write_text(path.read_text().replace('"Smp"', '"DPT"'))
     assert FrozenBase(doors.smp(tmp_path / "m"), config=FULL)(pixels(40, 20)).shape == (2, K, 40, 20)
@@ -548,7 +572,7 @@ def test_smp_normalisation_that_cannot_be_had_is_told(
     assert (loaded.mean, loaded.std) == (IMAGENET_MEAN, IMAGENET_STD)
     (message,) = caplog.messages
     assert "offline (imagenet)" in message
-    assert "(OSError: cannot reach the hub)" in message
+    assert "(cannot reach the hub)" in message
     assert "base.mean and base.std" in message
     assert "HF_HUB_OFFLINE=1" in message
 
@@ -560,7 +584,7 @@ def test_smp_normalisation_that_cannot_be_had_is_told(
         ({"activation": "tanh"}, "activation = 'tanh' gives no class scores"),
         ({"activation": "softmax2d", "classes": 1}, "activation = 'softmax2d' of one class.*use 'sigmoid'"),
         ({"in_channels": 4}, "takes 4 channels, expected 3"),
-        ({"width": 7}, r"cannot be loaded \(TypeError: .*width"),
+        ({"decoder_width": 7}, r"cannot be loaded \(TypeError: .*width"),
     ],
     ids=str,
 )
@@ -571,6 +595,55 @@ def test_smp_model_that_cannot_be_a_base(
     (tmp_path / "m" / "config.json").write_text(json.dumps({"_model_class": "Smp", "classes": K, **config}))
     with pytest.raises(ValueError, match=words):
         doors.smp(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"checkpoint_path": "own.pth"},
+        {"pretrained": True},
+        {"pretrained_cfg": {"file": "own.pth"}},
+        {"pretrained_cfg_overlay": {"url": "http://own"}},
+        {"cache_dir": "."},
+        {"state_dict": {}},
+        {"config": {"checkpoint_path": "own.pth"}},
+        {"kwargs": {"checkpoint_path": "own.pth"}},
+        {"encoder_name": "tu-hf-hub:someone/net"},
+        {"encoder_name": "tu-hf_hub:someone/net"},
+        {"encoder_name": "tu-local-dir:/somewhere"},
+        {"encoder_name": "tu-resnet18\n"},
+    ],
+    ids=str,
+)
+def test_smp_model_from_elsewhere_is_refused(
+    config: dict[str, Any], fake_smp: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before smp comes to see it."""
+    monkeypatch.delattr(sys.modules["segmentation_models_pytorch"], "from_pretrained")
+    ((key, value),) = config.items()
+    (tmp_path / "config.json").write_text(json.dumps({"_model_class": "Smp", "classes": K, **config}))
+    with pytest.raises(ValueError, match=rf"config\.json: {key} = {re.escape(repr(value))} is (refused|elsewhere)"):
+        doors.smp(tmp_path)
+
+
+def test_smp_settings_of_timm_that_are_harmless(fake_smp: list[Any], tmp_path: Path) -> None:
+    saved_smp(tmp_path / "m", classes=K, encoder_name="tu-vit_small_patch16_224.augreg_in21k", img_size=64)
+    assert doors.smp(tmp_path / "m").num_classes == K
+
+
+def test_identity_is_of_the_settings_too() -> None:
+    """What the wrapper does to input and output is no weight."""
+    model = nn.Conv2d(3, 1, 1)
+    ways: list[dict[str, Any]] = [
+        {},
+        {"multiple": 32},
+        {"bgr": True},
+        {"foreground": "logits"},
+        {"foreground": "scores"},
+    ]
+    found = [FrozenBase(doors.Adapted(model, "m", **way), 2, FULL).identity for way in (*ways, {})]
+    assert len(set(found)) == len(ways)
+    assert found[0] == found[-1]
 
 
 def test_smp_weights_of_another_model(fake_smp: list[Any], tmp_path: Path) -> None:
@@ -603,5 +676,5 @@ def test_smp_hub_id(fake_smp: list[Any], tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(f"{repo_id}/{filename}: no network\nTraceback")
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
-    with pytest.raises(FileNotFoundError, match=r"hub \(OSError: owner/model/config.json: no network\)$"):
+    with pytest.raises(FileNotFoundError, match=r"hub \(owner/model/config.json: no network\)$"):
         doors.smp("owner/model")

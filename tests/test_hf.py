@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, BaseConfig, FrozenBase, count_macs
 from sparserefine.bases import hf as door
 from sparserefine.bases import load_base
-from sparserefine.bases.hf import HfModel, hf, semantic_scores, window_starts
+from sparserefine.bases.hf import hf
+from sparserefine.bases.hf_model import HfModel, semantic_scores, window_starts
 from sparserefine.classes import CITYSCAPES, wheel
 from support import assert_close
 
@@ -74,6 +75,12 @@ def mobilevit() -> Any:
     return T.MobileViTForSemanticSegmentation(T.MobileViTConfig(num_labels=K, image_size=SIDE, **sizes))
 
 
+def mobilevit_v2() -> Any:
+    sizes = {"width_multiplier": 0.25, "base_attn_unit_dims": [32, 48, 64], "n_attn_blocks": [1, 1, 1]}
+    config = T.MobileViTV2Config(num_labels=K, image_size=SIDE, aspp_out_channels=8, **sizes)
+    return T.MobileViTV2ForSemanticSegmentation(config)
+
+
 def mask2former() -> Any:
     sizes = {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "dim_feedforward": 32}
     layers = {"encoder_layers": 1, "decoder_layers": 3, "num_attention_heads": 4, "encoder_feedforward_dim": 32}
@@ -98,6 +105,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "beit": lambda: T.BeitForSemanticSegmentation(T.BeitConfig(num_labels=K, **BEIT)),
     "data2vec": lambda: T.Data2VecVisionForSemanticSegmentation(T.Data2VecVisionConfig(num_labels=K, **BEIT)),
     "mobilevit": mobilevit,
+    "mobilevit v2": mobilevit_v2,
     "mobilenet_v2": lambda: T.MobileNetV2ForSemanticSegmentation(
         T.MobileNetV2Config(num_labels=K, depth_multiplier=0.25)
     ),
@@ -116,7 +124,7 @@ class Saved:
         self.model, self.folder = FAMILIES[name]().eval(), folder
         with torch.no_grad():  # outputs that differ from pixel to pixel, where these fade to 0 as they come
             for key, value in self.model.named_parameters():
-                if value.dim() > 1 and name in ("dpt", "mobilevit", "mobilenet_v2"):
+                if value.dim() > 1 and name.startswith(("dpt", "mobile")):
                     nn.init.kaiming_normal_(value)
                 elif value.dim() > 1 and key.startswith(
                     ("mask_head", "class_predictor", "upscale_block", "decode_head")
@@ -189,7 +197,7 @@ def independent_scores(output: Any) -> np.ndarray:
 def test_gives_what_the_model_gives(name: str, saved: Callable[[str], Saved]) -> None:
     loaded, image = hf(saved(name).folder), noise(2, 3, SIDE, SIDE)
     found = run(loaded.model, image)
-    output = run(saved(name).model, image.flip(1) if name == "mobilevit" else image)
+    output = run(saved(name).model, image.flip(1) if name.startswith("mobilevit") else image)
     assert loaded.num_classes == K
     assert found.dtype == torch.float32
     assert found.isfinite().all()
@@ -280,12 +288,29 @@ class Square(nn.Module):
         return T.modeling_outputs.SemanticSegmenterOutput(logits=torch.zeros(1, K, 16, 16))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("size"), None], ids=str)
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes"), ValueError("size"), None], ids=str)
 def test_a_square_model_says_its_size(error: Exception | None) -> None:
     model = HfModel(Square(error))
     assert run(model, noise(1, 3, SIDE, SIDE)).shape == (1, K, 16, 16)
     with pytest.raises(ValueError, match=r"beit: input is 32x128, this model takes 64x64 only; give base.size"):
         run(model, noise(1, 3, 32, 128))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate a shape of 8 bytes"),
+        RuntimeError("Invalid buffer size: 40.00 GB"),
+        MemoryError("no more"),
+        RuntimeError("Expected all tensors to be on the same device"),
+    ],
+    ids=lambda error: str(error)[:20],
+)
+def test_what_is_no_matter_of_size_is_told_as_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        run(HfModel(Square(error)), noise(1, 3, 32, 128))
+    assert caught.value is error
 
 
 # ---- against transformers' post-processing
@@ -361,6 +386,7 @@ def test_eomt_saved_amid_its_training_is_refused(tmp_path: Path) -> None:
         hf(tmp_path)
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.integers(1, 300), st.integers(1, 60))
 def test_windows_cover_all_and_stay_inside(extra: int, side: int) -> None:
     length = side + extra - 1
@@ -496,6 +522,14 @@ def test_names_and_colours(folder: Path) -> None:
     assert named(folder, list("abcde"), palette=colours).palette == tuple(map(tuple, colours))
 
 
+def test_a_class_without_a_name(folder: Path) -> None:
+    names = {0: "a", 1: "b", 2: "c", 3: "d", 7: "e"}
+    edit(folder / "config.json", id2label=names, label2id={n: i for i, n in names.items()})
+    found = hf(folder).classes
+    assert found is not None
+    assert found.names == ("a", "b", "c", "d", "class 4")
+
+
 @pytest.mark.parametrize("palette", [[[1, 2, 3]], [[1, 2, 300]] * K, [[1, 2]] * K, "blue", {"a": 1}], ids=str)
 def test_strange_palette_is_left_out(palette: Any, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert named(folder, list("abcde"), palette=palette).palette == tuple(wheel(k) for k in range(K))
@@ -551,6 +585,16 @@ def test_an_auxiliary_head_may_be_missing(tmp_path: Path, saved: Callable[[str],
     tensors = {key: value for key, value in load_file(path).items() if not key.startswith("auxiliary_head")}
     save_file(tensors, path, metadata={"format": "pt"})
     assert_close(run(hf(tmp_path).model, image), run(hf(one.folder).model, image))
+    first, second = (FrozenBase(hf(tmp_path), config=BaseConfig(ratio=1.0)) for _ in range(2))
+    assert first.identity == second.identity  # transformers draws that head at random
+
+
+@pytest.mark.parametrize("name", ["upernet swin", "dpt", "beit", "data2vec"])
+def test_an_auxiliary_head_is_dropped(name: str, saved: Callable[[str], Saved]) -> None:
+    assert any(key.startswith("auxiliary_head") for key in saved(name).model.state_dict())
+    model = hf(saved(name).folder).model
+    assert isinstance(model, nn.Module)
+    assert not any("auxiliary_head" in key for key in model.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -563,7 +607,7 @@ def test_an_auxiliary_head_may_be_missing(tmp_path: Path, saved: Callable[[str],
         (["OneFormerForUniversalSegmentation"], "what works: .*Mask2FormerForUniversalSegmentation"),
         (["AutoModelForSemanticSegmentation"], "what works: .*UperNetForSemanticSegmentation"),
         (["DetrForSegmentation"], "what works: .*EomtForUniversalSegmentation"),
-        (["NoSuchForSemanticSegmentation"], r"which transformers \d.* does not have; what works"),
+        (["Sapiens2ForSemanticSegmentation"], r"\['Sapiens2ForSemanticSegmentation'\]; what works: .*Segformer"),
         ([], r"architectures = \[\]; what works"),
         (None, "architectures = None; what works"),
         ("SegformerForSemanticSegmentation", "what works"),
@@ -574,6 +618,13 @@ def test_an_auxiliary_head_may_be_missing(tmp_path: Path, saved: Callable[[str],
 def test_other_tasks_are_refused(architectures: Any, words: str, folder: Path) -> None:
     edit(folder / "config.json", architectures=architectures)
     with pytest.raises(ValueError, match=words):
+        hf(folder)
+
+
+def test_a_model_that_this_transformers_lacks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "_LOGITS", ("NewForSemanticSegmentation",))
+    edit(folder / "config.json", architectures=["NewForSemanticSegmentation"])
+    with pytest.raises(ValueError, match=r"which transformers \d.* does not have; what works: New"):
         hf(folder)
 
 
@@ -640,10 +691,64 @@ def test_attention_code_of_a_part_is_not_fetched(tmp_path: Path, saved: Callable
 
 def test_code_in_the_folder_is_not_run(folder: Path) -> None:
     (folder / "own.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
-    edit(folder / "config.json", auto_map={"AutoModel": "own.Model", "AutoConfig": "own.Config"})
     edit(folder / "config.json", attn_implementation="someone/kernel")
     assert run(hf(folder).model, noise(1, 3, SIDE, SIDE)).shape == (1, K, 16, 16)
+    edit(folder / "config.json", auto_map={"AutoModel": "own.Model", "AutoConfig": "own.Config"})
+    with pytest.raises(ValueError, match=r"config\.json: auto_map = .* never run; remove this line"):
+        hf(folder)
     assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"backbone_config": {"auto_map": {"AutoBackbone": "own.Net"}}}, "auto_map = .*own.Net"),
+        ({"decoders": [{"auto_map": {"AutoBackbone": "own.Net"}}]}, "auto_map = .*own.Net"),
+        ({"backbone_kwargs": {"trust_remote_code": True}}, "backbone_kwargs = .*trust_remote_code.*backbone_config"),
+        ({"backbone": "someone/net", "backbone_config": None}, "backbone = 'someone/net' is elsewhere"),
+        ({"backbone_config": {"backbone": "hf-hub:someone/net"}}, "backbone = 'hf-hub:someone/net' is elsewhere"),
+        ({"use_pretrained_backbone": True}, "use_pretrained_backbone = True, expected none; save the model with its"),
+    ],
+    ids=str,
+)
+def test_a_backbone_from_elsewhere_is_refused(
+    settings: dict[str, Any], words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before transformers comes to see it."""
+    monkeypatch.setattr(T.SegformerForSemanticSegmentation, "from_pretrained", None)
+    edit(folder / "config.json", **settings)
+    with pytest.raises(ValueError, match=rf"config\.json: {words}"):
+        hf(folder)
+
+
+def test_a_backbone_of_its_own_is_not_refused(tmp_path: Path) -> None:
+    """What transformers 4 writes where there is nothing to tell."""
+    model = mask2former()
+    model.save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", backbone=None, backbone_kwargs={}, use_pretrained_backbone=False, auto_map=None)
+    assert hf(tmp_path).num_classes == K
+
+
+def test_identity_is_of_the_settings_too(tmp_path: Path, saved: Callable[[str], Saved]) -> None:
+    """Settings that change the outputs and no weight: of the processor, of the configuration, of EoMT's attention."""
+
+    def identity(folder: Path) -> str:
+        return FrozenBase(hf(folder), config=BaseConfig(ratio=1.0, mean=(0, 0, 0), std=(1, 1, 1))).identity
+
+    model = segformer()
+    model.save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    plain = identity(tmp_path / "a")
+    assert identity(tmp_path / "b") == plain
+    edit(tmp_path / "b" / "preprocessor_config.json", do_flip_channel_order=True, image_mean=0.5, image_std=0.5)
+    flipped = identity(tmp_path / "b")
+    edit(tmp_path / "b" / "config.json", hidden_act="relu")
+    saved("eomt").model.save_pretrained(tmp_path / "c")
+    tensors = load_file(tmp_path / "c" / "model.safetensors")
+    tensors["attn_mask_probs"] = 1 - tensors["attn_mask_probs"].round()
+    save_file(tensors, tmp_path / "c" / "model.safetensors", metadata={"format": "pt"})
+    found = [plain, flipped, identity(tmp_path / "b"), identity(saved("eomt").folder), identity(tmp_path / "c")]
+    assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "a/b/c"])

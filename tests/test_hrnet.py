@@ -5,48 +5,30 @@ That it computes what mmsegmentation's does is in ``test_parity.py``.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, LoadedModel, count_macs
+from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, count_macs
 from sparserefine.bases.hrnet import HRNet, hrnet_w48, load_hrnet_w48
 from sparserefine.classes import Classes
-
-SHAPES = Path(__file__).parent / "data" / "parity" / "hrnet_w48.npz"
-CLASSIFIER = "decode_head.conv_seg.weight"
-
-
-def of_mmsegmentation(num_classes: int = 19) -> dict[str, Tensor]:
-    """A state dict under its names; each tensor is one number, repeated, so that files are small."""
-    with np.load(SHAPES) as stored:
-        shapes: dict[str, list[int]] = json.loads(str(stored["shapes"]))
-    for name in (CLASSIFIER, "decode_head.conv_seg.bias"):
-        shapes[name][0] = num_classes
-    return {name: torch.tensor(1 / (i + 1)).expand(shape) for i, (name, shape) in enumerate(shapes.items())}
-
-
-def saved(path: Path, content: object) -> Path:
-    torch.save(content, path)
-    return path
-
-
-def numbers(loaded: LoadedModel) -> set[float]:
-    """The values of the weights, each tensor of which is one number."""
-    assert isinstance(loaded.model, HRNet)
-    return {value.view(-1)[0].item() for value in loaded.model.parameters()}
+from support import CLASSIFIER, numbers, of_mmsegmentation, saved
 
 
 @pytest.fixture(scope="module")
 def model() -> HRNet:
+    """Numbers that half precision has: 264 MB of them, so that one model serves every test."""
     torch.manual_seed(0)
-    return hrnet_w48(3)
+    model = hrnet_w48(3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.half().float()
 
 
 def test_parameters() -> None:
@@ -83,7 +65,7 @@ def test_images_of_a_batch_do_not_meet_and_the_memory_format_does_not_matter(mod
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_files_of_mmsegmentation(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensors = {name: value.to(dtype) for name, value in of_mmsegmentation().items()}
+    tensors = {name: value.to(dtype) for name, value in of_mmsegmentation("hrnet_w48").items()}
     extra = {"auxiliary_head.conv_seg.weight": torch.ones(19, 1)}
     classes = Classes(tuple(f"name {k}" for k in range(19)), tuple((k, 2 * k, 3 * k) for k in range(19)))
     meta = {"CLASSES": classes.names, "PALETTE": [list(colour) for colour in classes.palette]}
@@ -95,11 +77,11 @@ def test_files_of_mmsegmentation(tmp_path: Path, dtype: torch.dtype) -> None:
     assert (loaded.mean, loaded.std, loaded.outputs) == (IMAGENET_MEAN, IMAGENET_STD, "logits")
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
     weights = {v.view(-1)[0].item() for k, v in tensors.items() if k.endswith(("weight", "bias"))}
-    assert numbers(loaded) == weights
+    assert numbers(loaded.model) == weights
 
 
 def test_class_names_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
-    content = {"meta": {"CLASSES": ["road", "sky"]}, "state_dict": of_mmsegmentation(num_classes=3)}
+    content = {"meta": {"CLASSES": ["road", "sky"]}, "state_dict": of_mmsegmentation("hrnet_w48", 3)}
     with pytest.warns(UserWarning, match=r"file.pth: names 2 classes for a model of 3"):
         loaded = load_hrnet_w48(saved(tmp_path / "file.pth", content))
     assert (loaded.num_classes, loaded.classes) == (3, None)
@@ -107,16 +89,12 @@ def test_class_names_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_round_trip_in_our_own_names(tmp_path: Path, suffix: str) -> None:
-    model, image = hrnet_w48(3), torch.rand(1, 3, 32, 48)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+def test_round_trip_in_our_own_names(tmp_path: Path, model: HRNet, suffix: str) -> None:
+    image = torch.rand(1, 3, 32, 48)
     state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     path = tmp_path / f"file.{suffix}"
     (save_file if suffix == "safetensors" else torch.save)(state, path)
-    model.load_state_dict(state)
+    del state  # 130 MB
     loaded = load_hrnet_w48(path)
     path.unlink()  # 130 MB, and the weights are in memory
     with torch.no_grad():
@@ -135,7 +113,7 @@ def test_round_trip_in_our_own_names(tmp_path: Path, suffix: str) -> None:
     ids=["missing", "extra", "another shape", "no head"],
 )
 def test_files_of_other_models(tmp_path: Path, change: dict[str, Tensor | None], words: str) -> None:
-    tensors = {name: value for name, value in {**of_mmsegmentation(), **change}.items() if value is not None}
+    tensors = {name: value for name, value in {**of_mmsegmentation("hrnet_w48"), **change}.items() if value is not None}
     with pytest.raises(ValueError, match=rf"file\.pth: .*{words}"):
         load_hrnet_w48(saved(tmp_path / "file.pth", tensors))
 
@@ -147,7 +125,7 @@ def test_a_narrower_hrnet_is_refused(tmp_path: Path) -> None:
         sizes = [{48: 18, 96: 36, 192: 72, 384: 144, 720: 270}.get(n, n) for n in value.shape]
         return value.new_ones(()).expand(sizes)
 
-    path = saved(tmp_path / "w18.pth", {name: narrow(value) for name, value in of_mmsegmentation().items()})
+    path = saved(tmp_path / "w18.pth", {name: narrow(value) for name, value in of_mmsegmentation("hrnet_w48").items()})
     with pytest.raises(
         ValueError, match=r"w18.pth: does not fit HRNet, .* of another shape: .* is 18x\d+x3x3, expected 48x"
     ):

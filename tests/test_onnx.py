@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import logging
 import pickle
 import sys
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from sparserefine.base import BaseConfig, FrozenBase
 from sparserefine.bases import load_base
-from sparserefine.bases.onnx import OnnxModel, onnx
+from sparserefine.bases.onnx import OnnxModel, onnx, open_session
 from support import assert_close
 
 onnxlib = pytest.importorskip("onnx", reason="builds the files of these tests")
@@ -28,13 +30,13 @@ WEIGHT = np.random.default_rng(0).standard_normal((K, 3, 1, 1)).astype(np.float3
 DYNAMIC = ("batch", 3, "height", "width")
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
-Value = tuple[str, int, Sequence[int | str]]
+Value = tuple[str, int, Sequence[int | str | None]]
 """Name, element type and shape of an input or output."""
 
 
 def written(
     path: Path,
-    shape: Sequence[int | str] = DYNAMIC,
+    shape: Sequence[int | str | None] = DYNAMIC,
     *,
     dtype: int = TensorProto.FLOAT,
     weight: np.ndarray[Any, Any] = WEIGHT,
@@ -203,13 +205,14 @@ def test_copies_run(tmp_path: Path, copied: Any, used: bool) -> None:
             (1, 3, 5, 8),
             r"takes images of 6 x 8, got 5 x 8; set base\.size: \[6, 8\], or export .* dynamic",
         ),
-        (("b", 3, 6, "w"), (1, 3, 5, 8), r"takes images of 6 x any, got 5 x 8; set base\.size"),
+        (("b", 3, 6, "w"), (1, 3, 5, 7), r"takes images of 6 x any, got 5 x 7; set base\.size: \[6, 7\], or export"),
+        (("b", 3, None, 8), (1, 3, 5, 7), r"takes images of any x 8, got 5 x 7; set base\.size: \[5, 8\], or export"),
         ((4, 3, "h", "w"), (3, 3, 6, 8), r"takes batches of 4, got 3; export .* dynamic batch"),
         (DYNAMIC, (3, 6, 8), r"input is torch\.float32 \(3, 6, 8\), expected one input of float pixels"),
     ],
     ids=str,
 )
-def test_input_of_another_size(tmp_path: Path, shape: Sequence[int | str], x: Sequence[int], words: str) -> None:
+def test_input_of_another_size(tmp_path: Path, shape: Sequence[int | str | None], x: Sequence[int], words: str) -> None:
     model = OnnxModel(written(tmp_path / "m.onnx", shape))
     with pytest.raises(ValueError, match=words):
         model(torch.zeros(*x))
@@ -260,6 +263,19 @@ def test_missing_files(tmp_path: Path) -> None:
         OnnxModel(path)
 
 
+@pytest.mark.parametrize("location", ["Berlin", "/dev/zero", "../other", "", "b" * 300, "\0"], ids=ascii)
+def test_notes_that_look_like_a_weights_file(tmp_path: Path, location: str) -> None:
+    """They are neither read nor missing; the file beside, which is a weights file, is still read."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "other").write_text("not read")
+    path = written(tmp_path / "folder" / "m.onnx", external="m.weights")
+    model = onnxlib.load(path, load_external_data=False)
+    model.metadata_props.add(key="location", value=location)
+    onnxlib.save(model, path)
+    content = path.read_bytes() + (tmp_path / "folder" / "m.weights").read_bytes()
+    assert OnnxModel(path).digest == hashlib.sha256(content).hexdigest()
+
+
 # ---- as a base
 
 
@@ -299,6 +315,27 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"pip install 'sparserefine\[onnx\]'"):
         OnnxModel(path)
+
+
+def test_cuda_that_does_not_start_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ONNX Runtime then goes on with the next provider."""
+    wanted, session = [], runtime.InferenceSession
+
+    def fallen_back(*given: Any, providers: Sequence[Any]) -> Any:
+        wanted.append(providers)
+        return session(*given, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(runtime, "InferenceSession", fallen_back)
+    path = written(tmp_path / "m.onnx")
+    open_session(path)
+    assert not caplog.messages
+    open_session(path, torch.device("cuda:1"))
+    assert wanted[-1] == [("CUDAExecutionProvider", {"device_id": 1}), "CPUExecutionProvider"]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"{path}: runs on the CPU" in record.getMessage()
 
 
 @pytest.mark.gpu

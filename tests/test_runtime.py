@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparserefine.base import BaseConfig, FrozenBase
+from sparserefine.base import BaseConfig, FrozenBase, tensor_of
+from sparserefine.bases import load_model
 from sparserefine.bases import runtime as module
-from sparserefine.bases.runtime import Runtime
+from sparserefine.bases.runtime import NEEDS, Runtime
+from sparserefine.bases.segnext import segnext
+from test_doors_end_to_end import mask2former_folder, segformer_folder
 
 K = 3
 Name = Literal["onnxruntime", "openvino"]
 NAMES: tuple[Name, ...] = ("onnxruntime", "openvino")
-NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",)}
 
 
 class Attentive(nn.Module):
@@ -112,21 +114,43 @@ def test_input_is_left_alone_in_any_memory_format(run: Runtime, model: nn.Module
     assert torch.equal(x, before)
 
 
-def test_surroundings_at_the_first_image_do_not_matter() -> None:
+def test_surroundings_at_the_first_image_do_not_matter_and_stay() -> None:
     needed("openvino")
-    model = Pointwise().eval()
+    model, level = Pointwise().eval(), logging.root.level
     run = Runtime("openvino", model)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         inside = run(torch.ones(1, 3, 4, 6))
     expected = model(torch.ones(1, 3, 4, 6)).detach()
     assert torch.equal(inside, run(torch.ones(1, 3, 4, 6)))
     torch.testing.assert_close(inside, expected, rtol=1e-5, atol=1e-6)  # bfloat16 would miss by 1e-3
+    assert logging.root.level == level
 
 
 def test_nothing_is_registered_in_or_around_the_model(run: Runtime, model: nn.Module) -> None:
     assert run.model is model
     assert not isinstance(run, nn.Module)
     assert set(model._modules) == {"stem", "qkv", "head"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("folder_of", [segformer_folder, mask2former_folder], ids=["segformer", "mask2former"])
+def test_models_of_transformers(name: Name, folder_of: Callable[[Path], str], tmp_path: Path) -> None:
+    needed(name)
+    loaded = load_model(folder_of(tmp_path)).model
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert_same(Runtime(name, loaded)(x), tensor_of(loaded(x), ""))
+
+
+def test_segnext() -> None:
+    needed("openvino")
+    segnext_t = segnext("t", K)
+    for key, value in segnext_t.named_parameters():
+        if "scale" in key:  # else the blocks add next to nothing
+            nn.init.constant_(value, 0.5)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert_same(Runtime("openvino", segnext_t)(x), segnext_t(x))
 
 
 # ---- programs
@@ -162,9 +186,8 @@ def test_it_uses_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> No
     compile_model = openvino.Core.compile_model
 
     def compiled(core: Any, graph: Any, device: str, options: dict[str, Any]) -> Any:
-        program = compile_model(core, graph, device, options)
-        seen.append(program.get_property("INFERENCE_NUM_THREADS"))
-        return program
+        seen.append(options["INFERENCE_NUM_THREADS"])
+        return compile_model(core, graph, device, options)
 
     monkeypatch.setattr(openvino.Core, "compile_model", compiled)
     run = Runtime("openvino", Pointwise().eval())
@@ -177,6 +200,7 @@ def test_exporters_are_not_heard(
     capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     needed("onnxruntime")
+    capfd.readouterr()  # what ONNX Runtime says when it is imported
     Runtime("onnxruntime", Pointwise().eval())(torch.zeros(1, 3, 4, 6))
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
@@ -221,6 +245,16 @@ def test_onnx_file(name: Name, file: Path) -> None:
         assert_same(run(x), x.softmax(1))
 
 
+def test_onnx_files_need_no_exporter_and_are_left_to_their_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes any precision, and runs on a GPU where ONNX Runtime can."""
+    from sparserefine.bases.onnx import OnnxModel
+
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    run, x = Runtime("onnxruntime", OnnxModel(file)), torch.randn(2, 3, 6, 8).half()
+    assert_same(run(x), x.float().softmax(1))
+
+
 # ---- what is refused
 
 
@@ -251,17 +285,18 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     needed("openvino")
     x = torch.zeros(1, 3, 4, 6)
     cure = r"leave base\.runtime out"
-    with pytest.raises(ValueError, match=rf"takes float32 on the CPU, got {dtype} on cpu; {cure}"):
+    with pytest.raises(ValueError, match=rf"takes float32 on the CPU, got {dtype} on cpu; {cure}$"):
         Runtime("openvino", Pointwise().eval())(x.to(dtype))
-    with pytest.raises(ValueError, match=rf"runs models in float32 on the CPU, got {dtype} on cpu; {cure}"):
+    with pytest.raises(ValueError, match=rf"runs models in float32 on the CPU, got {dtype} on cpu; {cure}$"):
         Runtime("openvino", Pointwise().eval().to(dtype))(x)
 
 
 def test_other_devices() -> None:
     needed("openvino")
-    with pytest.raises(ValueError, match=r"takes float32 on the CPU, got torch.float32 on meta; leave base\.runtime"):
+    cure = r"leave base\.runtime out, or stay on the CPU \(--device cpu\)"
+    with pytest.raises(ValueError, match=rf"takes float32 on the CPU, got torch.float32 on meta; {cure}"):
         Runtime("openvino", Pointwise().eval())(torch.zeros(1, 3, 4, 6, device="meta"))
-    with pytest.raises(ValueError, match=r"runs models in float32 on the CPU, got torch.float32 on meta; leave base"):
+    with pytest.raises(ValueError, match=rf"runs models in float32 on the CPU, got torch.float32 on meta; {cure}"):
         Runtime("openvino", Pointwise().eval().to("meta"))(torch.zeros(1, 3, 4, 6))
 
 

@@ -5,50 +5,25 @@ That it computes what mmsegmentation's does is in ``test_parity.py``.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, LoadedModel, count_macs
+from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, count_macs
 from sparserefine.bases.runtime import Runtime
 from sparserefine.bases.segnext import NMF, HamHead, SegNeXt, Size, load_segnext, segnext, segnext_l
 from sparserefine.classes import Classes
-from support import assert_close
+from support import CLASSIFIER, assert_close, numbers, of_mmsegmentation, saved
 
-STORED = Path(__file__).parent / "data" / "parity"
-CLASSIFIER = "decode_head.conv_seg.weight"
 K = 3
-
-
-def of_mmsegmentation(size: Size = "t", num_classes: int = 19) -> dict[str, Tensor]:
-    """A state dict under its names; each tensor is one number, repeated, so that files are small."""
-    with np.load(STORED / f"segnext_{size}.npz") as stored:
-        shapes: dict[str, list[int]] = json.loads(str(stored["shapes"]))
-    shapes.pop("decode_head.hamburger.ham.bases", None)  # in the reference, but in no file
-    for name in (CLASSIFIER, "decode_head.conv_seg.bias"):
-        shapes[name][0] = num_classes
-    return {name: torch.tensor(1 / (i + 1)).expand(shape) for i, (name, shape) in enumerate(shapes.items())}
-
-
-def saved(path: Path, content: object) -> Path:
-    torch.save(content, path)
-    return path
-
-
-def numbers(loaded: LoadedModel) -> set[float]:
-    """The values of the weights, each tensor of which is one number."""
-    assert isinstance(loaded.model, SegNeXt)
-    return {value.view(-1)[0].item() for value in loaded.model.parameters()}
 
 
 def randomised(model: SegNeXt) -> SegNeXt:
@@ -205,7 +180,7 @@ def test_runtimes_take_the_head(name: Literal["onnxruntime", "openvino"]) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_files_of_mmsegmentation(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensors = {name: value.to(dtype) for name, value in of_mmsegmentation().items()}
+    tensors = {name: value.to(dtype) for name, value in of_mmsegmentation("segnext_t").items()}
     extra = {"auxiliary_head.conv_seg.weight": torch.ones(19, 1)}
     classes = Classes(tuple(f"name {k}" for k in range(19)), tuple((k, 2 * k, 3 * k) for k in range(19)))
     meta = {"dataset_meta": {"classes": classes.names, "palette": [list(colour) for colour in classes.palette]}}
@@ -217,12 +192,12 @@ def test_files_of_mmsegmentation(tmp_path: Path, dtype: torch.dtype) -> None:
     assert (loaded.mean, loaded.std, loaded.outputs) == (IMAGENET_MEAN, IMAGENET_STD, "logits")
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
     weights = {v.view(-1)[0].item() for k, v in tensors.items() if k.endswith(("weight", "bias", "_1", "_2"))}
-    assert numbers(loaded) == weights
+    assert numbers(loaded.model) == weights
 
 
 def test_files_of_the_authors(tmp_path: Path) -> None:
     """Their depthwise convolution is in a module of its own, of the same name."""
-    tensors = of_mmsegmentation()
+    tensors = of_mmsegmentation("segnext_t")
     theirs = {name.replace("mlp.dwconv.", "mlp.dwconv.dwconv."): value for name, value in tensors.items()}
     assert theirs.keys() != tensors.keys()
     loaded = [load_segnext("t", saved(tmp_path / "file.pth", {"state_dict": state})) for state in (theirs, tensors)]
@@ -231,7 +206,7 @@ def test_files_of_the_authors(tmp_path: Path) -> None:
 
 
 def test_class_names_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
-    content = {"meta": {"CLASSES": ["road", "sky"]}, "state_dict": of_mmsegmentation(num_classes=K)}
+    content = {"meta": {"CLASSES": ["road", "sky"]}, "state_dict": of_mmsegmentation("segnext_t", K)}
     with pytest.warns(UserWarning, match=r"file.pth: names 2 classes for a model of 3"):
         loaded = load_segnext("t", saved(tmp_path / "file.pth", content))
     assert (loaded.num_classes, loaded.classes) == (K, None)
@@ -261,13 +236,13 @@ def test_round_trip_in_our_own_names(tmp_path: Path, model: SegNeXt, suffix: str
     ids=["missing", "extra", "another shape", "no head"],
 )
 def test_damaged_files(tmp_path: Path, change: dict[str, Tensor | None], words: str) -> None:
-    tensors = {name: value for name, value in {**of_mmsegmentation(), **change}.items() if value is not None}
+    tensors = {name: value for name, value in {**of_mmsegmentation("segnext_t"), **change}.items() if value is not None}
     with pytest.raises(ValueError, match=rf"file\.pth: .*{words}"):
         load_segnext("t", saved(tmp_path / "file.pth", tensors))
 
 
 def test_a_block_too_few(tmp_path: Path) -> None:
-    tensors = {name: value for name, value in of_mmsegmentation().items() if "block2.2." not in name}
+    tensors = {name: value for name, value in of_mmsegmentation("segnext_t").items() if "block2.2." not in name}
     with pytest.raises(ValueError, match=r"does not fit SegNeXt, .* missing: stages\.1\.blocks\.2\."):
         load_segnext("t", saved(tmp_path / "file.pth", tensors))
 
@@ -275,13 +250,16 @@ def test_a_block_too_few(tmp_path: Path) -> None:
 def test_another_size_is_named(tmp_path: Path, model: SegNeXt) -> None:
     words = "has the blocks of segnext_{}, expected those of segnext_{}"
     with pytest.raises(ValueError, match=words.format("l", "t")):
-        load_segnext("t", saved(tmp_path / "l.pth", of_mmsegmentation("l")))
+        load_segnext("t", saved(tmp_path / "l.pth", of_mmsegmentation("segnext_l")))
     with pytest.raises(ValueError, match=words.format("t", "b")):
         load_segnext("b", saved(tmp_path / "t.pth", model.state_dict()))
 
 
 def test_other_models(tmp_path: Path) -> None:
-    tensors = {re.sub("backbone.block", "backbone.layers.", name): value for name, value in of_mmsegmentation().items()}
+    tensors = {
+        re.sub("backbone.block", "backbone.layers.", name): value
+        for name, value in of_mmsegmentation("segnext_t").items()
+    }
     with pytest.raises(ValueError, match=r"file\.pth: not a SegNeXt, it lacks blocks"):
         load_segnext("t", saved(tmp_path / "file.pth", tensors))
 

@@ -14,7 +14,10 @@ import sparserefine
 ROOT = Path(sparserefine.__file__).parent
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 STAGES = ("base", "selector", "extractor", "ensembler", "refiner")
-USES = ("training", "predict", "evaluate", "benchmark", "cli", "demo", "data")
+USES = (
+    *("training", "predict", "evaluate", "benchmark", "benchmark_records", "benchmark_report"),
+    *("cli", "demo", "data"),
+)
 OPTIONAL = {
     *("torchvision", "timm", "segmentation_models_pytorch"),
     *("transformers", "onnx", "onnxruntime", "openvino", "matplotlib"),

@@ -236,7 +236,9 @@ class FrozenBase(nn.Module):
     def identity(self) -> str:
         """Changes with the weights and with anything that changes the outputs; stored beside coarse logits."""
         digest = hashlib.sha256()
-        digest.update(getattr(self.model, "settings", "").encode())  # of a door's wrapper: what is no weight
+        settings = getattr(self.model, "settings", None)  # of a door's wrapper: what is no weight
+        if isinstance(settings, str):
+            digest.update(settings.encode())
         if isinstance(self.model, nn.Module):
             state = {**self.model.state_dict(), **dict(self.model.named_buffers())}  # also those that are not stored
             for name, tensor in sorted(state.items()):

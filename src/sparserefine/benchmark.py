@@ -7,11 +7,12 @@ For each base and each runtime three things are timed in turn:
 - refine: every stage after the base, from its coarse logits to labels.
 
 Random weights do, for time does not depend on them. What they select does not resemble anything, though, so the sites
-are given: by mask files, or by :func:`synthetic_mask`. The selector works all the same, see :class:`GivenSites`.
+are given: by mask files, by :func:`synthetic_mask`, or both. The selector works all the same, see :class:`GivenSites`.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import importlib.util
@@ -19,7 +20,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparserefine.base import BaseConfig, FrozenBase, LoadedModel
+from sparserefine.base import BaseConfig, FrozenBase, LoadedModel, tensor_of
 from sparserefine.bases.onnx import OnnxModel
+from sparserefine.bases.runtime import NEEDS
 from sparserefine.benchmark_records import DENSITIES, BaseEntry, Record, Report, Settings, size_text
 from sparserefine.data.images import read_image
 from sparserefine.device import device_named
@@ -39,6 +41,7 @@ from sparserefine.extractor import PRESETS
 from sparserefine.refiner import SparseRefiner
 from sparserefine.selector import Selector
 from sparserefine.sparse import Engine, Sites, calibrating, get_engine
+from sparserefine.sparse.cpu.network import PackedUNet
 from sparserefine.timing import PeakMemory
 
 RANDOM_MODELS = (
@@ -49,8 +52,6 @@ RANDOM_MODELS = (
     *(f"segnext_{size}" for size in "tsbl"),
 )
 """Bases by bare name, with random weights."""
-
-_PACKAGES = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +109,8 @@ def synthetic_mask(size: tuple[int, int], density: float, seed: int = 0) -> Tens
     """Sites as uncertain predictions have them: bands around lines that wind through the image.
 
     A smooth random field is the sum of noise at three scales, a 4th, a 16th and a 64th of the image's shorter side,
-    each as strong as it is wide; the sites are the pixels where it is nearest to its median. At equal density the
-    levels of a sparse U-Net get as many sites as with the borders of street scenes, within some percent.
+    each as strong as it is wide; the sites are the pixels where it is nearest to its median. At equal density each
+    level of a sparse U-Net gets as many sites as with the borders of street scenes, within 15 %.
 
     Args:
         size: height and width [px].
@@ -156,8 +157,14 @@ def benchmark(
 
     In each round dense, coarse and every refinement have their turn, so that a disturbance of the machine hits a round
     of all of them and not all rounds of one. One run of each before the rounds is not timed, nor is another one in
-    which memory is watched. Peak memory of dense and coarse is what they need beyond the loaded torch model; what a
-    runtime keeps for itself (its own weights, its pool) counts.
+    which memory is watched.
+
+    Peak memory of dense and coarse is what they need beyond the loaded base; what a runtime keeps for itself (its own
+    weights, its pool) counts. Peak memory of refine is what its stages need beyond the loaded networks and the
+    extractor's packed weights, which are reported apart; memory that an engine keeps for features counts.
+
+    A GPU computes the base's convolutions in full float32, as the refiner's, not in TF32. Another precision is the
+    base's alone.
 
     Dense labels are made by the quickest code there is here: the CPU engine's single pass (which also gives entropies
     and is faster all the same), otherwise interpolation and argmax.
@@ -168,21 +175,29 @@ def benchmark(
         tell: called with a line whenever something begins that may take long, or is left out.
 
     Raises:
-        ValueError: before anything is measured: unknown names, masks of another size, a base that cannot be loaded.
+        ValueError: before anything is measured: unknown names, masks of another size, a base that cannot be loaded, a
+            runtime other than torch on a GPU.
         ImportError: a package is missing; the message says which.
     """
     tell = tell or (lambda line: None)
     device, engine = device_named(settings.device), get_engine(settings.engine)
-    masks = _masks(settings)
+    others = [runtime for runtime in settings.runtimes if runtime != "torch"]
+    if others and device.type != "cpu":
+        raise ValueError(f"{', '.join(others)} run on the CPU, the device is {device}; choose --device cpu")
     _check_packages(settings)
+    masks = _masks(settings)
     for entry in settings.bases:
         if entry.name not in RANDOM_MODELS:
             _load(entry, settings)  # what cannot be loaded should say so now, not after an hour
-    before = torch.get_num_threads()
+    before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     try:
+        torch.backends.cudnn.allow_tf32 = False
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         report = Report(settings, machine(device, engine))
+        for runtime in others:
+            tell(f"{runtime}: loading")
+            _load_runtime(runtime)
         for entry in settings.bases:
             records, left_out = _Base(entry, settings, masks, device, engine, report.machine, tell).measure()
             report = Report(settings, report.machine, (*report.records, *records), (*report.left_out, *left_out))
@@ -191,7 +206,8 @@ def benchmark(
                 seen(report)
         return report
     finally:
-        torch.set_num_threads(before)
+        threads, torch.backends.cudnn.allow_tf32 = before
+        torch.set_num_threads(threads)
 
 
 def machine(device: torch.device, engine: Engine) -> str:
@@ -220,19 +236,21 @@ class _Mask:
 
 
 def _masks(settings: Settings) -> list[_Mask]:
-    if settings.masks:
-        masks = [(Path(path).stem, read_mask(path, settings.size)) for path in settings.masks]
-    else:
-        densities = DENSITIES if settings.densities is None else settings.densities
-        masks = [("synthetic", synthetic_mask(settings.size, density)) for density in densities]
+    densities = settings.densities
+    if densities is None:
+        densities = () if settings.masks else DENSITIES
+    masks = [(Path(path).stem, read_mask(path, settings.size)) for path in settings.masks]
+    masks += [("synthetic", synthetic_mask(settings.size, density)) for density in densities]
     return [_Mask(name, mask[None].float(), int(mask.sum())) for name, mask in masks]
 
 
 def _check_packages(settings: Settings) -> None:
-    wanted = {r: (_PACKAGES[r], r) for r in settings.runtimes if r in _PACKAGES}
-    wanted |= {
-        b.name: (("transformers",), "hf") for b in settings.bases if b.name.startswith(("segformer_", "mask2former_"))
-    }
+    wanted = {r: (NEEDS[r], r) for r in settings.runtimes if r in NEEDS}
+    for name in (b.name for b in settings.bases):
+        if name.startswith("segformer_"):
+            wanted[name] = ("transformers",), "hf"
+        elif name.startswith("mask2former_"):
+            wanted[name] = ("transformers", "scipy"), "hf"
     for what, (packages, extra) in wanted.items():
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         if missing:
@@ -253,6 +271,13 @@ def _load(entry: BaseEntry, settings: Settings) -> LoadedModel:
         raise ValueError(f"{error}; with random weights: {', '.join(RANDOM_MODELS)}") from error
 
 
+def _load_runtime(name: Any) -> None:
+    """Runs next to nothing: what the libraries keep from their first model on is not to count as that model's."""
+    with suppress(Exception):  # what does not work here is told of the bases that it cannot run
+        tiny = LoadedModel(nn.Conv2d(3, 2, 1), 2)
+        FrozenBase(tiny, config=BaseConfig(ratio=1.0, runtime=name))(torch.zeros(1, 3, 8, 8))
+
+
 class _Clock:
     """Something that is run again and again, and what is known of it."""
 
@@ -261,12 +286,22 @@ class _Clock:
         self.rounds: list[dict[str, float]] = []
         self.peak_mb = 0.0
 
-    def watch_memory(self, device: torch.device, *, keeps: bool = False) -> None:
-        """One run that does not count, and one for the memory; ``keeps``: what the first leaves behind counts."""
+    def watch_memory(
+        self, device: torch.device, *, keeps: bool = False, clear: Callable[[], None] | None = None
+    ) -> None:
+        """One run that does not count, and one for the memory.
+
+        Args:
+            device: where it runs.
+            keeps: what the first run leaves behind counts.
+            clear: frees what the first run left behind, so that the second one needs it anew.
+        """
         _trim()
         process = psutil.Process()
         before = process.memory_info().rss
         self._run()
+        if clear:
+            clear()
         _trim()
         kept = max(0, process.memory_info().rss - before) / 1e6 if keeps and device.type == "cpu" else 0.0
         with PeakMemory(device) as memory:
@@ -325,14 +360,16 @@ class _Base:
 
     def _prepare(self) -> None:
         settings = self._settings
-        loaded = _load(self._entry, settings)
-        self._loaded, self._classes = loaded, loaded.num_classes or settings.classes
+        loaded = self._loaded = _load(self._entry, settings)
+        if isinstance(loaded.model, nn.Module):
+            loaded.model.eval().to(self._device)
+        self._classes = loaded.num_classes or self._count_classes()
         coarse = self._frozen(BaseConfig(self._entry.name, size=self._coarse_size))
         dense = self._frozen(BaseConfig(self._entry.name, size=settings.size))
         # Counted before parameters change their type: the counter feeds float32.
         self._macs = {"dense": dense.macs(*settings.size), "coarse": coarse.macs(*settings.size)}
         if isinstance(loaded.model, nn.Module):
-            loaded.model.to(self._device, getattr(torch, settings.precision))
+            loaded.model.to(getattr(torch, settings.precision))
         elif settings.precision != "float32":
             raise ValueError(f"precision {settings.precision} needs a torch module, this is {type(loaded.model)}")
         self._refiners: dict[str, SparseRefiner] = {}
@@ -340,11 +377,18 @@ class _Base:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 refiner = SparseRefiner(coarse, extractor=PRESETS[plan], engine=settings.engine)
-            refiner.engine = self._engine
             self._refiners[plan] = refiner.eval().to(self._device)
 
+    def _count_classes(self) -> int:
+        """K of a model that does not tell, by what it returns."""
+        x = torch.zeros(1, 3, *self._coarse_size, device=self._device)
+        return tensor_of(self._loaded.model(x), self._entry.name).shape[1]
+
     def _frozen(self, config: BaseConfig) -> FrozenBase:
-        return FrozenBase(self._loaded, self._classes, config)
+        loaded = self._loaded
+        if isinstance(loaded.model, OnnxModel):  # with a session of its own, so that each size shows what it needs
+            loaded = replace(loaded, model=copy.deepcopy(loaded.model))
+        return FrozenBase(loaded, self._classes, config)
 
     def _runtimes(self) -> list[str]:
         """What runs this base: ``torch`` stands for the model as it is, which need not be a torch module."""
@@ -356,7 +400,9 @@ class _Base:
 
     def _with_runtime(self, runtime: str) -> list[Record]:
         settings, device, image = self._settings, self._device, self._image
-        chosen: Any = None if runtime in ("torch", "own") else runtime
+        # An ONNX file needs nobody else to run it by ONNX Runtime.
+        itself = runtime in ("torch", "own") or (runtime == "onnxruntime" and isinstance(self._loaded.model, OnnxModel))
+        chosen: Any = None if itself else runtime
         name = self._entry.name
         dense_base = self._frozen(BaseConfig(name, size=settings.size, runtime=chosen))
         coarse_base = self._frozen(BaseConfig(name, size=self._coarse_size, runtime=chosen))
@@ -387,21 +433,26 @@ class _Base:
             self._tell(f"{name}, {runtime}: {which}, untimed run and memory")
             clock.watch_memory(device, keeps=runtime != "torch")
         refined: dict[tuple[str, int], _Clock] = {}
+        packed_mb: dict[str, float | None] = {}
         for plan, refiner in self._refiners.items():
             self._tell(f"{name}, {runtime}: refinement with {plan}, untimed run and memory")
             if self._engine.name == "cpu-int8":
                 self._calibrate(refiner, logits[0])
+            packed = refiner.engine.prepare(refiner.extractor)
+            packed_mb[plan] = packed.megabytes if isinstance(packed, PackedUNet) else None
             for number, mask in enumerate(self._masks):
                 selector = GivenSites(threshold=0.5, entropy=mask.entropy.to(device))
-                clock = _Clock(lambda refiner=refiner, selector=selector: refine(refiner, selector))  # type: ignore[misc]
-                clock.watch_memory(device)
-                refined[plan, number] = clock
+                refined[plan, number] = _Clock(lambda refiner=refiner, selector=selector: refine(refiner, selector))  # type: ignore[misc]
+            # The densest mask last: it leaves memory that is large enough for all, which the timed rounds find.
+            for number in sorted(range(len(self._masks)), key=lambda number: self._masks[number].sites):
+                clear = packed.clear if isinstance(packed, PackedUNet) else None
+                refined[plan, number].watch_memory(device, clear=clear)
         for number in range(settings.rounds):
             self._tell(f"{name}, {runtime}: round {number + 1} of {settings.rounds}")
             for clock in (*clocks.values(), *refined.values()):
                 clock.round()
         return [
-            self._record(runtime, plan, self._masks[number], clocks["dense"], clocks["coarse"], clock)
+            self._record(runtime, plan, self._masks[number], clocks, clock, packed_mb[plan])
             for (plan, number), clock in refined.items()
         ]
 
@@ -412,8 +463,16 @@ class _Base:
         with calibrating(refiner.extractor):
             refiner.refine(self._image, logits)
 
-    def _record(self, runtime: str, plan: str, mask: _Mask, dense: _Clock, coarse: _Clock, refine: _Clock) -> Record:
-        settings = self._settings
+    def _record(
+        self,
+        runtime: str,
+        plan: str,
+        mask: _Mask,
+        base: dict[str, _Clock],
+        refine: _Clock,
+        packed_mb: float | None,
+    ) -> Record:
+        settings, dense, coarse = self._settings, base["dense"], base["coarse"]
         height, width = settings.size
         dense_ms, coarse_ms, refine_ms = (clock.median() for clock in (dense, coarse, refine))
         stages = [key for key in refine.rounds[0] if key not in ("ms", "macs")]
@@ -444,6 +503,7 @@ class _Base:
             dense_peak_mb=dense.peak_mb,
             coarse_peak_mb=coarse.peak_mb,
             refine_peak_mb=refine.peak_mb,
+            packed_mb=packed_mb,
             rounds=settings.rounds,
             machine=self._machine,
         )
@@ -458,7 +518,8 @@ class _Base:
 
 
 def _trim() -> None:
-    """Free memory that the C library keeps for later would hide what the next run needs."""
+    """Garbage, and free memory that the C library keeps for later, would hide what the next run needs."""
+    gc.collect()
     with suppress(AttributeError, OSError, TypeError):  # not the GNU C library
         ctypes.CDLL(None).malloc_trim(0)
 

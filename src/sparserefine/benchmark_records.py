@@ -72,9 +72,9 @@ class Settings:
         coarse: low-resolution input of the base [px]; ``None``: half of ``size``.
         plans: names of extractors, see :data:`sparserefine.extractor.PRESETS`.
         densities: of synthetic masks, 0..1; ``None``: :data:`DENSITIES`, unless there are ``masks``.
-        masks: image files of ``size``; a pixel that is not black is a site.
+        masks: image files of ``size``, measured beside the synthetic ones; a pixel that is not black is a site.
         runtimes: what runs the base.
-        classes: of models with random weights and of those that do not tell.
+        classes: of models with random weights.
         threads: of the CPU; ``None``: as many as torch uses.
         precision: of the base's parameters and activations.
         device: by name.
@@ -99,13 +99,11 @@ class Settings:
     def __post_init__(self) -> None:
         if not all(b.name for b in self.bases):
             raise ValueError("a base without a name; expected e.g. hrnet_w48, or unet:FILE")
-        _check_names("base", [b.name + (f"@{size_text(b.coarse)}" if b.coarse else "") for b in self.bases], None)
+        _check_names("base", [f"{b.name}@{size_text(self.coarse_size(b))}" for b in self.bases], None)
         _check_names("plan", self.plans, tuple(PRESETS))
         _check_names("runtime", self.runtimes, RUNTIMES)
         _check_names("precision", [self.precision], PRECISIONS)
-        if self.masks and self.densities is not None:
-            raise ValueError("densities and masks: give one of them; the density of a mask file is what it is")
-        if not self.masks and (self.densities is not None and not self.densities):
+        if not self.masks and self.densities is not None and not self.densities:
             raise ValueError("no density is chosen; give some between 0 and 1, or masks")
         for density in self.densities or ():
             if not 0 <= density <= 1:
@@ -151,13 +149,15 @@ class Record:
         mask: ``synthetic``, or the file's name.
         sites: N.
         classes: K.
-        stages_ms: of ``refine_ms``: uncertainty, select, plan, gather, extractor, ensembler, labels.
+        stages_ms: of ``refine_ms``: uncertainty, select, plan, gather, extractor, ensembler, labels. On engine ``cpu``
+            some tables of the plan are made when the extractor first reads them, and count there.
         dense_gmacs: 1e9 multiply-accumulates; ``None`` where they cannot be counted.
         coarse_gmacs: likewise.
         refine_gmacs: of extractor and ensembler.
-        dense_peak_mb: most memory beyond the loaded model [1e6 bytes], see :func:`sparserefine.benchmark.benchmark`.
+        dense_peak_mb: most memory beyond the loaded base [1e6 bytes], see :func:`sparserefine.benchmark.benchmark`.
         coarse_peak_mb: likewise.
-        refine_peak_mb: most memory beyond the networks and their packed weights.
+        refine_peak_mb: most memory beyond the loaded networks and ``packed_mb``; the extractor's features count.
+        packed_mb: the copy of the extractor's weights that the engine packs once; ``None`` where it packs none.
         rounds: timed runs.
         machine: processor, instruction set, torch's version.
     """
@@ -186,6 +186,7 @@ class Record:
     dense_peak_mb: float
     coarse_peak_mb: float
     refine_peak_mb: float
+    packed_mb: float | None
     rounds: int
     machine: str
 

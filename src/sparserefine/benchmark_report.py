@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from sparserefine.benchmark_records import Record, Report
@@ -14,7 +15,7 @@ from sparserefine.data.images import written_whole
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 _TYPICAL = 0.1  # of the pixels: the density of the summary
-_SAME = 0.01  # two masks whose densities differ by less are one point of the curve: a slope between them is noise
+_SAME = 0.02  # of a density: masks that differ by less are one point of the curve, a slope between them is noise
 _DENSE, _COARSE = "#8d99a6", "#a9cbe8"
 _PLANS = ("#d1603d", "#3f7f5f", "#7c5aa6", "#c49a1f", "#4c5b8c")
 
@@ -43,7 +44,7 @@ class BreakEven:
 def break_even(dense_ms: float, points: Sequence[tuple[float, float]]) -> BreakEven | None:
     """Where the cost of coarse + refinement crosses that of the dense model.
 
-    Straight lines between the measured points; beyond them the line through the last two, or the first two.
+    Straight lines between the measured points; beyond them the straight line that fits all of them best.
 
     Args:
         dense_ms: cost of the dense model [ms].
@@ -60,27 +61,25 @@ def break_even(dense_ms: float, points: Sequence[tuple[float, float]]) -> BreakE
     line = _averaged(points)
     if len(line) < 2:
         return None
-    (density, ms), (last_density, last_ms) = line[-2:]
+    slope, start = linear_regression(*zip(*points, strict=True))
+    (first_density, _), (last_density, last_ms) = line[0], line[-1]
     if last_ms <= dense_ms:
         if last_ms == dense_ms or last_density >= 1:
             return BreakEven(last_density if last_ms == dense_ms else None, False)
-        slope = (last_ms - ms) / (last_density - density)
-        reached = last_density + (dense_ms - last_ms) / slope if slope > 0 else 2.0
+        reached = max(last_density, (dense_ms - start) / slope) if slope > 0 else 2.0
         return BreakEven(reached if reached <= 1 else None, True)
     for (density, ms), (next_density, next_ms) in reversed(list(pairwise(line))):
         if ms <= dense_ms < next_ms:
             return BreakEven(density + (next_density - density) * (dense_ms - ms) / (next_ms - ms), False)
-    (density, ms), (next_density, next_ms) = line[:2]
-    slope = (next_ms - ms) / (next_density - density)
-    reached = density - (ms - dense_ms) / slope if slope > 0 else 0.0
-    return BreakEven(max(0.0, reached), density > 0)
+    reached = (dense_ms - start) / slope if slope > 0 else 0.0
+    return BreakEven(min(max(0.0, reached), first_density), first_density > 0)
 
 
 def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Points in order of density, those of nearly the same density as their mean."""
     groups: list[list[tuple[float, float]]] = []
     for point in sorted(points):
-        if groups and point[0] - groups[-1][0][0] < _SAME:
+        if groups and point[0] - groups[-1][0][0] <= _SAME * point[0]:
             groups[-1].append(point)
         else:
             groups.append([point])
@@ -100,7 +99,7 @@ def header(report: Report) -> str:
         first = report.records[0]
         threads = f"{first.threads} thread{'' if first.threads == 1 else 's'}"
         lines.append(
-            f"{first.size}, {first.precision}, device {first.device}, {threads}, engine {first.engine}, "
+            f"{first.size}, {_precision(first)}, device {first.device}, {threads}, engine {first.engine}, "
             f"median of {settings.rounds} round{'' if settings.rounds == 1 else 's'}"
         )
     return "\n".join(lines)
@@ -113,9 +112,14 @@ def model_table(records: Sequence[Record]) -> str:
         first = block[0]
         title = f"{first.model}, {first.runtime}, {first.classes} classes: {first.coarse_size} instead of {first.size}"
         rows: list[Sequence[str]] = [
-            ("", "density", "ms", "with coarse", "ratio", "GMACs", "peak MB"),
-            ("dense", "", _ms(first.dense_ms), "", "", _number(first.dense_gmacs), _number(first.dense_peak_mb)),
-            ("coarse", "", _ms(first.coarse_ms), "", "", _number(first.coarse_gmacs), _number(first.coarse_peak_mb)),
+            ("", "density", "ms", "with coarse", "ratio", "GMACs", "peak MB", "packed MB"),
+            *(
+                (name, "", _ms(ms), "", "", _number(gmacs), _number(peak_mb), "")
+                for name, ms, gmacs, peak_mb in (
+                    ("dense", first.dense_ms, first.dense_gmacs, first.dense_peak_mb),
+                    ("coarse", first.coarse_ms, first.coarse_gmacs, first.coarse_peak_mb),
+                )
+            ),
         ]
         rows += [
             (
@@ -126,6 +130,7 @@ def model_table(records: Sequence[Record]) -> str:
                 f"{r.ratio:.2f}x",
                 _number(r.refine_gmacs),
                 _number(r.refine_peak_mb),
+                _number(r.packed_mb),
             )
             for r in block
         ]
@@ -145,7 +150,7 @@ def summary(report: Report) -> str:
     head = ["model", "runtime", "coarse size", "dense ms", "coarse ms"]
     for plan in plans:
         head += [f"{plan} ms", "ratio", "break-even"]
-    rows: list[Sequence[str]] = [(*head, "peak MB dense", "coarse", "refine")]
+    rows: list[Sequence[str]] = [(*head, "peak MB dense", "coarse", "refine", "packed MB")]
     starred = False
     for block in _by_run(report.records):
         first = block[0]
@@ -156,13 +161,18 @@ def summary(report: Report) -> str:
             starred |= even is not None and even.extrapolated
             row += [_ms(record.refine_ms), f"{record.ratio:.2f}x", "-" if even is None else str(even)]
         refine_peak = max(record.refine_peak_mb for record in chosen)
-        rows.append((*row, *map(_number, (first.dense_peak_mb, first.coarse_peak_mb, refine_peak))))
+        packed = max((r.packed_mb for r in chosen if r.packed_mb is not None), default=None)
+        rows.append((*row, *map(_number, (first.dense_peak_mb, first.coarse_peak_mb, refine_peak, packed))))
     densities = sorted({f"{typical(same).density:.0%}" for run in _by_run(report.records) for same in _by_plan(run)})
     lines = [
         f"refinement at a density of {', '.join(densities)}; ratio = dense / (coarse + refinement)",
         *_aligned(rows, words=3),
     ]
     lines.append("break-even: the density above which dense is cheaper" + ("; * extrapolated" if starred else ""))
+    lines.append(
+        "peak MB: beyond the loaded networks and packed MB, a copy of the extractor's weights"
+        + ("; refine and packed: the largest of all plans" if len(plans) > 1 else "")
+    )
     return "\n".join([*lines, *report.left_out])
 
 
@@ -278,7 +288,7 @@ def _draw_run(ax: Any, run: Sequence[Record], colours: dict[str, str], longest: 
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
             )
             ticks.append(y)
-            names.append(f"{r.density:.0%}" if r.mask == "synthetic" else r.mask)
+            names.append(f"{r.density:.0%}" if _unlike_others(r, same) else r.mask)
         y += 0.5
     ax.axvline(scale * first.dense_ms, color=_DENSE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     ax.set_yticks(ticks, names, fontsize=8)
@@ -293,6 +303,11 @@ def _draw_run(ax: Any, run: Sequence[Record], colours: dict[str, str], longest: 
     return shown
 
 
+def _unlike_others(record: Record, others: Sequence[Record]) -> bool:
+    """No other record has this density, as it is written."""
+    return sum(f"{record.density:.0%}" == f"{other.density:.0%}" for other in others) == 1
+
+
 def _caption(report: Report, width: float) -> str:
     import textwrap
 
@@ -300,7 +315,7 @@ def _caption(report: Report, width: float) -> str:
     threads = f"{first.threads} thread{'' if first.threads == 1 else 's'}"
     text = (
         f"End to end to labels of {first.size}; numbers: dense / (coarse + refinement). "
-        f"{report.machine}, {threads}, {first.precision}, engine {first.engine}"
+        f"{report.machine}, {threads}, {_precision(first)}, engine {first.engine}"
     )
     return "\n".join(textwrap.wrap(text, int(15 * width)))
 
@@ -327,6 +342,11 @@ def _by_run(records: Sequence[Record]) -> list[list[Record]]:
 
 def _by_plan(records: Sequence[Record]) -> list[list[Record]]:
     return [list(group) for _, group in groupby(records, key=lambda r: r.plan)]
+
+
+def _precision(record: Record) -> str:
+    same = record.precision == "float32"
+    return record.precision if same else f"base {record.precision}, refiner float32"
 
 
 def _ms(value: float) -> str:

@@ -223,10 +223,10 @@ def _add_benchmark(parser: ArgumentParser) -> None:
     parser.add_argument("--size", default="1024x2048", help="height x width of the image in pixels")
     parser.add_argument("--coarse", help="size of the base's low-resolution input; by default half of --size")
     parser.add_argument("--plans", default="paper,slim16", help="extractors: paper, slim, slim16")
-    parser.add_argument("--densities", help="of synthetic masks, by default 0.05,0.1,0.2,0.3")
-    parser.add_argument("--masks", nargs="+", default=[], help="image files instead; what is not black is a site")
+    parser.add_argument("--densities", help="of synthetic masks; without --masks 0.05,0.1,0.2,0.3; 1: all pixels")
+    parser.add_argument("--masks", nargs="+", default=[], help="image files; what is not black is a site")
     parser.add_argument("--runtimes", default="torch", help="of the base: torch, onnxruntime, openvino")
-    parser.add_argument("--classes", type=int, default=19, help="of random models and of those that do not tell")
+    parser.add_argument("--classes", type=int, default=19, help="of models with random weights")
     parser.add_argument("--threads", type=int, help="of the CPU; by default as many as torch uses")
     parser.add_argument("--precision", default="float32", help="of the base: float32, float16, bfloat16")
     _add_device(parser)
@@ -268,8 +268,8 @@ def _run_benchmark(parser: ArgumentParser, arguments: Namespace) -> int:
         shown = len(report.records)
         if new:
             print(f"{header(report)}\n\n{model_table(new)}\n" if first else f"{model_table(new)}\n", flush=True)
-            if arguments.json:
-                write_records(arguments.json, report.records)
+        if arguments.json:
+            write_records(arguments.json, report.records)
 
     report = benchmark(settings, seen=seen, tell=lambda line: print(line, file=sys.stderr, flush=True))
     print(summary(report))

@@ -102,7 +102,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     state = next((value for value in inner if isinstance(value, Mapping)), content)
     odd = [f"{key!r} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
     if odd or not state:
-        found = f"no tensors but {_listed(odd)}" if odd else "nothing"
+        count = len(state) - len(odd)
+        tensors = f"{count} tensors and, besides them," if count else "no tensors but"
+        found = f"{tensors} {_listed(odd)}" if state else "nothing"
         raise ValueError(f"{path}: expected names and tensors, or those in 'state_dict' or 'model'; found {found}")
     return Checkpoint(_without_prefix(state), _classes(content))
 
@@ -211,6 +213,11 @@ def load_renamed(
     with torch.no_grad():
         for name, value in given.items():
             own[name].copy_(value)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says first."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _is_counter(name: str) -> bool:

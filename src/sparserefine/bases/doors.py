@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, LoadedModel, check_normalisation, tensor_of
-from sparserefine.bases.checkpoint import load_renamed, read_checkpoint
+from sparserefine.bases.checkpoint import first_line, load_renamed, read_checkpoint
 from sparserefine.classes import Classes, wheel
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,16 @@ _SMP_OUTPUTS: dict[str | None, Literal["logits", "scores"]] = {
 }
 """What a model of smp gives with each ``activation``; the others give labels, or nothing that is a probability."""
 
+_SMP_KEYS = re.compile(
+    r"_model_class|(encoder|decoder|psp)_\w+|in_channels|classes|activation|upsampling|upscale_mode|aux_params|"
+    r"img_size|dynamic_img_size|dynamic_img_pad|strict_img_size|window_size|drop_rate|drop_path_rate"
+)
+"""What a configuration of smp may hold: arguments of its own models, then harmless ones of timm's encoders.
+
+smp hands all others to ``timm.create_model``, where some name files that are unpickled (``checkpoint_path``) or weights
+to be fetched (``pretrained_cfg`` and its like).
+"""
+
 _SAME_NAMES = ((r".*", r"\g<0>"),)
 """For :func:`load_renamed`: names are the model's own."""
 
@@ -55,6 +65,9 @@ class Adapted(nn.Module):
         bgr: the model takes blue, green, red.
         foreground: the model has one channel, the foreground's: its logit z becomes the logits [0, z] (their softmax is
             the sigmoid of z), its ``scores`` p become [1 - p, p]. ``None``: the output stays as it is.
+
+    Attributes:
+        settings: what the outputs depend on besides the weights (for :attr:`sparserefine.base.FrozenBase.identity`).
     """
 
     def __init__(
@@ -69,6 +82,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.model, self.label = model, label
         self.multiple, self.bgr, self.foreground = multiple, bgr, foreground
+        self.settings = repr((multiple, bgr, foreground))
 
     def forward(self, x: Tensor) -> Tensor:
         """``float [B, 3, h, w]``, normalised red, green, blue -> ``[B, K, h', w']``; any h and w."""
@@ -161,7 +175,8 @@ def smp(name: str | Path) -> LoadedModel:
     * With ``activation`` softmax or sigmoid the outputs are scores. A model with a sigmoid for each of several classes
       has no class for pixels that are of none.
 
-    The encoder's pretrained weights are not downloaded: the file has them.
+    The encoder's pretrained weights are not downloaded: the file has them. A configuration that could make timm read
+    other files, or fetch some, is refused.
 
     Args:
         name: folder with ``config.json`` and ``model.safetensors``, or hub id.
@@ -190,9 +205,10 @@ def smp(name: str | Path) -> LoadedModel:
         with contextlib.redirect_stdout(sys.stderr):  # it says where it loads from
             model = package.from_pretrained(str(name), strict=True, **unneeded)
     except Exception as error:  # whatever smp, timm, the hub and torch raise at a file that does not fit
+        told = " ".join(str(error).split())[:300]  # which weights do not fit is told from the second line on
         raise ValueError(
-            f"base {label}: cannot be loaded ({_first_line(error)}); expected what save_pretrained wrote, read by a "
-            "segmentation_models_pytorch that is not older"
+            f"base {label}: cannot be loaded ({type(error).__name__}: {told}); expected what save_pretrained wrote, "
+            "read by a segmentation_models_pytorch that is not older"
         ) from error
     mean, std, bgr = _smp_normalisation(package, config, label)
     outputs = _SMP_OUTPUTS[activation]
@@ -222,7 +238,7 @@ def _smp_config(name: str, label: str) -> dict[str, Any]:
             path = Path(hf_hub_download(name, "config.json"))
         except Exception as error:  # no such model, no network, no permission
             raise FileNotFoundError(
-                f"base {label}: no such folder, and not to be had from the hub ({_first_line(error)})"
+                f"base {label}: no such folder, and not to be had from the hub ({first_line(error)})"
             ) from error
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -233,7 +249,24 @@ def _smp_config(name: str, label: str) -> dict[str, Any]:
             f"base {label}: {path} names no _model_class; expected what save_pretrained of a "
             "segmentation_models.pytorch model wrote"
         )
+    _check_smp(config, f"base {label}: {path}")
     return config
+
+
+def _check_smp(config: Mapping[str, Any], where: str) -> None:
+    """Raises ``ValueError`` where timm would be given files or a hub."""
+    for key, value in config.items():
+        if not _SMP_KEYS.fullmatch(key):
+            raise ValueError(
+                f"{where}: {key} = {value!r} is refused: of keys that are not smp's own, timm may take some as files "
+                "to read or fetch; remove it, if the model is the same without"
+            )
+    encoder = config.get("encoder_name")
+    if isinstance(encoder, str) and not re.fullmatch(r"[\w.-]+", encoder):  # as hf-hub:<id> and local-dir:<path>
+        raise ValueError(
+            f"{where}: encoder_name = {encoder!r} is elsewhere; expected the name of an encoder of smp, or "
+            "'tu-<name of timm>'"
+        )
 
 
 def _smp_multiple(model: Any, config: Mapping[str, Any]) -> int:
@@ -256,7 +289,7 @@ def _smp_normalisation(
     except Exception as error:  # names that smp takes elsewhere, and whatever the hub raises
         _log.warning(
             f"base {label}: how encoder {encoder} ({weights}) is normalised cannot be found out "
-            f"({_first_line(error)}); ImageNet's mean and std are taken, unless base.mean and base.std are given; "
+            f"({first_line(error)}); ImageNet's mean and std are taken, unless base.mean and base.std are given; "
             "where there is no network, HF_HUB_OFFLINE=1 saves waiting for it"
         )
         return IMAGENET_MEAN, IMAGENET_STD, False
@@ -287,7 +320,7 @@ def _opened(
     if count == 1:
         adapted = Adapted(model, label, foreground="logits").eval()
         return LoadedModel(adapted, 2, FOREGROUND, tuple(mean), tuple(std))
-    classes = checkpoint.classes if checkpoint.classes and len(checkpoint.classes) == count else None
+    classes = checkpoint.classes_of(count, weights) if count else None
     return LoadedModel(model, count, classes, tuple(mean), tuple(std))
 
 
@@ -329,18 +362,11 @@ def _package(module: str, pip: str = "") -> Any:
         return importlib.import_module(module)
     except Exception as error:  # a torchvision that does not fit its torch raises RuntimeError
         missing = isinstance(error, ModuleNotFoundError) and error.name == module
-        state = "is not installed" if missing else f"does not work here ({_first_line(error)})"
+        state = "is not installed" if missing else f"does not work here ({first_line(error)})"
         rest = "" if module == "torchvision" else ", and a torchvision"
         raise ImportError(
             f"{pip} {state}; `pip install {pip}`{rest} in the version that fits torch {torch.__version__}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """Kind and first line of an error, and the second where the first announces it, as in torch's of state dicts."""
-    lines = [*f"{type(error).__name__}: {error}".splitlines(), ""]
-    line = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") else lines[0]
-    return line.strip() if len(line) <= 300 else f"{line[:300]}..."
 
 
 def _near(name: str, names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import mmap
 import re
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from sparserefine.base import LoadedModel
+from sparserefine.bases.checkpoint import first_line
+
+_log = logging.getLogger(__name__)
 
 _FLOATS: dict[str, type[np.floating[Any]]] = {
     "tensor(float)": np.float32,
@@ -80,9 +84,10 @@ class OnnxModel:
         batch, *fixed = self._shape
         if any(isinstance(n, int) and n != m for n, m in zip(fixed, x.shape[1:], strict=True)):
             height, width = (n if isinstance(n, int) else "any" for n in fixed[1:])
+            size = [n if isinstance(n, int) else m for n, m in zip(fixed[1:], x.shape[2:], strict=True)]
             raise ValueError(
                 f"{self.path}: takes images of {height} x {width}, got {x.shape[2]} x {x.shape[3]}; set base.size: "
-                f"[{fixed[1]}, {fixed[2]}], or export the model with dynamic height and width"
+                f"{size}, or export the model with dynamic height and width"
             )
         if isinstance(batch, int) and batch not in (1, len(x)):
             raise ValueError(
@@ -137,17 +142,19 @@ def open_session(path: Path, device: torch.device | None = None, *, optimize: bo
     if device is not None and device.type == "cuda":
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # the library has an exception class of its own for each of its failures
-        missing = [file.name for file in _weight_files(path) if not file.is_file()]
+        missing = [file.name for file in _weight_files(path) if file.name in str(error) and not file.is_file()]
         if missing:
             raise FileNotFoundError(f"{path}: its weights are in {', '.join(missing)}, which is not there") from error
         raise ValueError(f"{path}: not an ONNX file that can be run, or cut short ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says first."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if len(providers) > 1 and session.get_providers()[0] != "CUDAExecutionProvider":
+        _log.warning(
+            "%s: runs on the CPU: ONNX Runtime cannot load its CUDA provider; install the CUDA and cuDNN that this "
+            "onnxruntime-gpu was built for",
+            path,
+        )
+    return session
 
 
 def _input_of(session: Any, path: Path) -> tuple[str, tuple[int | str | None, ...], type[np.floating[Any]]]:
@@ -180,7 +187,7 @@ def _output_of(session: Any, path: Path) -> tuple[str, int, int | None]:
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    for file in (path, *_weight_files(path)):
+    for file in (path, *filter(Path.is_file, _weight_files(path))):
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
@@ -191,7 +198,8 @@ def _weight_files(path: Path) -> list[Path]:
     """The files beside ``path`` that hold its weights.
 
     A tensor outside of the file says so by a pair of strings, "location" and the file's name, which as protocol buffers
-    are: tag, length, text, tag, length (seven bits a byte), text.
+    are: tag, length, text, tag, length (seven bits a byte), text. Notes that the exporter left in the file may look the
+    same, so that not all that is found need be there; names that lead elsewhere are left out.
     """
     with path.open("rb") as stream:
         if not path.stat().st_size:
@@ -200,5 +208,7 @@ def _weight_files(path: Path) -> list[Path]:
             names = set()
             for match in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", data):
                 length = sum((byte & 127) << 7 * i for i, byte in enumerate(match[1]))
-                names.add(bytes(data[match.end() : match.end() + length]))
-    return [path.parent / name.decode(errors="replace") for name in sorted(names)]
+                if 0 < length <= 255:  # no file has a longer name
+                    names.add(data[match.end() : match.end() + length].decode(errors="replace"))
+    inside = (name for name in map(Path, sorted(names)) if not name.is_absolute() and ".." not in name.parts)
+    return [path.parent / name for name in inside]

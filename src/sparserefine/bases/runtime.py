@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine.base import tensor_of
-from sparserefine.bases.onnx import OnnxModel, first_line, open_session
+from sparserefine.bases.checkpoint import first_line
+from sparserefine.bases.onnx import OnnxModel, open_session
 
 _log = logging.getLogger(__name__)
 
@@ -28,10 +29,10 @@ _Program = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 MOST_SIZES = 4
 """Compiled programs that are kept; each has a copy of the weights."""
 
-_NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",)}
+NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",)}
+"""The packages that each library needs to run a torch module."""
 
-
-_CURE = "leave base.runtime out to run it by torch"
+_CURE = "leave base.runtime out"
 
 
 class Runtime:
@@ -61,9 +62,10 @@ class Runtime:
                 f"base.runtime = {name!r} runs torch modules and ONNX files, got {type(model).__name__}; leave "
                 "base.runtime out, or make the base an nn.Module"
             )
-        if name not in _NEEDS:
-            raise ValueError(f"base.runtime = {name!r}, expected one of {', '.join(_NEEDS)}")
-        for package in _NEEDS[name]:
+        if name not in NEEDS:
+            raise ValueError(f"base.runtime = {name!r}, expected one of {', '.join(NEEDS)}")
+        packages = (name,) if isinstance(model, OnnxModel) else NEEDS[name]  # a file needs no exporter
+        for package in packages:
             try:
                 importlib.import_module(package)
             except ImportError as error:
@@ -78,20 +80,21 @@ class Runtime:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Coarse outputs ``float32 [B, K, h', w']`` of ``float32 [B, 3, h, w]`` on the CPU."""
+        if isinstance(self.model, OnnxModel) and self.name == "onnxruntime":
+            return self.model(x)  # on a GPU too
         if x.device.type != "cpu" or x.dtype != torch.float32:
             raise ValueError(
-                f"base.runtime = {self.name!r} takes float32 on the CPU, got {x.dtype} on {x.device}; {_CURE}"
+                f"base.runtime = {self.name!r} takes float32 on the CPU, got {x.dtype} on {x.device}; "
+                + _cure(x.device)
             )
         if isinstance(self.model, OnnxModel):
-            if self.name == "onnxruntime":
-                return self.model(x)
             images = [part[i : i + 1] for part in self.model.parts(x) for i in range(len(part))]
         else:
             odd = next((p for p in self.model.parameters() if p.dtype != torch.float32 or p.device.type != "cpu"), None)
             if odd is not None:
                 raise ValueError(
                     f"base.runtime = {self.name!r} runs models in float32 on the CPU, got {odd.dtype} on {odd.device}; "
-                    + _CURE
+                    + _cure(odd.device)
                 )
             images = list(x.detach().contiguous().numpy()[:, None])
         program = self._program(x[:1])
@@ -117,6 +120,10 @@ class Runtime:
             _log.info("%s: %s compiled for %d x %d in %.1f s", self.name, label, *size, time.perf_counter() - start)
         self._programs.move_to_end(size)
         return self._programs[size]
+
+
+def _cure(device: torch.device) -> str:
+    return _CURE if device.type == "cpu" else f"{_CURE}, or stay on the CPU (--device cpu)"
 
 
 class _Logits(nn.Module):
@@ -170,7 +177,7 @@ def _compiled_onnxruntime(model: nn.Module | OnnxModel, x: Tensor) -> _Program:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warnings of exporters, which are about their own insides; errors are heard."""
-    before = logging.root.manager.disable
+    before, level = logging.root.manager.disable, logging.root.level
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -178,3 +185,4 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+        logging.root.setLevel(level)  # OpenVINO sets it to ERROR, for everyone

@@ -49,6 +49,11 @@ class Scratch:
             with self._lock:
                 self._idle = [max([block, *self._idle], key=len)]
 
+    def clear(self) -> None:
+        """Gives the kept block back to the system."""
+        with self._lock:
+            self._idle = []
+
 
 class _Norm:
     """Batch normalisation with running statistics as ``x * scale + shift``, in units of ``step`` if that is given."""
@@ -205,6 +210,10 @@ class PackedUNet:
         packed = [self.stem, self.head, *self.down, *(p for ps in self.up for p in ps)]
         packed += [p for b in blocks for p in (b.conv1, b.conv2, b.shortcut) if p is not None]
         return sum(p.data.nbytes for p in packed) / 1e6
+
+    def clear(self) -> None:
+        """Gives back the memory of features, else kept for the next forward; the packed weights stay."""
+        self._memory.clear()
 
     def tables(self, plan: Plan) -> None:
         """Makes the tables of the plan that this network reads, which the forward does otherwise."""
