@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageDraw
 
-from sparserefine.bases.unet import UNet, save_unet
+from sparserefine import BaseConfig, ExtractorConfig, SparseRefiner
+from sparserefine.bases import load_base
+from sparserefine.bases.unet import UNet, load_unet, save_unet
 from sparserefine.cli import main
 from sparserefine.data.stored_logits import StoredLogits
 from sparserefine.training.losses import cross_entropy, refinement_loss, soft_dice
@@ -282,3 +285,35 @@ def test_refiner_folder_works_anywhere(project, monkeypatch, tmp_path_factory):
     image = torch.randint(0, 256, (1, 3, 40, 44), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.equal(first(image).logits(), second(image).logits())
+
+
+def test_training_loads_its_base_once(project, monkeypatch):
+    """A large one three times over would be most of the memory of a training run."""
+    loads = []
+
+    def counted(path):
+        loads.append(str(path))
+        return load_unet(path)
+
+    monkeypatch.setattr("sparserefine.bases.unet.load_unet", counted)
+    short = ["--logits.source", "live", "--training.steps", "1", "--training.val_every", "1"]
+    assert main(["train", "config.yaml", *short]) == 0
+    assert loads.count("base.safetensors") == 1
+
+
+@pytest.mark.parametrize(("dense", "mean"), [("unet:other.safetensors", 0.1), ("python:dense_peer:build", 0.485)])
+def test_a_dense_peer_of_another_kind_has_its_own_normalisation(dense, mean, project, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def caught(*arguments, dense, **options):
+        raise Seen(dense.mean[0])
+
+    (project / "dense_peer.py").write_text("from torch import nn\ndef build():\n    return nn.Conv2d(3, 2, 1)\n")
+    monkeypatch.delitem(sys.modules, "dense_peer", raising=False)
+    base = load_base(BaseConfig("unet:base.safetensors", ratio=0.25), 2)
+    SparseRefiner(base, extractor=ExtractorConfig((8, 16))).save_pretrained("run/best")
+    monkeypatch.setattr("sparserefine.evaluate.evaluate", caught)
+    arguments = ["evaluate", "config.yaml", "--refiner", "run/best", "--base.mean", "[0.1, 0.2, 0.3]"]
+    with pytest.raises(Seen, match=f"^{mean}$"):
+        main([*arguments, "--dense", dense])
