@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sparserefine.base import BaseConfig, FrozenBase
 from sparserefine.bases import load_base
+from sparserefine.bases.checkpoint import read_json
 from sparserefine.bases.unet import UNet, save_unet
 from sparserefine.classes import Classes
 from sparserefine.data.images import written_whole
@@ -96,7 +97,7 @@ def load_refiner(
         FileNotFoundError: there is no such folder and no such hub id.
     """
     folder = _local_folder(name)
-    config = _read_config(folder / _CONFIG)
+    config = read_json(folder / _CONFIG)
     where = f"{folder / _CONFIG}"
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
@@ -180,23 +181,13 @@ def _local_folder(name: str | Path) -> Path:
         ) from error
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        base = _read_config(folder / _CONFIG).get("base") if (folder / _CONFIG).is_file() else None
+        base = read_json(folder / _CONFIG).get("base") if (folder / _CONFIG).is_file() else None
         file = str(base.get("name", "")).rpartition(":")[2] if isinstance(base, Mapping) else ""
         if file.endswith((".onnx", ".pth", ".pt")):  # of the base, where it lies beside the refiner
             snapshot_download(name, allow_patterns=[file, f"{file}.data", f"{file}_data"])
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{name}: no such folder, and the hub gave none of that id ({error})") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds {type(config).__name__}, expected an object")
-    return config
 
 
 def _parse(cls: type[T], values: Any, where: str) -> T:

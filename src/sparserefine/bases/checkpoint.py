@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 import zipfile
@@ -213,6 +214,21 @@ def load_renamed(
     with torch.no_grad():
         for name, value in given.items():
             own[name].copy_(value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, as configurations beside weights are.
+
+    Raises:
+        ValueError: not readable as JSON, or no object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds {type(found).__name__}, expected an object")
+    return found
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import math
 import re
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, LoadedModel
-from sparserefine.bases.checkpoint import first_line
+from sparserefine.bases.checkpoint import first_line, read_json
 from sparserefine.bases.hf_model import MASKS, HfModel
 from sparserefine.classes import CITYSCAPES, Classes, wheel
 
@@ -67,7 +66,7 @@ def hf(name: str | Path) -> LoadedModel:
     """
     transformers = _transformers()
     folder = _local_folder(name)
-    config = _read_json(folder / _CONFIG)
+    config = read_json(folder / _CONFIG)
     _check_own(config, folder / _CONFIG)
     model = _load(_architecture(config, transformers, folder / _CONFIG), transformers, folder)
     processor, where = _read_processor(folder)
@@ -157,16 +156,6 @@ def _local_folder(name: str | Path) -> Path:
     if not (folder / _CONFIG).is_file():
         raise ValueError(f"{name}: no {_CONFIG} under this hub id; expected a model of transformers")
     return folder
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds {type(found).__name__}, expected an object")
-    return found
 
 
 def _check_own(value: Any, where: Path) -> None:
@@ -265,7 +254,7 @@ def _read_processor(folder: Path) -> tuple[dict[str, Any], Path]:
     """Settings of the image processor and the file they are from; empty without one."""
     for name in _PROCESSOR:
         if (folder / name).is_file():
-            found: Any = _read_json(folder / name)
+            found: Any = read_json(folder / name)
             if name == _PROCESSOR[0]:
                 found = found.get("image_processor")
             if isinstance(found, dict):
