@@ -8,6 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_MMSEG ?= .venv-mmseg
+# For the tests of GPU kernels without a GPU. The CPU build of torch comes without; a build for GPUs brings its own.
+TRITON ?= 3.9.0
 CONSTRAINTS ?= constraints.txt
 KERNELS = hatch_build.py src/sparserefine/native/build.py $(wildcard src/sparserefine/native/*.h src/sparserefine/native/*.cpp)
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS)
@@ -52,6 +54,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(KERNELS) | $(VENV)/bin/pytho
 
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) $(KERNELS) | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
+	$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps triton==$(TRITON)
 	touch $@ $(VENV)/.installed
 
 clean:

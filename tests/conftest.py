@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny tensors: on a busy machine, waiting for a second thread is most of the time
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels for GPUs run on the CPU, interpreted, but for the tests of a GPU (``make test-gpu``)."""
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is later
 
 
 @pytest.fixture(autouse=True)

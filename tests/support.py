@@ -6,6 +6,7 @@ What judges sparserefine stands on torch.nn.functional alone; of the package onl
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +28,11 @@ TOLERANCE = {  # (rtol, atol) for values of size about 1; the reference is compu
 }
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
 
-ENGINES = ("torch", "cpu-avx512", "cpu-avx2", "cpu-generic")
-"""Every engine on every instruction set; those that this machine cannot run are skipped, see :func:`engine_of`."""
+CPU_ENGINES = ("cpu-avx512", "cpu-avx2", "cpu-generic")
+"""The CPU engine on every instruction set; those that this machine cannot run are skipped, see :func:`engine_of`."""
+TRITON_ENGINES = ("triton", pytest.param("triton-gpu", marks=pytest.mark.gpu))
+"""Kernels for GPUs, interpreted on the CPU, and on a GPU: where the tensors of a test lie, says :func:`device_of`."""
+ENGINES = ("torch", *CPU_ENGINES, *TRITON_ENGINES)
 
 PATTERNS = ("none", "one", "border", "all", "random")
 SIZES = [pytest.param(size, id="{}x{}".format(*size)) for size in ((1, 1), (1, 7), (2, 2), (3, 3), (6, 8), (9, 7))]
@@ -140,6 +144,21 @@ def numbers(model: nn.Module) -> set[float]:
     return {value.view(-1)[0].item() for value in model.parameters()}
 
 
+def needs_triton(*, gpu: bool = False) -> None:
+    """Skips the test where kernels for GPUs do not run: interpreted on the CPU, or on a GPU."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if gpu and (interpreted or not torch.cuda.is_available()):
+        pytest.skip("no GPU" if not torch.cuda.is_available() else "kernels are interpreted; run `make test-gpu`")
+    if not gpu and not interpreted:
+        pytest.skip("kernels are compiled, not interpreted; run `make test`")
+
+
+def device_of(engine: str) -> torch.device:
+    """Where the tensors lie that one of :data:`ENGINES` is tested with."""
+    return torch.device("cuda" if engine == "triton-gpu" else "cpu")
+
+
 @cache
 def engine_of(name: str) -> Engine:
     """One of :data:`ENGINES`; skips the test where this machine cannot run it."""
@@ -147,10 +166,15 @@ def engine_of(name: str) -> Engine:
     from sparserefine.sparse import get_engine
     from sparserefine.sparse.cpu.engine import CpuEngine
 
-    kind, _, instruction_set = name.partition("-")
+    kind, _, variant = name.partition("-")
     if kind == "torch":
         return get_engine("torch")
+    if kind == "triton":
+        needs_triton(gpu=variant == "gpu")
+        from sparserefine.sparse.gpu.engine import TritonEngine
+
+        return TritonEngine()
     try:
-        return CpuEngine(instruction_set)
+        return CpuEngine(variant)
     except Unavailable as reason:
         pytest.skip(f"engine {name}: {reason}")

@@ -17,7 +17,7 @@ from sparserefine.sparse import Plan, PlanSpec, Sites, get_engine
 from sparserefine.sparse.cpu.engine import CpuEngine
 from sparserefine.sparse.cpu.geometry import Cells, parity_taps
 from sparserefine.sparse.cpu.kernels import Activation, Epilogue, Kernels, Tiles
-from support import ENGINES, PATTERNS, assert_close, at_sites, dense_around, engine_of, mask_of, on_grid
+from support import CPU_ENGINES, PATTERNS, assert_close, at_sites, dense_around, engine_of, mask_of, on_grid
 
 CHANNELS = [(1, 1), (3, 16), (16, 3), (17, 19), (19, 17), (33, 1), (16, 33), (64, 16), (33, 64), (64, 80), (80, 64)]
 ROWS = (0, 1, 5, 7, 9, 11, 13, 1000)
@@ -32,7 +32,7 @@ POISON = 1e30
 FUZZ = settings(derandomize=True, deadline=None, max_examples=25)
 
 
-@pytest.fixture(scope="module", params=[name for name in ENGINES if name != "torch"])
+@pytest.fixture(scope="module", params=CPU_ENGINES)
 def engine(request: pytest.FixtureRequest) -> CpuEngine:
     found = engine_of(request.param)
     assert isinstance(found, CpuEngine)

@@ -20,7 +20,7 @@ from sparserefine.sparse import Plan, PlanSpec, Sites, SparseUNet, get_engine
 from sparserefine.sparse.cpu import network as network_module
 from sparserefine.sparse.cpu.engine import CpuEngine
 from sparserefine.sparse.cpu.network import PackedUNet
-from support import ENGINES, PATTERNS, assert_close, engine_of, mask_of
+from support import CPU_ENGINES, PATTERNS, assert_close, engine_of, mask_of
 
 K = 4
 DOWNS = ("paper", "cell")
@@ -32,7 +32,7 @@ SAME_LABELS = 0.9999
 HRF = Path(__file__).parents[1] / "runs" / "hrf"
 
 
-@pytest.fixture(scope="module", params=[name for name in ENGINES if name != "torch"])
+@pytest.fixture(scope="module", params=CPU_ENGINES)
 def engine(request: pytest.FixtureRequest) -> CpuEngine:
     found = engine_of(request.param)
     assert isinstance(found, CpuEngine)

@@ -17,12 +17,15 @@ class Sites:
         batch_size: B.
         height: H [px].
         width: W [px].
+        count: ``int32 [1]`` on the device: rows in use, the rest is padding (:meth:`SparseRefiner.capture`); ``None``:
+            all of them.
     """
 
     coords: Tensor
     batch_size: int
     height: int
     width: int
+    count: Tensor | None = None
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Sites:

@@ -1,0 +1,1 @@
+"""Engine ``triton``: kernels for GPUs, compiled when they are first called."""
