@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+MASKS = ROOT.parent / "shared" / "masks"
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -264,6 +265,17 @@ def read_mask(path: str) -> Tensor:
     """``bool [H, W]``, true where the picture is not black."""
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image.convert("L"))) > 0
+
+
+def find_mask(name: str) -> Path:
+    """A PNG file, or one of :data:`MASKS` by name."""
+    path = Path(name) if name.endswith(".png") else MASKS / f"{name}.png"
+    if path.is_file():
+        return path.absolute()
+    known = sorted(mask.stem for mask in MASKS.glob("*.png"))
+    if not known:
+        raise ValueError(f"mask {name!r} is not found; ../shared/masks is not there: pass --masks FILE.png[,FILE.png]")
+    raise ValueError(f"mask {name!r} is not found; choose from {', '.join(known)}, or pass a PNG file")
 
 
 def site_features(sites: int, channels: int) -> Tensor:

@@ -149,7 +149,7 @@ class EngineTask:
         return {"instruction_set": self._instruction_set(), "levels_ms": self._levels_ms()}
 
     def _instruction_set(self) -> str | None:
-        if self._engine.name != "cpu":
+        if self._engine.on(torch.device("cpu")).name != "cpu":
             return None
         from sparserefine.native.library import load
 

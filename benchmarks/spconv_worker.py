@@ -145,3 +145,88 @@ class SpconvTask:
     def details(self) -> dict[str, Any]:
         """None."""
         return {}
+
+
+class SpconvGpuTask:
+    """Times spconv on a GPU, its search for neighbours included. For ``benchmarks.gpu``, which has no spconv itself.
+
+    Args:
+        inputs: file with a list of ``bool [B, H, W]`` and features ``[N, C]``; they are taken in turn.
+        weights: file with the state of a ``SparseUNet``.
+        channels: C.
+        classes: K.
+        planes: channels of each level.
+        blocks: residual blocks of each level and direction.
+        down: kind of down-sampling.
+        dtype: ``float16``, or ``tf32``: float32, products in TF32 allowed.
+    """
+
+    def __init__(
+        self,
+        inputs: str,
+        weights: str,
+        channels: int,
+        classes: int,
+        planes: list[int],
+        blocks: int,
+        down: str,
+        dtype: str,
+    ) -> None:
+        if not torch.cuda.is_available():
+            raise ValueError("torch of spconv's environment sees no GPU")
+        from spconv import constants
+
+        constants.SPCONV_ALLOW_TF32 = dtype == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+        kind = torch.float16 if dtype == "float16" else torch.float32
+        network = SpconvUNet(channels, classes, planes, blocks, down).eval()
+        network.load_weights(torch.load(weights, weights_only=True))
+        self._network = network.to("cuda", kind)
+        self._sets = []
+        for mask, features in torch.load(inputs, weights_only=True):
+            indices = mask.cuda().nonzero().int().contiguous()
+            self._sets.append((features.to("cuda", kind), indices, list(mask.shape[1:]), len(mask)))
+
+    def _forward(self, number: int) -> Tensor:
+        """On a set that spconv has not seen: it keeps neighbours in the tensor that it is given."""
+        features, indices, size, batch = self._sets[number % len(self._sets)]
+        with torch.inference_mode():
+            logits: Tensor = self._network(spconv.SparseConvTensor(features, indices, size, batch))
+        return logits
+
+    def start(self) -> None:
+        """Every set once: spconv tries its kernels when it first sees a shape."""
+        for number in range(len(self._sets)):
+            self._forward(number)
+        self._measured(1)
+
+    def round(self) -> dict[str, Any]:
+        """All repetitions: 30 to 100, fewer of what takes more than 100 ms."""
+        (once,) = self._measured(1)
+        count = min(100, max(30, int(300 / max(once, 1e-3)))) if once <= 100 else max(5, int(3000 / once))
+        self._measured(3)
+        return {"laps": self._measured(count)}
+
+    def _measured(self, count: int) -> list[float]:
+        """Milliseconds of so many forwards, by events."""
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        torch.cuda.synchronize()
+        for number, (start, end) in enumerate(events):
+            start.record()
+            self._forward(number)
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    def output(self) -> Tensor:
+        """Logits ``[N, K]`` of the first set."""
+        return self._forward(0).cpu()
+
+    def details(self) -> dict[str, Any]:
+        """Most memory of the GPU beyond network and inputs [MB]."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self._forward(0)
+        torch.cuda.synchronize()
+        return {"gpu_peak_mb": (torch.cuda.max_memory_allocated() - before) / 1e6}

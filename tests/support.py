@@ -152,6 +152,27 @@ def needs_triton(*, gpu: bool = False) -> None:
         pytest.skip("no GPU" if not torch.cuda.is_available() else "kernels are interpreted; run `make test-gpu`")
     if not gpu and not interpreted:
         pytest.skip("kernels are compiled, not interpreted; run `make test`")
+    if interpreted:
+        _mend_interpreter()
+
+
+@cache
+def _mend_interpreter() -> None:
+    """Triton 3.9's multiplies the bits of bfloat16 as if they were integers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot = InterpreterBuilder.create_dot
+
+    def widened(operand: TensorHandle) -> TensorHandle:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
+        return dot(self, widened(a), widened(b), *rest)
+
+    InterpreterBuilder.create_dot = create_dot
 
 
 def device_of(engine: str) -> torch.device:

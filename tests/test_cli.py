@@ -72,6 +72,17 @@ def test_unknown_device(capsys, tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.parametrize(
+    ("precision", "words"),
+    [("float8", "precision 'float8' is not known; choose from float32"), ("float16", "for GPUs, device is cpu")],
+)
+def test_precision_is_that_of_a_gpu(capsys, tmp_path, precision, words):
+    options = ["--refiner", "demo", "--out", str(tmp_path / "out"), "--device", "cpu", "--precision", precision]
+    assert main(["predict", "x.png", *options]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_installed_script():
     script = os.path.join(os.path.dirname(sys.executable), "sparserefine")  # noqa: PTH118, PTH120
     if not os.path.exists(script):  # noqa: PTH110

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from sparserefine.selector import Selector
+from sparserefine.sparse import get_engine
+from sparserefine.sparse.torch_engine import TorchEngine
+from support import ENGINES, device_of, engine_of
 
 SHAPE = (3, 5, 7)
 CHOICES = [
@@ -47,6 +50,40 @@ def test_selection(kind: str, threshold: float | None, budget: int | None, maske
     valid = torch.rand(SHAPE) < 0.7 if masked else None
     sites = Selector(threshold, budget)(entropy, valid)
     assert torch.equal(sites.mask(), expected_mask(entropy, threshold, budget, valid))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_keeps_to_the_budget(engine: str) -> None:
+    run, device = engine_of(engine), device_of(engine)
+    entropy, valid = entropies("ties"), torch.rand(SHAPE) < 0.7
+    mask = Selector(0.2, 9).mask(entropy.to(device), valid.to(device), run)
+    assert torch.equal(mask.cpu(), expected_mask(entropy, 0.2, 9, valid))
+
+
+def test_the_given_engine_keeps_to_the_budget() -> None:
+    class Recording(TorchEngine):
+        def keep_largest(self, values: Tensor, mask: Tensor, budget: int) -> None:
+            asked.append(budget)
+
+    asked: list[int] = []
+    entropy = entropies("distinct")
+    assert Selector(0.0).mask(entropy, engine=Recording()).all()
+    assert Selector(0.0, 3).mask(entropy, engine=Recording()).all(), "only the engine clears"
+    assert asked == [3]
+
+
+def test_sites_are_those_of_the_mask() -> None:
+    entropy, valid = entropies("ties"), torch.rand(SHAPE) < 0.7
+    selector = Selector(0.2, 9)
+    assert torch.equal(selector(entropy, valid).mask(), selector.mask(entropy, valid))
+
+
+@pytest.mark.parametrize("budget", [0, 2, 3, 4, 5, 6, 7])
+def test_nan_counts_as_minus_infinity(budget: int) -> None:
+    values = torch.tensor([[[math.nan, 1.0, -math.inf], [-2.0, math.nan, 3.0]]])
+    mask = torch.ones(1, 2, 3, dtype=torch.bool)
+    get_engine("torch").keep_largest(values, mask, budget)
+    assert mask.flatten().nonzero().flatten().tolist() == sorted([5, 1, 3, 0, 2, 4][:budget])
 
 
 def test_threshold_is_exclusive() -> None:

@@ -15,30 +15,45 @@ from support import (
     KERNEL,
     PATTERNS,
     SIZES,
+    TRITON_ENGINES,
     assert_close,
     at_sites,
     coarser_mask,
     dense_around,
     dense_down,
     dense_up,
+    device_of,
     engine_of,
     mask_of,
     on_grid,
 )
 
 C_IN, C_OUT = 3, 5
-EXACT = {name: torch.float64 if name == "torch" else torch.float32 for name in ENGINES}
+SOME_ENGINES = ("torch", "cpu-generic", *TRITON_ENGINES)
+"""One of each kind."""
 DOWNS = ("paper", "cell")
 KINDS = ("around", "down-paper", "up-paper", "down-cell", "up-cell")
+
+
+def exact(engine: str) -> torch.dtype:
+    """The highest precision of an engine."""
+    return torch.float64 if engine == "torch" else torch.float32
 
 
 class Case:
     """One convolution on one mask: the stencil under test, its operands, and the dense rule for the same thing."""
 
     def __init__(
-        self, kind: str, mask: Tensor, dtype: torch.dtype = torch.float64, engine: str = "torch", channels: int = C_OUT
+        self,
+        kind: str,
+        mask: Tensor,
+        dtype: torch.dtype = torch.float64,
+        engine: str = "torch",
+        channels: int = C_OUT,
+        inputs: int = C_IN,
     ) -> None:
         self.kind, _, self.down = kind.partition("-")
+        mask = mask.to(device_of(engine))
         plan = engine_of(engine).geometry(Sites.from_mask(mask), PlanSpec(2, self.down or "cell"))
         level = plan.levels[0]
         coarse = coarser_mask(mask, self.down or "cell")
@@ -53,11 +68,11 @@ class Case:
         n_in, n_out = int(self.source.sum()), int(self.target.sum())
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=random, dtype=torch.float64)
+            return torch.randn(*shape, generator=random, dtype=torch.float64).to(mask.device)
 
         # Scaled so that results and both gradients are of size about 1.
-        self.x = normal(n_in, C_IN).to(dtype)
-        self.weight = (normal(taps, C_IN, channels) / (taps * C_IN) ** 0.5).to(dtype)
+        self.x = normal(n_in, inputs).to(dtype)
+        self.weight = (normal(taps, inputs, channels) / (taps * inputs) ** 0.5).to(dtype)
         self.grad = (normal(n_out, channels) / max(1, n_out) ** 0.5).to(dtype)
 
     def oracle(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -89,13 +104,13 @@ class Case:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_equals_dense_convolution(engine: str, kind: str, size: tuple[int, int], pattern: str) -> None:
-    Case(kind, mask_of(pattern, size, batch=2), EXACT[engine], engine).check()
+    Case(kind, mask_of(pattern, size, batch=2), exact(engine), engine).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ["torch", "cpu-generic"])
+@pytest.mark.parametrize("engine", SOME_ENGINES)
 def test_equals_dense_convolution_in_each_precision(engine: str, kind: str, pattern: str, dtype: torch.dtype) -> None:
     Case(kind, mask_of(pattern, (9, 8), batch=3), dtype, engine).check()
 
@@ -104,7 +119,7 @@ def test_equals_dense_convolution_in_each_precision(engine: str, kind: str, patt
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_any_number_of_channels(engine: str, kind: str, channels: int) -> None:
-    Case(kind, mask_of("random", (30, 41), batch=2), EXACT[engine], engine, channels).check()
+    Case(kind, mask_of("random", (30, 41), batch=2), exact(engine), engine, channels).check()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,9 +140,9 @@ def test_gradcheck(kind: str, pattern: str) -> None:
 
 @pytest.mark.parametrize("wanted", ["x", "weight"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ["torch", "cpu-generic"])
+@pytest.mark.parametrize("engine", SOME_ENGINES)
 def test_only_the_gradient_that_is_wanted(engine: str, kind: str, wanted: str) -> None:
-    case = Case(kind, mask_of("random", (6, 5)), EXACT[engine], engine)
+    case = Case(kind, mask_of("random", (6, 5)), exact(engine), engine)
     operand = getattr(case, wanted).requires_grad_()
     conv(case.x, case.weight, case.stencil).backward(case.grad)
     other = case.weight if wanted == "x" else case.x
@@ -136,9 +151,9 @@ def test_only_the_gradient_that_is_wanted(engine: str, kind: str, wanted: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ["torch", "cpu-generic"])
+@pytest.mark.parametrize("engine", SOME_ENGINES)
 def test_strided_operands(engine: str, kind: str) -> None:
-    case = Case(kind, mask_of("random", (6, 5)), EXACT[engine], engine)
+    case = Case(kind, mask_of("random", (6, 5)), exact(engine), engine)
     expected = conv(case.x, case.weight, case.stencil)
     x = case.x.t().contiguous().t()
     weight = case.weight.transpose(1, 2).contiguous().transpose(1, 2)
@@ -269,7 +284,7 @@ def brute_force(mask: Tensor, down: str) -> tuple[list, list, list, list]:
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("down", DOWNS)
-@pytest.mark.parametrize("engine", ["torch", "cpu-generic"])
+@pytest.mark.parametrize("engine", SOME_ENGINES)
 def test_tables_against_loops(engine: str, down: str, size: tuple[int, int], pattern: str) -> None:
     mask = mask_of(pattern, size, batch=3)
     plan = engine_of(engine).geometry(Sites.from_mask(mask), PlanSpec(3, down))

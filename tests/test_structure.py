@@ -64,6 +64,16 @@ def test_sparse_knows_only_itself_uncertainty_and_the_kernels(name: str) -> None
     assert project_parts(FILES[name]) <= {"sparse", "uncertainty", "native"}
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_triton_is_imported_for_kernels_on_the_gpu_only(name: str) -> None:
+    """It looks for drivers and compilers, which takes its time and may fail."""
+    if name.startswith("sparse/gpu/"):
+        return
+    modules = imported(FILES[name], at_import=True)
+    assert "triton" not in {module.split(".")[0] for module in modules}
+    assert not {module for module in modules if f"{module}.".startswith("sparserefine.sparse.gpu.")}
+
+
 @pytest.mark.parametrize("name", below("native"))
 def test_kernels_know_only_themselves(name: str) -> None:
     assert project_parts(FILES[name]) <= {"native"}
@@ -98,6 +108,16 @@ def run(code: str) -> str:
 def test_import_is_quick_and_silent() -> None:
     """No torch, and nothing printed before our own line."""
     code = "import sys, sparserefine; print(sorted({'torch', 'numpy', 'PIL', 'lightning'} & set(sys.modules)))"
+    assert run(code) == "[]"
+
+
+def test_engines_are_imported_when_they_are_asked_for() -> None:
+    """Without a GPU nobody asks for the kernels in Triton: not the package, not engine ``auto``."""
+    code = (
+        "import sys, torch; torch.cuda.is_available = lambda: False\n"
+        "from sparserefine import SparseRefiner; from sparserefine.sparse import get_engine; get_engine('auto')\n"
+        "print([name for name in sys.modules if name.startswith('sparserefine.sparse.gpu')])"
+    )
     assert run(code) == "[]"
 
 

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from sparserefine.class_map import check_class_map, merged, read_class_map
 from sparserefine.classes import Classes
@@ -359,6 +358,8 @@ def count_macs(model: Callable[..., Any], shape: tuple[int, ...]) -> int | None:
     """
     if hasattr(model, "digest"):  # a file that another library runs: torch would count nothing
         return None
+    from torch.utils.flop_counter import FlopCounterMode  # not before it is needed: it imports triton
+
     counter = FlopCounterMode(display=False)
     try:
         if not isinstance(model, nn.Module):

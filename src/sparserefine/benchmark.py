@@ -35,13 +35,13 @@ from sparserefine.bases.onnx import OnnxModel
 from sparserefine.bases.runtime import NEEDS
 from sparserefine.benchmark_records import DENSITIES, BaseEntry, Record, Report, Settings, size_text
 from sparserefine.data.images import read_image
-from sparserefine.device import device_named
+from sparserefine.device import device_named, on_gpu_in
 from sparserefine.evaluate import dense_labels
 from sparserefine.extractor import PRESETS
 from sparserefine.refiner import SparseRefiner
 from sparserefine.selector import Selector
-from sparserefine.sparse import Engine, Sites, calibrating, get_engine
-from sparserefine.sparse.cpu.network import PackedUNet
+from sparserefine.sparse import Engine, calibrating, get_engine
+from sparserefine.sparse.cpu.engine import CpuEngine
 from sparserefine.timing import PeakMemory
 
 RANDOM_MODELS = (
@@ -58,14 +58,14 @@ RANDOM_MODELS = (
 class GivenSites(Selector):
     """The selector at work on a given map instead of the base's entropies: 1 nat at the wanted sites, 0 elsewhere.
 
-    It does all that the real one does (compares every pixel, lists those above the threshold), on as many sites.
+    It does all that the real one does (compares every pixel with the threshold), with as many sites as result.
     """
 
     entropy: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1))
 
-    def __call__(self, entropy: Tensor, valid: Tensor | None = None) -> Sites:
-        """Sites of the given map, ``float32 [B, H, W]``; ``entropy`` is what the base's prediction would have had."""
-        return super().__call__(self.entropy, valid)
+    def mask(self, entropy: Tensor, valid: Tensor | None = None, engine: Engine | None = None) -> Tensor:
+        """Of the given map, ``float32 [B, H, W]``; ``entropy`` is what the base's prediction would have had."""
+        return super().mask(self.entropy, valid, engine)
 
 
 def random_model(name: str, num_classes: int) -> LoadedModel:
@@ -163,8 +163,8 @@ def benchmark(
     weights, its pool) counts. Peak memory of refine is what its stages need beyond the loaded networks and the
     extractor's packed weights, which are reported apart; memory that an engine keeps for features counts.
 
-    A GPU computes the base's convolutions in full float32, as the refiner's, not in TF32. Another precision is the
-    base's alone.
+    A GPU computes the base's convolutions in full float32, as the refiner's, not in TF32. Another precision is that of
+    both there (the refiner's by autocast), on the CPU the base's alone.
 
     Dense labels are made by the quickest code there is here: the CPU engine's single pass (which also gives entropies
     and is faster all the same), otherwise interpolation and argmax.
@@ -180,7 +180,8 @@ def benchmark(
         ImportError: a package is missing; the message says which.
     """
     tell = tell or (lambda line: None)
-    device, engine = device_named(settings.device), get_engine(settings.engine)
+    device = device_named(settings.device)
+    engine = get_engine(settings.engine).on(device)
     others = [runtime for runtime in settings.runtimes if runtime != "torch"]
     if others and device.type != "cpu":
         raise ValueError(f"{', '.join(others)} run on the CPU, the device is {device}; choose --device cpu")
@@ -220,9 +221,8 @@ def machine(device: torch.device, engine: Engine) -> str:
     parts = [name, torch.backends.cpu.get_cpu_capability(), f"torch {torch.__version__}"]
     if device.type == "cuda":
         parts.insert(0, torch.cuda.get_device_name(device))
-    kernels = getattr(engine, "kernels", None)
-    if kernels is not None and device.type == "cpu":
-        parts.append(f"kernels {kernels.library.name}")
+    if isinstance(engine, CpuEngine):
+        parts.append(f"kernels {engine.kernels.library.name}")
     return ", ".join(parts)
 
 
@@ -421,7 +421,8 @@ class _Base:
         def refine(refiner: SparseRefiner, selector: GivenSites) -> dict[str, float]:
             refiner.selector = selector
             start = self._now()
-            refinement = refiner.refine(image, logits[0])
+            with on_gpu_in(settings.precision, device):
+                refinement = refiner.refine(image, logits[0])
             middle = self._now()
             refinement.labels()
             end = self._now()
@@ -438,15 +439,14 @@ class _Base:
             self._tell(f"{name}, {runtime}: refinement with {plan}, untimed run and memory")
             if self._engine.name == "cpu-int8":
                 self._calibrate(refiner, logits[0])
-            packed = refiner.engine.prepare(refiner.extractor)
-            packed_mb[plan] = packed.megabytes if isinstance(packed, PackedUNet) else None
+            packed = refiner.engine.on(device).prepare(refiner.extractor)
+            packed_mb[plan] = getattr(packed, "megabytes", None)
             for number, mask in enumerate(self._masks):
                 selector = GivenSites(threshold=0.5, entropy=mask.entropy.to(device))
                 refined[plan, number] = _Clock(lambda refiner=refiner, selector=selector: refine(refiner, selector))  # type: ignore[misc]
             # The densest mask last: it leaves memory that is large enough for all, which the timed rounds find.
             for number in sorted(range(len(self._masks)), key=lambda number: self._masks[number].sites):
-                clear = packed.clear if isinstance(packed, PackedUNet) else None
-                refined[plan, number].watch_memory(device, clear=clear)
+                refined[plan, number].watch_memory(device, clear=getattr(packed, "clear", None))
         for number in range(settings.rounds):
             self._tell(f"{name}, {runtime}: round {number + 1} of {settings.rounds}")
             for clock in (*clocks.values(), *refined.values()):
@@ -477,13 +477,12 @@ class _Base:
         dense_ms, coarse_ms, refine_ms = (clock.median() for clock in (dense, coarse, refine))
         stages = [key for key in refine.rounds[0] if key not in ("ms", "macs")]
         gmacs = {key: None if value is None else value / 1e9 for key, value in self._macs.items()}
-        on_cpu = self._device.type == "cpu"
         return Record(
             model=self._entry.name,
             size=size_text(settings.size),
             density=mask.sites / (height * width),
             plan=plan,
-            engine=self._engine.name if on_cpu or not self._engine.name.startswith("cpu") else "torch",
+            engine=self._engine.name,
             threads=torch.get_num_threads(),
             dense_ms=dense_ms,
             coarse_ms=coarse_ms,

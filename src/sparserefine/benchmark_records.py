@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparserefine.device import PRECISIONS
 from sparserefine.extractor import PRESETS
 
 RUNTIMES = ("torch", "onnxruntime", "openvino")
-PRECISIONS = ("float32", "float16", "bfloat16")
 DENSITIES = (0.05, 0.1, 0.2, 0.3)
 
 
@@ -76,7 +76,7 @@ class Settings:
         runtimes: what runs the base.
         classes: of models with random weights.
         threads: of the CPU; ``None``: as many as torch uses.
-        precision: of the base's parameters and activations.
+        precision: of the base's parameters and activations, and on a GPU of the refiner's too.
         device: by name.
         engine: what executes the sparse network.
         rounds: timed runs of everything; times are medians.
@@ -143,7 +143,7 @@ class Record:
         refine_ms: all stages after the base, labels included.
         ratio: dense_ms / (coarse_ms + refine_ms): how many times faster.
         runtime: of the base: ``torch``, ``onnxruntime``, ``openvino``; ``own``: a callable that is no torch module.
-        precision: of the base.
+        precision: of the base, and on a GPU of the refiner.
         device: where.
         coarse_size: the base's low-resolution input.
         mask: ``synthetic``, or the file's name.

@@ -345,7 +345,7 @@ def _by_plan(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def _precision(record: Record) -> str:
-    same = record.precision == "float32"
+    same = record.precision == "float32" or record.device.startswith("cuda")
     return record.precision if same else f"base {record.precision}, refiner float32"
 
 

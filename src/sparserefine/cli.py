@@ -116,6 +116,10 @@ def _add_refiner(parser: ArgumentParser) -> None:
     _add_device(parser)
 
 
+def _add_precision(parser: ArgumentParser) -> None:
+    parser.add_argument("--precision", default="float32", help="of a GPU: float32, float16, bfloat16 (autocast)")
+
+
 def _refiner(arguments: Namespace, **options: Any) -> SparseRefiner:
     from sparserefine.demo import demo_refiner_folder
     from sparserefine.device import device_named
@@ -176,6 +180,7 @@ def _run_train(parser: ArgumentParser, arguments: Namespace) -> int:
 def _add_evaluate(parser: ArgumentParser) -> None:
     _add_config(parser)
     _add_refiner(parser)
+    _add_precision(parser)
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="which split of the data")
     parser.add_argument("--dense", help="another base to compare with, by name, at --dense_ratio of the size")
     parser.add_argument("--dense_class_map", help="its class map; a base of the same kind has the configuration's")
@@ -191,10 +196,11 @@ def _run_evaluate(parser: ArgumentParser, arguments: Namespace) -> int:
 
     from sparserefine.bases import load_base
     from sparserefine.data.images import written_whole
-    from sparserefine.device import device_named
+    from sparserefine.device import check_precision, device_named, on_gpu_in
     from sparserefine.evaluate import evaluate
 
     config, device = _config(parser, arguments), device_named(arguments.device)
+    check_precision(arguments.precision, device)
     data = config.data.read(getattr(config.data, arguments.split))
     refiner = _refiner(arguments, base=load_base(config.base, data.classes))
     if refiner.selector != config.selector:
@@ -209,7 +215,8 @@ def _run_evaluate(parser: ArgumentParser, arguments: Namespace) -> int:
             dense_config = replace(dense_config, class_map=arguments.dense_class_map)
         dense = load_base(dense_config, data.classes).to(device)
     images = (data.read(index) for index in tqdm(range(len(data)), desc=arguments.split, unit="image"))
-    result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)
+    with on_gpu_in(arguments.precision, device):
+        result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)
     print(result.table())
     if arguments.json:
         with written_whole(arguments.json) as temporary:
@@ -228,7 +235,9 @@ def _add_benchmark(parser: ArgumentParser) -> None:
     parser.add_argument("--runtimes", default="torch", help="of the base: torch, onnxruntime, openvino")
     parser.add_argument("--classes", type=int, default=19, help="of models with random weights")
     parser.add_argument("--threads", type=int, help="of the CPU; by default as many as torch uses")
-    parser.add_argument("--precision", default="float32", help="of the base: float32, float16, bfloat16")
+    parser.add_argument(
+        "--precision", default="float32", help="of the base, on a GPU of all: float32, float16, bfloat16"
+    )
     _add_device(parser)
     parser.add_argument("--engine", default="auto", help="what executes the sparse network; see `sparserefine info`")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of everything; times are medians")
@@ -281,6 +290,7 @@ def _run_benchmark(parser: ArgumentParser, arguments: Namespace) -> int:
 def _add_predict(parser: ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", help="image files, folders, or glob patterns in quotes")
     _add_refiner(parser)
+    _add_precision(parser)
     parser.add_argument("--out", required=True, help="folder of the label images (index PNG)")
     parser.add_argument("--overlay", action="store_true", help="also write the labels drawn over the image")
     parser.add_argument("--overwrite", action="store_true", help="replace label images that are there already")
@@ -288,10 +298,14 @@ def _add_predict(parser: ArgumentParser) -> None:
 
 
 def _run_predict(parser: ArgumentParser, arguments: Namespace) -> int:
+    from sparserefine.device import check_precision, device_named, on_gpu_in
     from sparserefine.predict import predict
 
-    refiner = _refiner(arguments, trust_base=arguments.trust_base, runtime=arguments.runtime)
-    report = predict(arguments.inputs, refiner, arguments.out, overlay=arguments.overlay, overwrite=arguments.overwrite)
+    device = device_named(arguments.device)
+    check_precision(arguments.precision, device)
+    refiner, out = _refiner(arguments, trust_base=arguments.trust_base, runtime=arguments.runtime), arguments.out
+    with on_gpu_in(arguments.precision, device):
+        report = predict(arguments.inputs, refiner, out, overlay=arguments.overlay, overwrite=arguments.overwrite)
     for failure in report.failures:
         print(f"{failure.name}: {failure.reason}", file=sys.stderr)
     print(report.summary())

@@ -1,8 +1,12 @@
-"""Devices by name."""
+"""Devices by name, and the precision that a GPU computes in."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+
+PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def device_named(name: str) -> torch.device:
@@ -20,3 +24,22 @@ def device_named(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r}: not available here ({reason}); try auto or cpu") from error
     return device
+
+
+def check_precision(name: str, device: torch.device) -> None:
+    """Refuses what is not one of :data:`PRECISIONS`, and half precision on other devices than GPUs, which gain nothing.
+
+    Raises:
+        ValueError: see above.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"precision {name!r} is not known; choose from {', '.join(PRECISIONS)}")
+    if name != "float32" and device.type != "cuda":
+        raise ValueError(f"precision {name} is for GPUs, device is {device}; leave it at float32")
+
+
+def on_gpu_in(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to one of :data:`PRECISIONS` on a GPU; on other devices, and for float32, nothing changes."""
+    if precision == "float32" or device.type != "cuda":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, precision))

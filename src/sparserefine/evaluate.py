@@ -267,7 +267,7 @@ def dense_labels(engine: Engine, logits: Tensor, size: tuple[int, int], outputs:
         outputs: what ``logits`` are, ``logits`` or ``scores``.
     """
     on_cpu = logits.device.type == "cpu"
-    if on_cpu and engine.name != "torch":
+    if on_cpu and engine.on(logits.device).name.startswith("cpu"):
         return engine.uncertainty(logits, size, Upsampling("bilinear", outputs))[0]
     if tuple(logits.shape[2:]) != size:
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)

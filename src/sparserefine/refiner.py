@@ -5,10 +5,11 @@ image -> base -> coarse logits -> selector -> sites -> extractor -> sparse logit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,12 @@ from sparserefine.classes import Classes
 from sparserefine.ensembler import EnsemblerConfig, build_ensembler
 from sparserefine.extractor import PRESETS, ExtractorConfig
 from sparserefine.selector import Selector
-from sparserefine.sparse import Engine, Sites, calibrating, get_engine
+from sparserefine.sparse import Engine, Plan, Sites, calibrating, get_engine
 from sparserefine.timing import StageTimer
 from sparserefine.uncertainty import Upsampling, Window, dense, entropy
+
+if TYPE_CHECKING:
+    from sparserefine.capture import CapturedRefiner
 
 
 class SparseRefiner(nn.Module):
@@ -113,24 +117,29 @@ class SparseRefiner(nn.Module):
         windows: Sequence[Window] | None,
         valid: Tensor | None,
         timer: StageTimer,
+        plan_of: Callable[[Tensor], Plan] | None = None,
     ) -> Refinement:
-        """All stages after the base, on inputs that were checked; ``timer`` may have timed the base already."""
+        """All stages after the base, on inputs that were checked; ``timer`` may have timed the base already.
+
+        ``plan_of`` takes the place of the engine's ``plan``.
+        """
         size = (image.shape[2], image.shape[3])
-        how = self.how(size)
+        how, engine, spec = self.how(size), self.engine.on(image.device), self.extractor.spec
         with timer.stage("uncertainty"), torch.no_grad():
-            labels, entropies = self.engine.uncertainty(coarse, size, how, windows)
+            labels, entropies = engine.uncertainty(coarse, size, how, windows)
         with timer.stage("select"):
-            sites = self.selector(entropies, valid)
+            mask = self.selector.mask(entropies, valid, engine)
         with timer.stage("plan"):
-            plan = self.engine.geometry(sites, self.extractor.spec)
+            plan = plan_of(mask) if plan_of else engine.plan(mask, spec)
+            sites = plan.levels[0].sites
         with timer.stage("gather"):
-            coarse_logits = self.engine.sample(coarse, sites.coords, size, how, windows)
-            features = self._features(image, sites, coarse_logits)
+            coarse_logits = engine.sample(coarse, sites.coords, size, how, windows)
+            features = self._features(image, sites, coarse_logits, engine)
         with timer.stage("extractor"):
-            packed = None if torch.is_grad_enabled() else self.engine.prepare(self.extractor)
+            packed = None if torch.is_grad_enabled() else engine.prepare(self.extractor)
             sparse_logits = (packed or self.extractor)(features, plan)
         with timer.stage("ensembler"):
-            refined = self.ensembler(coarse_logits, sparse_logits.float(), self.engine)
+            refined = self.ensembler(coarse_logits, sparse_logits.float(), engine)
         sparse_macs = {"extractor": self.extractor.macs(plan), "ensembler": self.ensembler.macs(len(sites))}
         return Refinement(
             coarse,
@@ -144,7 +153,7 @@ class SparseRefiner(nn.Module):
             timer,
             sparse_macs,
             self.base,
-            self.engine,
+            engine,
         )
 
     def _check_inputs(
@@ -177,22 +186,46 @@ class SparseRefiner(nn.Module):
             return Upsampling("nearest", self.base.outputs, self.base.input_size(*size))
         return Upsampling("bilinear", self.base.outputs)
 
-    def _features(self, image: Tensor, sites: Sites, coarse_logits: Tensor) -> Tensor:
+    def _features(self, image: Tensor, sites: Sites, coarse_logits: Tensor, engine: Engine) -> Tensor:
         """``[N, F]``: what :class:`ExtractorConfig` lists, in its order."""
         parts = []
         for name in self.extractor_config.features:
             if name == "rgb":
-                mean, std = (torch.tensor(v, device=image.device) for v in (self.mean, self.std))
                 white = 255 if image.dtype == torch.uint8 else 1
-                parts.append(self.engine.pixels(image, sites, 1 / (std * white), -mean / std))
+                parts.append(engine.pixels(image, sites, *_scale_and_shift(self.mean, self.std, white, image.device)))
             elif name == "coords":
-                extent = torch.tensor([sites.height, sites.width], device=image.device)
-                parts.append((2 * sites.coords[:, 1:] + 1) / extent - 1)
+                extents = ((1, sites.height), (2, sites.width))
+                parts += [((2 * sites.coords[:, axis] + 1) / extent - 1)[:, None] for axis, extent in extents]
             elif name == "probabilities":
                 parts.append(coarse_logits.softmax(1))
             else:
                 parts.append(entropy(coarse_logits, 1)[:, None])
         return torch.cat(parts, dim=1)
+
+    def capture(
+        self,
+        images: Tensor | Sequence[Tensor],
+        *,
+        headroom: float = 1.5,
+        capacities: Sequence[int] | None = None,
+    ) -> CapturedRefiner:
+        """Records all stages after the base as one CUDA graph, for a stream of images of one size on the GPU.
+
+        The graph has room for a fixed number of sites at each level; an image with more is refined without it, and
+        counted. It belongs to the weights, the selector and the precision of this moment, and to the images' shape:
+        see :class:`sparserefine.capture.CapturedRefiner`. Precision is that of ``torch.autocast``, if it is on.
+
+        Args:
+            images: one or several typical ``[B, 3, H, W]`` on the GPU, of the shape and dtype that are to come.
+            headroom: room for so many times the sites that these have.
+            capacities: or the room itself, in sites for each level, full size first.
+
+        Raises:
+            ValueError: there is no GPU, the images are of several shapes, or the numbers make no sense.
+        """
+        from sparserefine.capture import capture
+
+        return capture(self, [images] if isinstance(images, Tensor) else list(images), headroom, capacities)
 
     def calibrate(self, images: Iterable[Tensor]) -> int:
         """Runs the method on a few typical images, so that engine ``cpu-int8`` knows how large activations get.
@@ -244,6 +277,16 @@ class SparseRefiner(nn.Module):
         from sparserefine.storage import load_refiner
 
         return load_refiner(name, base=base, trust_base=trust_base, engine=engine, runtime=runtime)
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], white: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """``[3]`` each, of pixels from 0 to ``white``; kept, for a copy to the GPU waits for it."""
+    with torch.inference_mode(False):
+        means, stds = torch.tensor(mean), torch.tensor(std)
+        return (1 / (stds * white)).to(device), (-means / stds).to(device)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparserefine.sparse.sites import Sites
+from sparserefine.sparse import Engine, Sites, get_engine
 from sparserefine.uncertainty import entropy_limit
 
 
@@ -41,34 +41,21 @@ class Selector:
             )
 
     def __call__(self, entropy: Tensor, valid: Tensor | None = None) -> Sites:
-        """Sites of a batch.
+        """Sites of a batch: where :meth:`mask` is true."""
+        return Sites.from_mask(self.mask(entropy, valid))
+
+    def mask(self, entropy: Tensor, valid: Tensor | None = None, engine: Engine | None = None) -> Tensor:
+        """What is selected of a batch, ``bool [B, H, W]``.
 
         Args:
             entropy: ``float [B, H, W]`` [nats].
             valid: ``bool [B, H, W]``; where false (padding) nothing is selected. ``None``: everywhere true.
+            engine: keeps to the budget; by default ``torch``.
         """
         entropy = entropy.contiguous()
         mask = entropy > self.threshold if self.threshold is not None else torch.ones_like(entropy, dtype=torch.bool)
         if valid is not None:
             mask &= valid
         if self.budget is not None:
-            for image_entropy, image_mask in zip(entropy, mask, strict=True):
-                _keep_most_uncertain(image_entropy, image_mask, self.budget)
-        return Sites.from_mask(mask)
-
-
-def _keep_most_uncertain(entropy: Tensor, mask: Tensor, budget: int) -> None:
-    """Clears all but ``budget`` entries of ``mask [H, W]`` in place; deterministic, unlike topk with ties."""
-    candidates = mask.view(-1).nonzero()[:, 0]
-    excess = len(candidates) - budget
-    if excess <= 0:
-        return
-    mask.fill_(False)
-    if budget == 0:
-        return
-    values = entropy.reshape(-1)[candidates]
-    cut = values.kthvalue(excess + 1).values
-    above = values > cut
-    ties = (values == cut).nonzero()[: budget - int(above.sum()), 0]
-    above[ties] = True
-    mask.view(-1)[candidates[above]] = True
+            (engine or get_engine("torch")).keep_largest(entropy, mask, self.budget)
+        return mask

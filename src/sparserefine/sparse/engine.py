@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparserefine.native.library import Unavailable
 from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
 from sparserefine.sparse.sites import Sites
 from sparserefine.uncertainty import Upsampling, Window
 
-ENGINES = ("torch", "cpu", "cpu-int8")
-"""Engines that exist; ``triton`` (GPU) is to stand beside them. ``auto`` does not pick ``cpu-int8``: it rounds."""
-
+ENGINES = ("torch", "cpu", "cpu-int8", "triton")
+"""Engines by name. ``auto`` does not pick ``cpu-int8``: it rounds."""
 
 Perceptron = tuple[Tensor, Tensor, Tensor, Tensor]
 """Weight and bias of a hidden layer with ReLU, weight and bias of the layer after it, as ``nn.Linear`` has them."""
@@ -26,6 +26,15 @@ class Engine(Protocol):
     """What an engine provides. :class:`TorchEngine` defines each result; inherit from it what an engine lacks."""
 
     name: str
+
+    def on(self, device: torch.device) -> Engine:
+        """Which engine executes on that device: this one, or the one it leaves such tensors to."""
+
+    def keep_largest(self, values: Tensor, mask: Tensor, budget: int) -> None:
+        """Clears ``mask``, ``bool [B, H, W]``, in place but for the ``budget`` largest values of each image."""
+
+    def plan(self, mask: Tensor, spec: PlanSpec) -> Plan:
+        """Sites of ``mask``, ``bool [B, H, W]``, and their plan in one go."""
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
         """Plan of the sites; its stencils carry this engine and may carry tables of its own."""
@@ -68,28 +77,73 @@ class Engine(Protocol):
 
 
 def get_engine(name: str = "auto") -> Engine:
-    """The engine of that name; ``auto`` picks the fastest that works here.
+    """The engine of that name; ``auto`` picks the fastest that works here, for tensors on the CPU and on the GPU.
 
     Raises:
         ValueError: no engine has that name, or it cannot be used here.
     """
-    from sparserefine.native.library import Unavailable
-    from sparserefine.sparse.torch_engine import TorchEngine
-
     if name not in ("auto", *ENGINES):
         raise ValueError(f"engine {name!r} is not known; choose 'auto' or one of {', '.join(ENGINES)}")
+    if name == "auto":
+        return _fastest()
+    try:
+        return _load(name)
+    except Unavailable as error:
+        raise ValueError(f"engine {name!r} cannot be used here: {error}") from error
+
+
+def _fastest() -> Engine:
+    try:
+        elsewhere = _load("cpu")
+    except Unavailable as error:
+        _tell(logging.WARNING, f"engine torch, for engine cpu is not available: {error}")
+        elsewhere = _load("torch")
+    if not torch.cuda.is_available():
+        return elsewhere
+    try:
+        on_gpu = _load_for_gpu()
+    except Unavailable as error:
+        _tell(logging.WARNING, f"engine torch on the GPU, for engine triton is not available: {error}")
+        return elsewhere
+    from sparserefine.sparse.auto import AutoEngine
+
+    return AutoEngine(on_gpu, elsewhere)
+
+
+def _load(name: str) -> Engine:
+    """The engine of that name, or ``Unavailable``. Engines import much, so each is imported when it is asked for."""
     if name == "torch":
+        from sparserefine.sparse.torch_engine import TorchEngine
+
         return TorchEngine()
+    if name == "triton":
+        return _load_triton()
     from sparserefine.sparse.cpu.engine import CpuEngine, Int8Engine
 
+    engine = Int8Engine() if name == "cpu-int8" else CpuEngine()
+    _tell(logging.INFO, f"engine {name} ({engine.kernels.library.name})")
+    return engine
+
+
+def _load_triton() -> Engine:
     try:
-        engine = Int8Engine() if name == "cpu-int8" else CpuEngine()
-    except Unavailable as error:
-        if name == "auto":
-            _tell(logging.WARNING, f"engine torch, for engine cpu is not available: {error}")
-            return TorchEngine()
-        raise ValueError(f"engine {name!r} cannot be used here: {error}") from error
-    _tell(logging.INFO, f"engine {engine.name} ({engine.kernels.library.name})")
+        from sparserefine.sparse.gpu.engine import TritonEngine
+    except Exception as error:  # triton looks for drivers and compilers when it is imported
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            raise Unavailable("triton is not installed; on Linux, torch for a GPU brings it") from error
+        raise Unavailable(f"triton does not load: {type(error).__name__}: {error}") from error
+    engine = TritonEngine()
+    _tell(logging.INFO, "engine triton")
+    return engine
+
+
+def _load_for_gpu() -> Engine:
+    """Engine ``triton`` for tensors on a GPU, or ``Unavailable``."""
+    engine = _load_triton()
+    from sparserefine.sparse.gpu.launch import runs_on
+
+    if not runs_on(torch.device("cuda")):
+        raise Unavailable("TRITON_INTERPRET=1 is set, so its kernels run on the CPU")
     return engine
 
 
@@ -101,26 +155,35 @@ def _tell(level: int, words: str) -> None:
 
 def engine_report() -> dict[str, str]:
     """Each engine and whether it works here, and what ``auto`` picks, in words."""
+    cpu, triton = _cpu_report(), _triton_report()
+    works, on_gpu = cpu.startswith(_AVAILABLE), triton.startswith(_AVAILABLE)
+    if on_gpu:
+        auto = f"{'cpu' if works else 'torch'} for tensors on the CPU, triton on the GPU"
+    else:
+        auto = "cpu for tensors on the CPU, torch elsewhere" if works else "torch, for engine cpu is not available"
+    return {
+        "auto": auto,
+        "torch": "available on every device",
+        "cpu": cpu,
+        "cpu-int8": _int8_report() if works else "needs engine cpu",
+        "triton": triton,
+    }
+
+
+_AVAILABLE = "available: "
+
+
+def _cpu_report() -> str:
     from sparserefine.native.build import NOTE
-    from sparserefine.native.library import Unavailable, available, load
+    from sparserefine.native.library import available, load
 
     try:
         chosen = load().name
     except Unavailable as error:
-        return {
-            "auto": "torch, for engine cpu is not available",
-            "torch": "available on every device",
-            "cpu": str(error),
-            "cpu-int8": "needs engine cpu",
-        }
+        return str(error)
     note = f"; {NOTE.read_text(encoding='utf-8').strip()}" if NOTE.is_file() else ""
     others = ", ".join(name for name in available() if name != chosen)
-    return {
-        "auto": "cpu for tensors on the CPU, torch elsewhere",
-        "torch": "available on every device",
-        "cpu": f"available: {chosen}{f' (also {others})' if others else ''}{note}",
-        "cpu-int8": _int8_report(),
-    }
+    return f"{_AVAILABLE}{chosen}{f' (also {others})' if others else ''}{note}"
 
 
 def _int8_report() -> str:
@@ -129,3 +192,15 @@ def _int8_report() -> str:
     except ValueError as error:
         return str(error)
     return "available for calibrated refiners (`sparserefine calibrate`); about 1 % of rounding in the logits"
+
+
+def _triton_report() -> str:
+    try:
+        _load_for_gpu()
+    except Unavailable as error:
+        return str(error)
+    import triton
+
+    major, minor = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    return f"{_AVAILABLE}triton {triton.__version__}, {name} (compute capability {major}.{minor})"

@@ -18,7 +18,7 @@ class Sites:
         height: H [px].
         width: W [px].
         count: ``int32 [1]`` on the device: rows in use, the rest is padding (:meth:`SparseRefiner.capture`); ``None``:
-            all of them.
+            all of them. Length, density, ``mask`` and ``gather`` are of all rows, padding included.
     """
 
     coords: Tensor

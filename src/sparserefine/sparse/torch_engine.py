@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparserefine.sparse.engine import Perceptron
+from sparserefine.sparse.engine import Engine, Perceptron
 from sparserefine.sparse.plan import Plan, PlanSpec, Stencil, build_plan
 from sparserefine.sparse.sites import Sites
 from sparserefine.uncertainty import Upsampling, Window, sample, uncertainty
@@ -28,6 +28,18 @@ class TorchEngine:
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
         """Neighbour tables of all levels; see :func:`sparserefine.sparse.plan.build_plan`."""
         return build_plan(sites, spec, self)
+
+    def plan(self, mask: Tensor, spec: PlanSpec) -> Plan:
+        """Plan of the sites where ``mask``, ``bool [B, H, W]``, is true; they are those of its first level."""
+        return self.geometry(Sites.from_mask(mask), spec)
+
+    def keep_largest(self, values: Tensor, mask: Tensor, budget: int) -> None:
+        """Clears ``mask`` in place but for the largest values of each image; see :func:`keep_largest`."""
+        keep_largest(values, mask, budget)
+
+    def on(self, device: torch.device) -> Engine:
+        """What executes on that device: this engine, or where it has no code of its own, the one it inherits from."""
+        return self
 
     def conv(self, x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
         """``[N_in, C_in]``, ``[T, C_in, C_out]`` -> ``[N_out, C_out]``, differentiable in ``x`` and ``weight``."""
@@ -75,6 +87,33 @@ class TorchEngine:
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
         """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
         labels.view(-1)[sites.flat] = logits.argmax(1).to(labels.dtype)
+
+
+def keep_largest(values: Tensor, mask: Tensor, budget: int) -> None:
+    """Clears ``mask`` in place but for the ``budget`` largest values of each image.
+
+    Of equals the first in reading order stay, unlike topk's; NaN counts as minus infinity.
+
+    Args:
+        values: floating point ``[B, H, W]``.
+        mask: ``bool [B, H, W]``, contiguous: what there is to choose from.
+        budget: at least 0.
+    """
+    for image_values, image_mask in zip(values, mask, strict=True):
+        candidates = image_mask.view(-1).nonzero()[:, 0]
+        excess = len(candidates) - budget
+        if excess <= 0:
+            continue
+        image_mask.fill_(False)
+        if budget == 0:
+            continue
+        chosen_from = image_values.reshape(-1)[candidates]
+        chosen_from = chosen_from.where(~chosen_from.isnan(), -torch.inf)
+        cut = chosen_from.kthvalue(excess + 1).values
+        stays = chosen_from > cut
+        ties = (chosen_from == cut).nonzero()[: budget - int(stays.sum()), 0]
+        stays[ties] = True
+        image_mask.view(-1)[candidates[stays]] = True
 
 
 def _chunks(table: Tensor, channels: int, itemsize: int) -> list[tuple[int, int]]:

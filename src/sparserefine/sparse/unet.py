@@ -62,15 +62,16 @@ class SparseUNet(nn.Module):
 
     def macs(self, plan: Plan) -> int:
         """Multiply-accumulates of one forward, a missing neighbour counted like a present one (it is multiplied)."""
-        total = _rows(self.stem, plan.levels[0].around.num_outputs) + self.head.weight.numel() * len(
-            plan.levels[0].sites
-        )
-        for depth, level in enumerate(plan.levels):
-            n = len(level.sites)
+        return self.macs_of([len(level.sites) for level in plan.levels])
+
+    def macs_of(self, sites: Sequence[int]) -> int:
+        """The same from the number of sites of each level, full size first."""
+        total = _rows(self.stem, sites[0]) + self.head.weight.numel() * sites[0]
+        for depth, n in enumerate(sites):
             total += sum(_rows(module, n) for module in self.descend[depth].modules())
-            if level.down is not None:
+            if depth + 1 < len(sites):
                 total += sum(_rows(module, n) for module in self.ascend[depth].modules())
-                coarser = level.down.num_outputs
+                coarser = sites[depth + 1]
                 total += _rows(self.down_convs[depth], coarser)
                 # `cell`: every site has one parent, so only the parents are multiplied; see torch_engine.gemm_gather.
                 total += _rows(self.up_convs[depth], n if self.spec.down == "paper" else coarser)

@@ -16,7 +16,7 @@ from sparserefine.sparse.cpu.gate import gated
 from sparserefine.sparse.cpu.geometry import Across, Around, build_grid_plan
 from sparserefine.sparse.cpu.kernels import kernels
 from sparserefine.sparse.cpu.network import PackedUNet
-from sparserefine.sparse.engine import Perceptron
+from sparserefine.sparse.engine import Engine, Perceptron
 from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
 from sparserefine.sparse.quantisation import is_calibrated
 from sparserefine.sparse.sites import Sites
@@ -48,6 +48,10 @@ class CpuEngine(TorchEngine):
 
     def __reduce__(self) -> tuple[type[CpuEngine], tuple[str]]:
         return type(self), (self.kernels.library.name,)  # for copy and pickle; packed weights stay here
+
+    def on(self, device: torch.device) -> Engine:
+        """This engine on the CPU, the torch engine elsewhere."""
+        return self if device.type == "cpu" else TorchEngine()
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
         """Plan of the sites; its tables are made when they are first read."""

@@ -24,7 +24,13 @@ def runs_on(device: torch.device) -> bool:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, warps: int = 4, stages: int = 2, **meta: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    *arguments: Any,
+    warps: int = 4,
+    stages: int = 2,
+    **meta: Any,
 ) -> None:
     """Runs ``kernel`` once for each place of ``grid``; an empty grid is no launch.
 

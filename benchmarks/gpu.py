@@ -1,0 +1,179 @@
+"""Times engine ``triton`` on a GPU: checks first, then the sparse U-Net, uncertainty, training, models. See README.md.
+
+python -m benchmarks.gpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import MASKS, ROOT, chosen, find_mask, read_mask
+from benchmarks.gpu_checks import checks
+from benchmarks.gpu_device import DTYPES, Device, Gpu, Rehearsal
+from benchmarks.gpu_parts import ceilings, models, training, uncertainty
+from benchmarks.gpu_records import PARTS, Results, read_results, slug
+from benchmarks.gpu_run import Options, Run, UncertaintyCase
+from benchmarks.gpu_table import tables
+from benchmarks.gpu_tilings import tilings
+from benchmarks.gpu_unet import unet
+from sparserefine.extractor import PRESETS, ExtractorConfig
+
+RESULTS = ROOT / "benchmarks" / "results"
+DEFAULT_MASKS = "street0_10pct,street0_05pct,street0_20pct,street0_30pct"
+BATCHES = ("1", "2", "4", "8")
+MODELS = ("hrnet_w48", "segformer_b5", "mask2former_t", "mask2former_l", "segnext_l")
+CASES = (
+    UncertaintyCase(19, (256, 512), (1024, 2048)),
+    UncertaintyCase(2, (584, 876), (2336, 3504)),
+    UncertaintyCase(150, (256, 512), (1024, 2048)),
+)
+TIMED: dict[str, Callable[[Run], None]] = {
+    "ceilings": ceilings,
+    "unet": unet,
+    "uncertainty": uncertainty,
+    "training": training,
+    "models": models,
+    "tilings": tilings,
+}
+NEED_MASKS = ("unet", "training", "tilings")
+NEED_CEILINGS = ("unet", "uncertainty", "training", "tilings")
+
+# So small that the interpreter is through in seconds. Its bfloat16 is wrong, so that is left out.
+TINY_PLANS = {"paper": ExtractorConfig((16, 32), 1, "paper"), "slim": ExtractorConfig((16, 32), 1, "cell")}
+TINY_CASES = (UncertaintyCase(5, (6, 10), (24, 40)), UncertaintyCase(2, (6, 10), (12, 20)))
+TINY_DTYPES = ("float16", "float32")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    default = ",".join(part for part in PARTS if part != "tilings")
+    parser.add_argument("--only", default=default, help=f"of {', '.join(PARTS)}; default: %(default)s")
+    parser.add_argument("--plans", default=",".join(PRESETS), help="default: %(default)s")
+    parser.add_argument("--masks", help=f"names in ../shared/masks, or PNG files; default: {DEFAULT_MASKS}")
+    parser.add_argument("--batches", default="1,4", help="default: %(default)s")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="default: %(default)s")
+    parser.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
+    parser.add_argument("--budget-s", type=float, help="begin nothing new after so many seconds; checks always run")
+    parser.add_argument("--json", type=Path, help="results, added to; default: benchmarks/results/<GPU>.json")
+    parser.add_argument("--spconv-python", type=Path, help="default: .venv-spconv/bin/python, or else this one")
+    parser.add_argument("--table", type=Path, help="print Markdown tables of this file of results and stop")
+    parser.add_argument("--rehearse", action="store_true", help="every step once, tiny, on the CPU; no figures")
+    return parser
+
+
+def _options(given: argparse.Namespace) -> Options:
+    parts = chosen(given.only, PARTS, "part")
+    if given.budget_s is not None and not given.budget_s > 0:
+        raise ValueError(f"budget = {given.budget_s:g} s, expected more than 0")
+    files = _mask_files(given.masks)
+    options = Options(
+        tuple(part for part in PARTS if part in parts),
+        {name: PRESETS[name] for name in chosen(given.plans, tuple(PRESETS), "plan")},
+        {file.stem: read_mask(str(file)) for file in files},
+        tuple(files),
+        tuple(map(int, chosen(given.batches, BATCHES, "batch size"))),
+        tuple(chosen(given.dtypes, tuple(DTYPES), "dtype")),
+        CASES,
+        tuple(chosen(given.models, MODELS, "model")),
+        given.budget_s,
+        _spconv_python(given.spconv_python),
+    )
+    return _tiny(options) if given.rehearse else options
+
+
+def _mask_files(names: str | None) -> list[Path]:
+    if names is None and not any(MASKS.glob("*.png")):
+        return []  # what needs them is left out, and told so
+    return [find_mask(name.strip()) for name in (names or DEFAULT_MASKS).split(",")]
+
+
+def _spconv_python(given: Path | None) -> Path:
+    own = ROOT / ".venv-spconv" / "bin" / "python"
+    return given.absolute() if given else own if own.exists() else Path(sys.executable)
+
+
+def _tiny(options: Options) -> Options:
+    masks: dict[str, Tensor] = {"tiny": torch.rand(24, 40, generator=torch.Generator().manual_seed(1)) < 0.1}
+    return Options(
+        tuple(part for part in options.parts if part != "models"),
+        TINY_PLANS,
+        masks,
+        (),
+        (1,),
+        tuple(dtype for dtype in TINY_DTYPES if dtype in options.dtypes),
+        TINY_CASES,
+        (),
+        options.budget_s,
+        options.spconv_python,
+        side=64,
+        copy_bytes=1 << 20,
+    )
+
+
+def _execute(run: Run) -> bool:
+    """All parts; false where something is wrong."""
+    options = run.options
+    if "checks" in options.parts:
+        wrong = [check for check in checks(run) if not check.ok]
+        if wrong:
+            print(f"{len(wrong)} checks failed, so nothing is timed:", flush=True)
+            for check in wrong:
+                print(f"  {check.name}: error {check.error}, bound {check.bound:g}", flush=True)
+            return False
+    parts = [part for part in options.parts if part != "checks"]
+    known = {"copy", *DTYPES} <= set(run.ceilings())
+    if "ceilings" not in parts and not known and any(part in NEED_CEILINGS for part in parts):
+        ceilings(run)
+    for part in parts:
+        if part in NEED_MASKS and not options.masks:
+            run.leave_out(f"{part}: ../shared/masks is not there; pass --masks FILE.png[,FILE.png]")
+        else:
+            TIMED[part](run)
+    for line in run.failures:
+        print(f"FAILED {line}", flush=True)
+    return not run.failures
+
+
+def _results(given: argparse.Namespace, device: Device) -> Results:
+    machine = device.machine()
+    if device.rehearsal:
+        return Results(None, machine)
+    path = given.json or RESULTS / f"{slug(machine['gpu'])}.json"
+    if given.json and not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist; make it first")
+    return Results(path, machine)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = _parser().parse_args(arguments)
+    try:
+        if given.table is not None:
+            print(tables(read_results(given.table)))
+            return
+        options = _options(given)
+        device: Device = Rehearsal() if given.rehearse else Gpu()
+        results = _results(given, device)
+    except (ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    run = Run(options, device, results)
+    print(", ".join(f"{key} {value}" for key, value in device.machine().items()), flush=True)
+    fine = _execute(run)
+    if given.rehearse:
+        print("\nREHEARSAL: interpreted on the CPU, each step once. No figure below means anything.")
+    print(f"\n{tables(results.content())}")
+    if run.left_out:
+        print(f"\nleft out: {len(run.left_out)}")
+        for line in run.left_out:
+            print(f"- {line}")
+    if not fine:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

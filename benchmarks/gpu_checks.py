@@ -1,0 +1,241 @@
+"""What must be right before anything is timed: kernels at full size against float64 and the torch engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_device import DTYPES, precision
+from benchmarks.gpu_layers import Layer, distinct, layers, read_by, stencil_of
+from benchmarks.gpu_records import Check
+from benchmarks.gpu_run import Run, UncertaintyCase, input_sets, network_of, relative_rms
+from benchmarks.gpu_unet import Packed, Replayed, capacities_of
+from sparserefine.extractor import ExtractorConfig
+from sparserefine.sparse import Engine, Plan, Sites, Stencil, conv, get_engine
+from sparserefine.sparse.plan import build_plan
+from sparserefine.uncertainty import Upsampling, sample, uncertainty
+
+ROWS = 2000  # of a convolution that are computed in float64
+BOUNDS = {"float16": 2e-3, "bfloat16": 1e-2, "tf32": 2e-3, "float32": 1e-5}
+"""Relative rms error of one convolution."""
+NETWORK_BOUNDS = {"float16": 2e-2, "bfloat16": 1e-1, "tf32": 1e-2, "float32": 1e-4}
+"""Of a whole network."""
+TIE, ENTROPY_BOUND = 1e-5, 1e-4
+
+
+def checks(run: Run) -> list[Check]:
+    """All of them; prints those that fail."""
+    found: list[Check] = []
+    seed = 0 if run.device.rehearsal else torch.seed()
+    torch.manual_seed(seed)
+    print(f"checks: inputs of seed {seed}", flush=True)
+    for name, group in _groups(run):
+        try:
+            new = list(group)
+            run.device.wait()
+        except Exception as error:  # a kernel that does not compile or run: as wrong as wrong results
+            new = [Check(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", None, 0.0, False)]
+        found += new
+        run.results.add("checks", new)
+        bad = [check for check in new if not check.ok]
+        print(f"checks: {name}: {len(new)}, {len(bad)} wrong", flush=True)
+        for check in bad:
+            print(f"  WRONG {check.name}: error {check.error}, bound {check.bound:g}", flush=True)
+    return found
+
+
+def judged(name: str, error: float, bound: float) -> Check:
+    """NaN never passes."""
+    return Check(name, error if math.isfinite(error) else None, bound, error <= bound)
+
+
+def _groups(run: Run) -> Iterator[tuple[str, Iterator[Check]]]:
+    options = run.options
+    for case in options.cases:
+        yield f"uncertainty, {case}", _uncertainty(case, run.device.device)
+    if not options.masks:
+        return
+    for plan, config in options.plans.items():
+        for batch in sorted({1, *options.batches}):
+            yield f"{plan}, batch {batch}: tables", _tables(run, plan, config, batch)
+        for dtype in options.dtypes:
+            yield f"{plan}, {dtype}: convolutions", _convolutions(run, plan, config, dtype)
+            yield f"{plan}, {dtype}: network", _networks(run, plan, config, dtype)
+
+
+# ---- plans
+
+
+def _tables(run: Run, plan: str, config: ExtractorConfig, batch: int) -> Iterator[Check]:
+    """Plans, padded or not, equal the reference in every entry."""
+    device = run.device.device
+    mask = input_sets(run.first_mask()[1], batch, device, 1)[0].mask
+    spec, engine = network_of(config, torch.device("cpu")).spec, get_engine("triton")
+    expected = build_plan(Sites.from_mask(mask), spec, get_engine("torch"))
+    counts = [len(level.sites) for level in expected.levels]
+    room = capacities_of([counts])
+    padded = engine.padded_plan(mask, spec, room)  # type: ignore[attr-defined]
+    for name, actual in (("plan", engine.plan(mask, spec)), ("padded plan", padded)):
+        for depth, wrong in enumerate(_differences(actual, expected)):
+            yield judged(f"{plan}, batch {batch}, {name}, level {depth}: entries that differ", wrong, 0)
+    yield judged(f"{plan}, batch {batch}, padded plan: counts", float(padded.totals.tolist() != counts), 0)
+
+
+def _differences(actual: Plan, expected: Plan) -> Iterator[float]:
+    counts = [len(level.sites) for level in expected.levels]
+    for depth, (ours, theirs) in enumerate(zip(actual.levels, expected.levels, strict=True)):
+        n = counts[depth]
+        wrong = _unlike(ours.sites.coords[:n], theirs.sites.coords)
+        wrong += _unlike(_clamped(ours.around.table, n, n), theirs.around.table)
+        if theirs.down is not None:
+            assert ours.down is not None
+            coarser = counts[depth + 1]
+            wrong += _unlike(_clamped(ours.down.table, coarser, n), theirs.down.table)
+            wrong += _unlike(_clamped(ours.down.reverse, n, coarser), theirs.down.reverse)
+        yield wrong
+
+
+def _clamped(table: Tensor, rows: int, inputs: int) -> Tensor:
+    """Rows in use; whatever is no input is the same "none"."""
+    return table[:rows].clamp(max=inputs)
+
+
+def _unlike(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
+        return math.inf
+    return float((actual != expected).sum())
+
+
+# ---- convolutions
+
+
+def _convolutions(run: Run, plan: str, config: ExtractorConfig, dtype: str) -> Iterator[Check]:
+    engine, device = get_engine("triton"), run.device.device
+    network = network_of(config, torch.device("cpu"))
+    mask = input_sets(run.first_mask()[1], 1, device, 1)[0].mask
+    tables = engine.plan(mask, network.spec)
+    with precision(dtype):
+        for layer in distinct(layers(network, [len(level.sites) for level in tables.levels])):
+            stencil = stencil_of(layer, tables)
+            if not stencil.num_inputs or not stencil.num_outputs:
+                continue
+            name = f"{plan}, {dtype}, {layer.kind} {layer.depth}, {layer.c_in} -> {layer.c_out}"
+            yield judged(f"{name}: values", _value_error(layer, stencil, dtype), BOUNDS[dtype])
+            if layer.kind != "own":
+                errors, same = _gradient_errors(layer, stencil, dtype)
+                for what, error in errors.items():
+                    yield judged(f"{name}: gradient of {what}", error, BOUNDS[dtype])
+                yield judged(f"{name}: gradients of two runs, bits that differ", 1.0 - same, 0)
+
+
+def _operands(layer: Layer, stencil: Stencil, dtype: str) -> tuple[Tensor, Tensor]:
+    device, kind = stencil.table.device, DTYPES[dtype]
+    x = torch.randn(layer.rows_in, layer.c_in, device=device).to(kind)
+    weight = torch.randn(layer.kernel, layer.c_in, layer.c_out, device=device) / math.sqrt(layer.kernel * layer.c_in)
+    return x, weight.to(kind)
+
+
+def _value_error(layer: Layer, stencil: Stencil, dtype: str) -> float:
+    """The kernel with residual, bias and activation into poisoned memory; rows at random against float64."""
+    from sparserefine.sparse.gpu import convolution
+
+    x, weight = _operands(layer, stencil, dtype)
+    device, n, c = x.device, layer.rows_out, layer.c_out
+    residual = torch.randn(n, c, device=device).to(x.dtype)
+    bias, scale, shift = torch.randn(3, c, device=device).unbind()
+    raw = torch.full((n, c), torch.nan, dtype=torch.float32 if layer.float_out else x.dtype, device=device)
+    active = torch.full((n, c), torch.nan, dtype=x.dtype, device=device)
+    epilogue = convolution.Epilogue(residual, bias, raw, (convolution.Activation(active, scale, shift),))
+    convolution.convolve(x, convolution.laid_out(weight), epilogue, n, **read_by(layer, stencil))  # type: ignore[arg-type]
+    if not bool(raw.isfinite().all() & active.isfinite().all()):
+        return math.nan
+    rows = torch.randint(n, (min(ROWS, n),), device=device)
+    table = rows[:, None] if layer.kind == "own" else stencil.table[rows]
+    expected = _rows_of(x, weight, table) + residual[rows].double() + bias.double()
+    activated = (expected * scale.double() + shift.double()).clamp(min=0)
+    return max(relative_rms(raw[rows], expected), relative_rms(active[rows], activated))
+
+
+def _rows_of(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+    """Some outputs, ``float64 [rows, C_out]``, by the definition."""
+    known = table < len(x)
+    read = x[table.long().clamp(max=len(x) - 1)].double() * known[..., None]
+    return torch.einsum("ntc,tcd->nd", read, weight.double())
+
+
+def _gradient_errors(layer: Layer, stencil: Stencil, dtype: str) -> tuple[dict[str, float], bool]:
+    """Gradients of features and weight against float64, by the table alone; and whether two runs agree to the bit."""
+    x, weight = (operand.requires_grad_() for operand in _operands(layer, stencil, dtype))
+    grad = torch.randn(layer.rows_out, layer.c_out, device=x.device).to(x.dtype)
+    first, second = (torch.autograd.grad(conv(x, weight, stencil), (x, weight), grad) for _ in range(2))
+    same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    exact, back = x.detach().double(), grad.double()
+    grad_x = exact.new_zeros(len(x) + 1, layer.c_in)  # the last row: of missing neighbours
+    grad_weight = []
+    for t in range(stencil.taps):
+        source = stencil.table[:, t].long().clamp(max=len(x))
+        grad_x.index_add_(0, source, back @ weight[t].detach().double().t())
+        known = (source < len(x))[:, None]
+        grad_weight.append((exact[source.clamp(max=len(x) - 1)] * known).t() @ back)
+    return {
+        "features": relative_rms(first[0], grad_x[:-1]),
+        "weight": relative_rms(first[1], torch.stack(grad_weight)),
+    }, same
+
+
+# ---- networks
+
+
+def _networks(run: Run, plan: str, config: ExtractorConfig, dtype: str) -> Iterator[Check]:
+    device, name = run.device, f"{plan}, {dtype}"
+    for batch in sorted({1, *run.options.batches}):
+        sets = input_sets(run.first_mask()[1], batch, device.device, 2)
+        expected = _reference(config, sets[0].mask, sets[0].features)
+        with precision(dtype):
+            packed = Packed(config, sets, dtype)
+            replayed = Replayed(config, sets, dtype, device)
+            logits = packed(0)
+            what = f"{name}, batch {batch}"
+            yield judged(f"{what}: network", relative_rms(logits, expected), NETWORK_BOUNDS[dtype])
+            yield _same(f"{what}: two runs", lambda packed=packed: packed(0), logits)  # type: ignore[misc]
+            for i in (1, 0):  # the second replay is of other inputs than the recording
+                yield _same(f"{what}: graph, set {i}", lambda replayed=replayed, i=i: replayed(i), packed(i))  # type: ignore[misc]
+        del packed, replayed
+
+
+def _same(name: str, compute: Callable[[], Tensor], expected: Tensor) -> Check:
+    actual = compute()[: len(expected)]
+    return judged(f"{name}, logits that differ", float((actual != expected).sum()), 0)
+
+
+def _reference(config: ExtractorConfig, mask: Tensor, features: Tensor) -> Tensor:
+    """Logits of the torch engine in plain float32."""
+    network = network_of(config, mask.device)
+    with precision("float32"), torch.no_grad():
+        logits: Tensor = network(features, get_engine("torch").plan(mask, network.spec))
+    return logits
+
+
+# ---- uncertainty
+
+
+@torch.inference_mode()
+def _uncertainty(case: UncertaintyCase, device: torch.device) -> Iterator[Check]:
+    engine: Engine = get_engine("triton")
+    for batch in (1, 2):
+        logits = 4 * torch.randn(batch, case.classes, *case.coarse, device=device)
+        expected, exact = uncertainty(logits, case.full)
+        labels, entropy = engine.uncertainty(logits, case.full, Upsampling())
+        name = f"uncertainty, {case}, batch {batch}"
+        yield judged(f"{name}: entropy, largest difference", float((entropy - exact).abs().max()), ENTROPY_BOUND)
+        places = (labels != expected).nonzero().int()
+        margin = 0.0
+        if len(places):
+            at = tuple(places.long().unbind(1))
+            values = sample(logits, places, case.full)
+            ours, theirs = (values.gather(1, chosen[at].long()[:, None]) for chosen in (labels, expected))
+            margin = float((ours - theirs).abs().max())
+        yield judged(f"{name}: labels, largest margin between those that differ", margin, TIE)

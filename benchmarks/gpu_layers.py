@@ -1,0 +1,154 @@
+"""Convolutions of a sparse U-Net one by one: what they multiply and move at least, so how quick they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from benchmarks.gpu_device import ITEM_BYTES
+from sparserefine.sparse import Plan, SparseUNet, Stencil
+
+Kind = Literal["around", "down", "up", "own"]
+"""3x3 on the same sites; to the next coarser level; back from it; a linear layer, each row by itself."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution as the packed network runs it.
+
+    Attributes:
+        kind: which stencil.
+        depth: level of it; of ``down`` and ``up`` the finer one.
+        rows_in: N_in.
+        rows_out: N_out.
+        c_in: channels.
+        c_out: channels.
+        kernel: T, taps of the weight.
+        taps: of them, what reaches an output: all 9, or the average of up-sampling, 9/4 of 3x3 and 1 of 2x2.
+        written: copies of the outputs: raw for the residual, activated for each normalisation that reads them.
+        residual: a tensor like the outputs is added.
+        float_out: outputs are float32 whatever the inputs are: logits.
+    """
+
+    kind: Kind
+    depth: int
+    rows_in: int
+    rows_out: int
+    c_in: int
+    c_out: int
+    kernel: int
+    taps: float
+    written: int = 1
+    residual: bool = False
+    float_out: bool = False
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates; a missing neighbour is counted like a present one, for it is multiplied."""
+        return self.rows_out * self.taps * self.c_in * self.c_out
+
+    def bytes(self, item: int, *, tables: bool = True) -> float:
+        """Least traffic: inputs, residual, weights and the table's entries once, each copy of the outputs once.
+
+        Args:
+            item: bytes of a feature or weight.
+            tables: whether neighbours are looked up, 4 bytes a tap and output.
+        """
+        out = self.rows_out * self.c_out * (4 if self.float_out else item)
+        moved = item * (self.rows_in * self.c_in + self.kernel * self.c_in * self.c_out) + self.written * out
+        table = 4 * self.taps * self.rows_out if tables and self.kind != "own" else 0
+        return moved + table + (out if self.residual else 0)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What no version of a computation runs much faster than.
+
+    Attributes:
+        operations_ms: its operations at the measured rate of matrix products.
+        bytes_ms: its least traffic at the measured rate of a copy.
+    """
+
+    operations_ms: float
+    bytes_ms: float
+
+    @property
+    def ms(self) -> float:
+        """The larger one."""
+        return max(self.operations_ms, self.bytes_ms)
+
+
+def layers(network: SparseUNet, counts: Sequence[int]) -> list[Layer]:
+    """Every convolution of a forward, in order.
+
+    Args:
+        network: whose channels and blocks they have.
+        counts: sites of each level, full size first.
+    """
+    found, last = [], len(counts) - 1
+    reach = 9 / 4 if network.spec.down == "paper" else 1.0
+    taps, planes = network.spec.taps, [blocks[0].conv2.weight.shape[2] for blocks in network.descend]  # type: ignore[index,union-attr]
+    inputs, classes = network.stem.weight.shape[1], network.head.weight.shape[0]
+    found.append(Layer("around", 0, counts[0], counts[0], inputs, planes[0], 9, 9, written=2))
+    for depth, (n, c) in enumerate(zip(counts, planes, strict=True)):
+        found += _blocks(depth, n, c, c, len(network.descend[depth]), 3 if depth < last else 1)  # type: ignore[arg-type]
+        if depth < last:
+            coarser, wider = counts[depth + 1], planes[depth + 1]
+            found.append(Layer("down", depth, n, coarser, c, wider, taps, taps, written=2))
+    for depth in reversed(range(last)):
+        n, c = counts[depth], planes[depth]
+        found.append(Layer("up", depth, counts[depth + 1], n, planes[depth + 1], c, taps, reach, written=2))
+        found.append(Layer("own", depth, n, n, 2 * c, c, 1, 1))
+        found += _blocks(depth, n, 2 * c, c, len(network.ascend[depth]), 1)  # type: ignore[arg-type]
+    found.append(Layer("own", 0, counts[0], counts[0], planes[0], classes, 1, 1, float_out=True))
+    return found
+
+
+def _blocks(depth: int, n: int, c_in: int, c_out: int, count: int, written: int) -> list[Layer]:
+    """Residual blocks of a level, of which the last one writes so many copies, and others raw and activated."""
+    found = []
+    for i in range(count):
+        found.append(Layer("around", depth, n, n, c_in if i == 0 else c_out, c_out, 9, 9))
+        copies = written if i == count - 1 else 2
+        found.append(Layer("around", depth, n, n, c_out, c_out, 9, 9, written=copies, residual=True))
+    return found
+
+
+def distinct(found: Sequence[Layer]) -> list[Layer]:
+    """One of each stencil and number of channels: what kernels tell apart."""
+    return list({(one.kind, one.depth, one.c_in, one.c_out): one for one in reversed(found)}.values())[::-1]
+
+
+def stencil_of(layer: Layer, plan: Plan) -> Stencil:
+    """Of ``own``, which reads no table, that of the same rows."""
+    level = plan.levels[layer.depth]
+    if layer.kind in ("around", "own"):
+        return level.around
+    assert level.down is not None
+    return level.down if layer.kind == "down" else level.down.transposed()
+
+
+def read_by(layer: Layer, stencil: Stencil) -> dict[str, Tensor | None]:
+    """Arguments ``table`` and ``order`` of ``sparserefine.sparse.gpu.convolution.convolve``."""
+    own = layer.kind == "own"
+    return {"table": None if own else stencil.table, "order": None if own else getattr(stencil, "order", None)}
+
+
+def floor_of(
+    found: Sequence[Layer], dtype: str, ceilings: Mapping[str, float], *, tables: bool = True, passes: int = 1
+) -> Floor:
+    """Of these layers, one after the other.
+
+    Args:
+        found: by :func:`layers`.
+        dtype: one of :data:`benchmarks.gpu_device.DTYPES`.
+        ceilings: measured rates: ``copy`` [GB/s], and matrix products of each dtype [TFLOP/s].
+        tables: see :meth:`Layer.bytes`.
+        passes: 3 for a training step: the gradients of inputs and of weights are as much work again, each.
+    """
+    operations = 2 * sum(one.macs for one in found)
+    moved = sum(one.bytes(ITEM_BYTES[dtype], tables=tables) for one in found)
+    return Floor(passes * operations / ceilings[dtype] * 1e-9, passes * moved / ceilings["copy"] * 1e-6)

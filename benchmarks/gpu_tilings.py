@@ -1,0 +1,121 @@
+"""Which tiling each convolution of a plan runs best with: for tuning the fixed table of the engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.gpu_device import DTYPES, precision, timed_in_graph
+from benchmarks.gpu_layers import Layer, distinct, floor_of, layers, read_by, stencil_of
+from benchmarks.gpu_records import TilingRecord
+from benchmarks.gpu_run import SETS, Run, input_sets, network_of
+from sparserefine.sparse import Plan, get_engine
+
+if TYPE_CHECKING:
+    from sparserefine.sparse.gpu.convolution import Tiling
+
+
+def tilings(run: Run) -> None:
+    """Every distinct convolution of every plan on the first mask, in every dtype."""
+    if not run.options.masks:
+        return
+    for plan, config in run.options.plans.items():
+        network = network_of(config, torch.device("cpu"))
+        mask = input_sets(run.first_mask()[1], 1, run.device.device, 1)[0].mask
+        tables = get_engine("triton").plan(mask, network.spec)
+        found = layers(network, [len(level.sites) for level in tables.levels])
+        alike = Counter((one.kind, one.depth, one.c_in, one.c_out) for one in found)
+        for dtype in run.options.dtypes:
+            for layer in distinct(found):
+                count = alike[layer.kind, layer.depth, layer.c_in, layer.c_out]
+                what = f"tilings, {plan}, {dtype}, {layer.kind} {layer.depth}, {layer.c_in} -> {layer.c_out}"
+                run.attempt(
+                    what,
+                    lambda plan=plan, dtype=dtype, layer=layer, count=count, tables=tables: _measure(  # type: ignore[misc]
+                        run, plan, dtype, layer, count, tables
+                    ),
+                )
+
+
+def candidates(layer: Layer, dtype: str) -> list[Tiling]:
+    """A small list of what may be good: blocks no wider than the channels, few or many warps, more or less ahead."""
+    from sparserefine.sparse.gpu.convolution import Tiling
+
+    def fitting(count: int, most: int) -> int:
+        return min(most, max(16, 1 << (count - 1).bit_length()))
+
+    depths = (32, 64) if DTYPES[dtype].itemsize == 2 else (16, 32)
+    found = []
+    for rows in (32, 64, 128, 256):
+        for columns in sorted({fitting(layer.c_out, most) for most in (64, 128, 256)}):
+            if not 2048 <= rows * columns <= 128 * 256:
+                continue
+            for depth in sorted({fitting(layer.c_in, most) for most in depths}):
+                warps = 8 if rows * columns >= 128 * 128 else 4
+                found += [Tiling(rows, columns, depth, warps, stages) for stages in (3, 4)]
+    return found
+
+
+def _measure(run: Run, plan: str, dtype: str, layer: Layer, count: int, tables: Plan) -> None:
+    from sparserefine.sparse.gpu import convolution
+
+    device, kind = run.device.device, DTYPES[dtype]
+    stencil = stencil_of(layer, tables)
+    weight = torch.randn(layer.kernel, layer.c_in, layer.c_out, device=device).to(kind)
+    x = [torch.randn(layer.rows_in, layer.c_in, device=device).to(kind) for _ in range(SETS)]
+    raw = [torch.empty(layer.rows_out, layer.c_out, dtype=kind, device=device) for _ in range(SETS)]
+    with precision(dtype):
+        ready = convolution.laid_out(weight)
+        own = convolution.tiling(layer.rows_out, layer.c_in, layer.c_out, kind, convolution.precision_of(kind))
+
+        def once(i: int) -> None:
+            epilogue = convolution.Epilogue(raw=raw[i])
+            convolution.convolve(x[i], ready, epilogue, layer.rows_out, **read_by(layer, stencil))  # type: ignore[arg-type]
+
+        choices = [own, *(one for one in candidates(layer, dtype) if one != own)]
+        times: dict[str, float] = {}
+        for choice in choices[:2] if run.device.rehearsal else choices:
+            try:
+                with _chosen(choice):
+                    times[_name(choice)] = timed_in_graph(run.device, once, SETS).ms
+            except Exception as error:  # more shared memory or registers than there are
+                if choice == own:
+                    raise
+                print(f"  {_name(choice)}: {type(error).__name__}", flush=True)
+    best = min(times, key=lambda name: times[name])
+    floor = floor_of([layer], dtype, run.ceilings())
+    record = TilingRecord(
+        *(plan, layer.kind, layer.depth, layer.rows_out, layer.c_in, layer.c_out, layer.kernel, dtype, count),
+        *(_name(own), times[_name(own)], best, times[best], floor.ms, times),
+    )
+    run.results.add("tilings", [record])
+    print(
+        f"{plan}, {dtype}, {layer.kind} {layer.depth}: {layer.rows_out} rows, {layer.c_in} -> {layer.c_out}, "
+        f"{count} layers: own {record.own} {record.own_ms:.4f} ms, best {best} {record.best_ms:.4f}, "
+        f"floor {record.floor_ms:.4f}",
+        flush=True,
+    )
+
+
+@contextmanager
+def _chosen(choice: Tiling) -> Iterator[None]:
+    """Convolutions take this tiling instead of that of the table."""
+    from sparserefine.sparse.gpu import convolution
+
+    def always(*_: Any) -> Tiling:
+        return choice
+
+    before, convolution.tiling = convolution.tiling, always
+    try:
+        yield
+    finally:
+        convolution.tiling = before
+
+
+def _name(tiling: Tiling) -> str:
+    """Rows x columns x depth, warps, stages."""
+    return f"{tiling.rows}x{tiling.columns}x{tiling.depth} w{tiling.warps} s{tiling.stages}"

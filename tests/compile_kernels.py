@@ -1,0 +1,281 @@
+"""Compiles the GPU kernels for real GPUs, without one, and tells what came out, in lines of JSON.
+
+    python tests/compile_kernels.py [--all] [--arch 90 80] [--only WORD]
+
+The package's own code launches them, with tensors of real sizes on the CPU; each launch is stopped once its kernel is
+compiled, so results are whatever the memory held. Without ``--all``: one GPU and float16. A fresh ``TRITON_CACHE_DIR``
+makes sure that everything is compiled. One line for each kernel as compiled, one for each case: which of these it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
+
+import torch
+import triton
+from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from sparserefine.sparse.gpu import launch
+
+launch.INTERPRETED = True  # for what follows to take tensors of the CPU; nothing is interpreted
+
+from sparserefine.ensembler import GatedEnsembler
+from sparserefine.extractor import PRESETS, ExtractorConfig
+from sparserefine.sparse import Plan, SparseBatchNorm, SparseUNet
+from sparserefine.sparse.gpu.engine import TritonEngine
+from sparserefine.sparse.sites import Sites
+from sparserefine.uncertainty import Upsampling, label_dtype
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTIONS = ("HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG", "STG", "LDL", "STL")
+SIZE = (1024, 2048)
+IMAGES = {"one image": 300_000, "another image": 211_111}
+"""Their sites."""
+CHOSEN = IMAGES["one image"]
+PLANS = {**PRESETS, "tiny": ExtractorConfig((16, 32), blocks=1, down="cell")}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+HOW = {
+    "logits": Upsampling(),
+    "nearest": Upsampling("nearest", input_size=(512, 1024)),
+    "scores": Upsampling(outputs="scores"),
+}
+Case = Callable[[], object]
+
+
+class NoGpu:
+    """What Triton asks of the driver of a GPU before it launches: here the number of a device is its kind."""
+
+    arch = 0
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+class Recorder:
+    """Takes the place of launches: compiles for each kind of GPU, prints each kernel once, and keeps those of a case."""
+
+    def __init__(self, archs: Sequence[int]) -> None:
+        self.archs, self.counts = archs, [0]
+        self.launches = 0
+        self.needed: dict[int, set[str]] = {}
+        self._printed: set[str] = set()
+        self._compile = triton.JITFunction.run
+        self._driver = NoGpu()
+        driver.set_active(self._driver)
+        triton.JITFunction.run = lambda kernel, *arguments, **options: self._launch(kernel, arguments, options)
+
+    @contextmanager
+    def case(self, name: str) -> Iterator[None]:
+        self.launches, self.needed = 0, {arch: set() for arch in self.archs}
+        try:
+            yield
+        finally:
+            for arch, kernels in self.needed.items():
+                tell(case=name, arch=arch, launches=self.launches, kernels=sorted(kernels))
+
+    def _launch(self, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.launches += 1
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        if kernel.__name__ == "scan":  # what it counts is the only thing that is ever read by the host
+            named["totals"].copy_(torch.tensor(self.counts, dtype=torch.int32))
+        for arch in self.archs:
+            self._driver.arch = arch
+            started = time.perf_counter()
+            try:
+                compiled = self._compile(kernel, *arguments, **{**options, "warmup": True})
+            except Exception as error:  # of the compiler, of any kind: the other kernels are to be seen, too
+                self._tell_once(kernel.__name__, arch, f"{arch} {error}", error=f"{type(error).__name__}: {error}")
+                continue
+            self.needed[arch].add(compiled.hash)
+            if compiled.hash not in self._printed:
+                seconds = round(time.perf_counter() - started, 2)
+                facts = {**inspect(compiled), **about(named, options)}
+                self._tell_once(kernel.__name__, arch, compiled.hash, seconds=seconds, **facts)
+
+    def _tell_once(self, kernel: str, arch: int, key: str, **facts: object) -> None:
+        if key not in self._printed:
+            self._printed.add(key)
+            tell(kernel=kernel, arch=arch, id=key, **facts)
+
+
+def tell(**facts: object) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+def about(named: dict[str, Any], options: dict[str, Any]) -> dict[str, object]:
+    """Of a launch: what tells kernels apart."""
+    dtypes = [str(value.dtype).removeprefix("torch.") for value in named.values() if isinstance(value, Tensor)]
+    return {
+        "dtypes": dtypes,
+        "inputs": named.get("c_in"),
+        "warps": options["num_warps"],
+        "stages": options["num_stages"],
+        "meta": {name: value for name, value in options.items() if name.isupper()},
+    }
+
+
+def inspect(compiled: Any) -> dict[str, object]:
+    """Registers, memory and instructions, as the assembler chose them."""
+    path = Path(os.environ.get("TMPDIR", "/tmp"), f"sparserefine-{os.getpid()}.cubin")
+    path.write_bytes(compiled.asm["cubin"])
+    try:
+        usage = tool("cuobjdump", "-res-usage", str(path))
+        listing = tool("nvdisasm", str(path))
+    finally:
+        path.unlink()
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE)
+    counted = Counter(opcode.split(".")[0] for opcode in opcodes)
+    return {
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        "shared": compiled.metadata.shared,
+        "instructions": {name: counted[name] for name in INSTRUCTIONS if counted[name]},
+        "wide_copies": sum(opcode.startswith("LDGSTS") and opcode.endswith(".128") for opcode in opcodes),
+    }
+
+
+def tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def network(preset: str, dtype: torch.dtype) -> SparseUNet:
+    """Weights of no particular value: random ones take longer than all the rest."""
+    with torch.device("meta"):
+        net = PLANS[preset].build(19)
+    return net.to_empty(device="cpu").to(dtype)
+
+
+def counts_of(preset: str, sites: int) -> list[int]:
+    """Sites of each level, about as those of uncertain pixels become fewer."""
+    return [max(1, int(sites * 0.45**level)) for level in range(len(PLANS[preset].planes))]
+
+
+def inference(recorder: Recorder, preset: str, dtype: torch.dtype, sites: int, padded: bool) -> None:
+    """The plan of an image and a packed network."""
+    net, mask = network(preset, dtype).eval(), torch.empty(1, *SIZE, dtype=torch.bool)
+    recorder.counts, engine = counts_of(preset, sites), TritonEngine()
+    if padded:
+        plan: Plan = engine.padded_plan(mask, net.spec, recorder.counts)
+    else:
+        plan = engine.plan(mask, net.spec)
+    packed = engine.prepare(net)
+    assert packed is not None
+    packed(torch.empty(len(plan.levels[0].sites), 3, dtype=dtype), plan)
+
+
+class Copy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()  # as what follows overwrites it
+
+
+def training(recorder: Recorder, preset: str, dtype: torch.dtype, sites: int) -> None:
+    """Forward and backward; without normalisation, which is torch's."""
+    net = network(preset, dtype)
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, SparseBatchNorm):
+                setattr(module, name, Copy())
+    recorder.counts = counts_of(preset, sites)
+    plan = TritonEngine().plan(torch.empty(1, *SIZE, dtype=torch.bool), net.spec)
+    with torch.enable_grad():
+        net(torch.empty(sites, 3, dtype=dtype), plan).sum().backward()
+
+
+def selection() -> None:
+    TritonEngine().keep_largest(torch.empty(1, *SIZE), torch.ones(1, *SIZE, dtype=torch.bool), 100_000)
+
+
+def uncertainty(classes: int, dtype: torch.dtype, how: Upsampling) -> None:
+    """Labels and entropy of all pixels, logits at the sites."""
+    logits = torch.zeros(1, classes, SIZE[0] // 8, SIZE[1] // 8, dtype=dtype)
+    TritonEngine().uncertainty(logits, SIZE, how)
+    TritonEngine().sample(logits, chosen().coords, SIZE, how)
+
+
+def pixels(dtype: torch.dtype) -> None:
+    TritonEngine().pixels(torch.zeros(1, 3, *SIZE, dtype=dtype), chosen(), torch.ones(3), torch.zeros(3))
+
+
+def write_labels(classes: int, padded: bool) -> None:
+    labels = torch.zeros(1, *SIZE, dtype=label_dtype(classes))
+    TritonEngine().write_labels(labels, torch.zeros(CHOSEN, classes), chosen(padded))
+
+
+def gated(classes: int, fuser: Literal["residual", "paper"]) -> None:
+    logits = torch.zeros(CHOSEN, classes)
+    GatedEnsembler(classes, fuser)(logits, logits.clone(), TritonEngine())
+
+
+def chosen(padded: bool = False) -> Sites:
+    count = torch.empty(1, dtype=torch.int32) if padded else None
+    return Sites(torch.zeros(CHOSEN, 3, dtype=torch.int32), 1, *SIZE, count)
+
+
+def cases(recorder: Recorder, everything: bool) -> Iterator[tuple[str, Case]]:
+    """Name of each, and what launches its kernels."""
+    for dtype in DTYPES if everything else ("float16",):
+        for preset in PRESETS if everything else ("paper",):
+            for name, sites in IMAGES.items():
+                yield f"{preset} {dtype}, {name}", partial(inference, recorder, preset, DTYPES[dtype], sites, False)
+        for preset in PRESETS if everything else ("tiny",):
+            yield f"{preset} {dtype}, padded", partial(inference, recorder, preset, DTYPES[dtype], CHOSEN, True)
+            yield f"{preset} {dtype}, training", partial(training, recorder, preset, DTYPES[dtype], CHOSEN)
+    yield "selection", selection
+    for classes in (2, 19, 150):
+        for name, how in HOW.items():
+            for dtype in DTYPES if everything else ("float16",):
+                yield f"uncertainty {classes} {dtype}, {name}", partial(uncertainty, classes, DTYPES[dtype], how)
+        for fuser in ("residual", "paper") if everything else ("residual",):
+            yield f"gated {classes}, {fuser}", partial(gated, classes, fuser)
+    for dtype in (torch.uint8, *DTYPES.values()) if everything else (torch.uint8,):
+        yield f"pixels {dtype}".replace("torch.", ""), partial(pixels, dtype)
+    for classes in (150, 300) if everything else (150,):
+        for padded in (False, True):
+            yield f"write_labels {classes}{', padded' * padded}", partial(write_labels, classes, padded)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="two kinds of GPU, all dtypes and presets")
+    parser.add_argument("--arch", type=int, nargs="+", help="kinds of GPU, by compute capability")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    options = parser.parse_args(arguments)
+    recorder = Recorder(options.arch or ((90, 80) if options.all else (90,)))
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # what the memory held is slow otherwise
+    # The arithmetic of float32 is a choice of the caller's; "high" is TF32.
+    for precision in ("high", "highest") if options.all else ("high",):
+        torch.set_float32_matmul_precision(precision)
+        for name, case in cases(recorder, options.all):
+            if options.only in name and (precision == "high" or "float32, " in name):
+                with recorder.case(f"{name}, ieee" if precision == "highest" else name), torch.no_grad():
+                    case()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

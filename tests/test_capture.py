@@ -1,0 +1,242 @@
+"""The refine step with room for a fixed number of sites: what a CUDA graph holds. Interpreted, there is no graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparserefine.base import BaseConfig, FrozenBase
+from sparserefine.bases.unet import UNet
+from sparserefine.capture import CapturedRefiner
+from sparserefine.extractor import ExtractorConfig
+from sparserefine.refiner import Refinement, SparseRefiner
+from sparserefine.selector import Selector
+from support import TRITON_ENGINES, assert_close, device_of, engine_of
+
+K = 3
+SIZE = (10, 14)
+
+
+@pytest.fixture(params=TRITON_ENGINES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    engine_of(request.param)
+    return device_of(request.param)
+
+
+def refiner_of(device: torch.device, selector: Selector | None = None, down: str = "cell") -> SparseRefiner:
+    """Its ensembler is not the plain blend that it starts as."""
+    base = FrozenBase(UNet(K, (4, 8)), K, BaseConfig(ratio=0.5))
+    extractor = ExtractorConfig((4, 6), blocks=1, down=down, features=("rgb", "coords", "probabilities", "entropy"))
+    refiner = SparseRefiner(base, selector=selector or Selector(0.0, 50), extractor=extractor, engine="triton").eval()
+    with torch.no_grad():
+        for parameter in refiner.ensembler.parameters():
+            parameter.normal_(std=0.3)
+    return refiner.to(device)
+
+
+def pixels(device: torch.device, seed: int = 0, batch: int = 1, size: tuple[int, int] = SIZE) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=random).to(device)
+
+
+def eager(refiner: SparseRefiner, image: Tensor) -> Refinement:
+    with torch.inference_mode():
+        return refiner(image)
+
+
+def assert_same(actual: Refinement, expected: Refinement) -> None:
+    """Bit for bit."""
+    assert torch.equal(actual.sites.coords, expected.sites.coords)
+    for name in ("coarse", "coarse_labels", "coarse_entropy", "coarse_logits", "sparse_logits", "refined_logits"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    for what in ("labels", "logits", "entropy"):
+        assert torch.equal(getattr(actual, what)(), getattr(expected, what)())
+    assert actual.density == expected.density
+    assert actual.macs == expected.macs
+
+
+@pytest.mark.parametrize(("batch", "down"), [(1, "paper"), (2, "cell")])
+def test_equals_the_refiner(device: torch.device, batch: int, down: str) -> None:
+    refiner = refiner_of(device, down=down)
+    captured = refiner.capture(pixels(device, batch=batch))
+    for seed in (1, 2):
+        image = pixels(device, seed, batch)
+        expected = eager(refiner, image)
+        assert_same(captured(image), expected)
+        assert torch.equal(captured.labels(image), expected.labels())
+    assert captured.calls == 4
+    assert captured.overflows == 0
+
+
+def test_results_are_not_overwritten(device: torch.device) -> None:
+    refiner = refiner_of(device)
+    captured = refiner.capture(pixels(device))
+    first = captured(pixels(device, 1))
+    labels = captured.labels(pixels(device, 1))
+    captured(pixels(device, 2))
+    expected = eager(refiner, pixels(device, 1))
+    assert_same(first, expected)
+    assert torch.equal(labels, expected.labels())
+
+
+def test_images_with_more_sites_are_refined_all_the_same(device: torch.device) -> None:
+    refiner = refiner_of(device, Selector(0.0))
+    captured = refiner.capture(pixels(device), capacities=[50, 20])
+    image = pixels(device, 1)
+    expected = eager(refiner, image)
+    assert len(expected.sites) == SIZE[0] * SIZE[1]
+    assert_same(captured(image), expected)
+    assert torch.equal(captured.labels(image), expected.labels())
+    assert captured.overflows == captured.calls == 2
+
+
+def test_no_site(device: torch.device) -> None:
+    refiner = refiner_of(device, Selector(1.0986))  # just under ln 3
+    captured = refiner.capture(pixels(device))
+    image = pixels(device, 1)
+    assert len(captured(image).sites) == 0
+    assert torch.equal(captured.labels(image), eager(refiner, image).coarse_labels)
+
+
+def test_given_coarse_logits(device: torch.device) -> None:
+    refiner = refiner_of(device)
+    captured, image = refiner.capture(pixels(device)), pixels(device, 1)
+    coarse = 3 * torch.randn_like(eager(refiner, image).coarse)
+    with torch.inference_mode():
+        assert_same(captured.refine(image, coarse), refiner.refine(image, coarse))
+        assert torch.equal(captured.labels(image, coarse), refiner.refine(image, coarse).labels())
+
+
+def test_in_half_precision(device: torch.device) -> None:
+    refiner = refiner_of(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        captured, image = refiner.capture(pixels(device)), pixels(device, 1)
+        found = captured(image)
+        assert_close(found.refined_logits, eager(refiner, image).refined_logits, torch.bfloat16)
+    # The graph computes as it was captured, whatever is on around the call.
+    with pytest.raises(ValueError, match=r"coarse logits: torch.float32 .* captured for torch.bfloat16"):
+        captured(image)
+
+
+def test_timings(device: torch.device) -> None:
+    captured = refiner_of(device).capture(pixels(device))
+    assert list(captured(pixels(device, 1)).timings_ms) == ["base", "refine"]
+
+
+# ---- room
+
+
+def test_room_is_for_the_largest_image_and_some_more(device: torch.device) -> None:
+    refiner = refiner_of(device)
+    images = [pixels(device, seed) for seed in range(3)]
+    refiner.selector = Selector(float(eager(refiner, images[0]).coarse_entropy.quantile(0.8)))
+    found = [len(eager(refiner, image).sites) for image in images]
+    assert 0 < min(found) < max(found)
+    captured = refiner.capture(images, headroom=1.25)
+    assert 1.25 * max(found) < captured.capacities[0] <= 1.5 * max(found) + 16
+    for image in images:
+        captured(image)
+    assert captured.overflows == 0
+
+
+def test_room_is_no_more_than_there_can_be(device: torch.device) -> None:
+    cells = SIZE[0] * SIZE[1]
+    assert refiner_of(device, Selector(budget=30)).capture(pixels(device), headroom=9).capacities[0] == 30
+    assert refiner_of(device, Selector(0.0)).capture(pixels(device), headroom=9).capacities == (cells, cells // 4)
+
+
+# ---- what it is valid for
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ({"batch": 2}, r"uint8 \(2, 3, 10, 14\).*captured for torch.uint8 \(1, 3, 10, 14\)"),
+        ({"size": (10, 15)}, r"\(1, 3, 10, 15\).*capture again"),
+    ],
+    ids=["batch", "size"],
+)
+def test_other_images_are_refused(device: torch.device, image: dict, words: str) -> None:
+    captured = refiner_of(device).capture(pixels(device))
+    with pytest.raises(ValueError, match=words):
+        captured(pixels(device, **image))
+
+
+def test_another_dtype_is_refused(device: torch.device) -> None:
+    captured = refiner_of(device).capture(pixels(device))
+    with pytest.raises(ValueError, match=r"torch.float32.*captured for torch.uint8"):
+        captured(pixels(device).float() / 255)
+
+
+def _weights(refiner: SparseRefiner) -> None:
+    with torch.no_grad():
+        refiner.extractor.head.weight.mul_(2)
+
+
+def _gate(refiner: SparseRefiner) -> None:
+    with torch.no_grad():
+        next(refiner.ensembler.parameters()).mul_(2)
+
+
+def _selector(refiner: SparseRefiner) -> None:
+    refiner.selector = Selector(0.2)
+
+
+def _train(refiner: SparseRefiner) -> None:
+    refiner.train()
+
+
+@pytest.mark.parametrize("change", [_weights, _gate, _selector, _train])
+def test_a_refiner_that_changed_is_refused(device: torch.device, change: object) -> None:
+    refiner = refiner_of(device)
+    captured = refiner.capture(pixels(device))
+    change(refiner)
+    with pytest.raises(RuntimeError, match="since it was captured"):
+        captured(pixels(device, 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"headroom": 0.5}, "headroom = 0.5, expected at least 1"),
+        ({"headroom": float("nan")}, "headroom = nan"),
+        ({"capacities": [100]}, r"capacities = \[100\], expected 2 numbers"),
+        ({"capacities": [100, 0]}, "above 0"),
+    ],
+)
+def test_bad_arguments(device: torch.device, arguments: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        refiner_of(device).capture(pixels(device), **arguments)
+
+
+def test_no_image(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="no image is given"):
+        refiner_of(device).capture([])
+
+
+def test_images_of_two_sizes(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="capture again for it"):
+        refiner_of(device).capture([pixels(device), pixels(device, size=(10, 16))])
+
+
+def test_without_a_gpu() -> None:
+    refiner = refiner_of_cpu()
+    with pytest.raises(ValueError, match="a CUDA graph needs a GPU and engine 'triton'"):
+        refiner.capture(pixels(torch.device("cpu")))
+
+
+def refiner_of_cpu() -> SparseRefiner:
+    base = FrozenBase(UNet(K, (4, 8)), K, BaseConfig(ratio=0.5))
+    return SparseRefiner(base, extractor=ExtractorConfig((4, 6), blocks=1), engine="torch")
+
+
+def test_an_extractor_with_hooks(device: torch.device) -> None:
+    refiner = refiner_of(device)
+    refiner.extractor.stem.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="cannot be packed"):
+        refiner.capture(pixels(device))
+
+
+def test_it_says_what_it_is(device: torch.device) -> None:
+    assert isinstance(refiner_of(device).capture(pixels(device)), CapturedRefiner)

@@ -1,0 +1,314 @@
+"""The whole network on kernels for GPUs against its modules in float64, and how the engine keeps it packed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparserefine.sparse import Plan, PlanSpec, Sites, SparseUNet, get_engine
+from support import PATTERNS, TRITON_ENGINES, assert_close, device_of, engine_of, mask_of
+
+if TYPE_CHECKING:
+    from sparserefine.sparse.gpu.engine import TritonEngine
+    from sparserefine.sparse.gpu.network import PackedUNet
+
+K = 4
+DOWNS = ("paper", "cell")
+NETWORKS = [((16, 32), 2), ((3, 5, 7), 1), ((17, 33), 1), ((16,), 1)]
+"""Planes and blocks."""
+LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
+"""Of logits, in root mean squares of all."""
+
+
+@pytest.fixture(scope="module", params=TRITON_ENGINES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    engine_of(request.param)
+    return device_of(request.param)
+
+
+@pytest.fixture
+def engine(device: torch.device) -> TritonEngine:
+    """One that has not packed anything."""
+    from sparserefine.sparse.gpu.engine import TritonEngine
+
+    return TritonEngine()
+
+
+def network(planes: tuple[int, ...], blocks: int = 1, down: str = "cell") -> SparseUNet:
+    """With normalisation layers that do something."""
+    torch.manual_seed(3)
+    net = SparseUNet(3, K, planes, blocks=blocks, down=down)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(0.5, 2)
+            module.bias.data.uniform_(-0.5, 0.5)
+    return net.eval()
+
+
+def expected_of(net: SparseUNet, x: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the modules in float64, on the torch engine."""
+    exact = copy.deepcopy(net).double().cpu()
+    with torch.no_grad():
+        return exact(x.double().cpu(), get_engine("torch").geometry(Sites.from_mask(mask.cpu()), net.spec))
+
+
+@cache
+def reference(
+    planes: tuple[int, ...], blocks: int, down: str, pattern: str
+) -> tuple[SparseUNet, Tensor, Tensor, Tensor]:
+    """Network, mask, features and what float64 makes of them."""
+    net, mask = network(planes, blocks, down), mask_of(pattern, (13, 18), batch=3)
+    x = torch.randn(int(mask.sum()), 3)
+    return net, mask, x, expected_of(net, x, mask)
+
+
+def of(device: torch.device, *case: object) -> tuple[SparseUNet, Tensor, Tensor, Tensor]:
+    """:func:`reference` on a device."""
+    net, mask, x, expected = reference(*case)
+    return copy.deepcopy(net).to(device), mask.to(device), x.to(device), expected
+
+
+def prepared(engine: TritonEngine, net: nn.Module) -> PackedUNet:
+    packed = engine.prepare(net)
+    assert packed is not None
+    return packed
+
+
+def plan_of(engine: TritonEngine, net: SparseUNet, mask: Tensor) -> Plan:
+    return engine.plan(mask, net.spec)
+
+
+def judge(logits: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    assert logits.dtype == torch.float32
+    assert logits.shape == expected.shape
+    assert not logits.requires_grad
+    if len(expected):
+        error = (logits.cpu() - expected).abs().max() / expected.square().mean().sqrt()
+        assert float(error) <= LARGEST_ERROR[dtype]
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("down", DOWNS)
+@pytest.mark.parametrize(("planes", "blocks"), NETWORKS, ids=str)
+def test_equals_the_modules(
+    engine: TritonEngine, device: torch.device, planes: tuple[int, ...], blocks: int, down: str, pattern: str
+) -> None:
+    net, mask, x, expected = of(device, planes, blocks, down, pattern)
+    packed, plan = prepared(engine, net), plan_of(engine, net, mask)
+    logits = packed(x, plan)
+    judge(logits, expected)
+    assert torch.equal(packed(x, plan), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_in_half_precision(engine: TritonEngine, device: torch.device, how: str, dtype: torch.dtype) -> None:
+    net, mask, x, expected = of(device, (16, 32), 2, "paper", "random")
+    if how == "weights":
+        net = net.to(dtype)
+        expected = expected_of(net, x, mask)
+    with torch.autocast(device.type, dtype, enabled=how == "autocast"):
+        packed = prepared(engine, net)
+        logits = packed(x, plan_of(engine, net, mask))
+    assert packed.dtype == dtype
+    judge(logits, expected, dtype)
+
+
+def test_many_channels_and_rows(engine: TritonEngine, device: torch.device) -> None:
+    """More than one block of rows, of columns and of inputs."""
+    net, mask = network((16, 144)).to(device), mask_of("random", (26, 30)).to(device)
+    x = torch.randn(int(mask.sum()), 3, device=device)
+    judge(prepared(engine, net)(x, plan_of(engine, net, mask)), expected_of(net, x, mask))
+
+
+@pytest.mark.parametrize("down", DOWNS)
+def test_more_levels_than_the_image_has(engine: TritonEngine, device: torch.device, down: str) -> None:
+    net, mask = network((3, 8, 3, 8, 3), 1, down).to(device), mask_of("all", (5, 4)).to(device)
+    x = torch.randn(20, 3, device=device)
+    judge(prepared(engine, net)(x, plan_of(engine, net, mask)), expected_of(net, x, mask))
+
+
+def test_input_is_left_alone_and_may_be_strided(engine: TritonEngine, device: torch.device) -> None:
+    net, mask, x, expected = of(device, (16, 32), 2, "cell", "random")
+    strided = x.t().contiguous().t().requires_grad_()
+    judge(prepared(engine, net)(strided, plan_of(engine, net, mask)), expected)
+    assert torch.equal(strided, x)
+
+
+# ---- padded plans
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("down", DOWNS)
+def test_a_padded_plan_changes_no_bit(
+    engine: TritonEngine, device: torch.device, down: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, mask, x, _ = of(device, (16, 32), 2, down, pattern)
+    packed, plan = prepared(engine, net), plan_of(engine, net, mask)
+    expected, n = packed(x, plan), len(x)
+    padded = engine.padded_plan(mask, net.spec, [n + 40, n + 7])
+    features = torch.full((n + 40, 3), torch.nan, device=device)
+    features[:n] = x
+    empty = torch.empty
+
+    def poisoned(*shape: object, **options: object) -> Tensor:
+        """What a kernel does not write must not reach the result."""
+        made = empty(*shape, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    assert torch.equal(packed(features, padded)[:n], expected)
+
+
+def test_too_little_room_is_survived(engine: TritonEngine, device: torch.device) -> None:
+    net, mask, x, _ = of(device, (16, 32), 2, "paper", "random")
+    padded = engine.padded_plan(mask, net.spec, [20, 5])
+    assert prepared(engine, net)(x[:20], padded).shape == (20, K)
+    assert padded.totals.tolist() == [len(level.sites) for level in plan_of(engine, net, mask).levels]
+
+
+def test_a_padded_plan_is_not_for_single_layers(engine: TritonEngine, device: torch.device) -> None:
+    net, mask, _, _ = of(device, (16, 32), 2, "cell", "random")
+    padded = engine.padded_plan(mask, net.spec, [200, 100])
+    with pytest.raises(ValueError, match="padded plan serves packed networks only"):
+        net(torch.zeros(200, 3, device=device), padded)
+
+
+# ---- packing
+
+
+def test_what_is_not_packed(engine: TritonEngine, device: torch.device) -> None:
+    class Other(SparseUNet):
+        pass
+
+    assert engine.prepare(network((16,)).to(device).train()) is None
+    assert engine.prepare(network((16,)).to(device).double()) is None
+    assert engine.prepare(network((16,)).to("meta")) is None
+    assert engine.prepare(nn.Linear(3, 4).to(device).eval()) is None
+    assert engine.prepare(Other(3, K, (16,)).to(device).eval()) is None
+    hooked = network((16,)).to(device)
+    hooked.stem.register_forward_hook(lambda *_: None)
+    assert engine.prepare(hooked) is None
+    with torch.inference_mode():
+        inside = network((16,)).to(device)
+    assert engine.prepare(inside) is None
+
+
+def _scale(net: SparseUNet) -> None:
+    with torch.no_grad():
+        net.head_norm.weight.mul_(-2)
+
+
+def _replace(net: SparseUNet) -> None:
+    net.head.weight = nn.Parameter(torch.randn_like(net.head.weight))
+
+
+def _load(net: SparseUNet) -> None:
+    net.load_state_dict({name: value * 1.25 for name, value in net.state_dict().items()})
+
+
+def _statistics(net: SparseUNet) -> None:
+    mask = mask_of("random", (9, 7)).to(net.head.weight.device)
+    x = 5 * torch.randn(int(mask.sum()), 3, device=mask.device)
+    with torch.no_grad():
+        net.train()(x, get_engine("torch").geometry(Sites.from_mask(mask), net.spec))
+    net.eval()
+
+
+@pytest.mark.parametrize("change", [_scale, _replace, _load, _statistics])
+def test_follows_its_parameters(
+    engine: TritonEngine, device: torch.device, change: Callable[[SparseUNet], None]
+) -> None:
+    net, mask, x, expected = of(device, (16, 32), 1, "cell", "random")
+    plan, first = plan_of(engine, net, mask), prepared(engine, net)
+    judge(first(x, plan), expected)
+    assert prepared(engine, net.train().eval()) is first
+    change(net)
+    second = prepared(engine, net)
+    assert second is not first
+    judge(second(x, plan), expected_of(net, x, mask))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
+def test_copies_of_an_engine(
+    engine: TritonEngine, device: torch.device, copier: Callable[[TritonEngine], TritonEngine]
+) -> None:
+    net, mask, x, expected = of(device, (16,), 1, "cell", "random")
+    prepared(engine, net)
+    other = copier(engine)
+    assert other is not engine
+    judge(prepared(other, net)(x, plan_of(other, net, mask)), expected)
+
+
+# ---- checks
+
+
+def test_a_plan_of_the_torch_engine_is_refused(engine: TritonEngine, device: torch.device) -> None:
+    net, mask, x, _ = of(device, (16,), 1, "cell", "random")
+    plan = get_engine("torch").geometry(Sites.from_mask(mask), net.spec)
+    with pytest.raises(ValueError, match="built by engine 'torch'; build it by engine 'triton'"):
+        prepared(engine, net)(x, plan)
+
+
+@pytest.mark.parametrize("wrong", [PlanSpec(3, "paper"), PlanSpec(2, "cell")], ids=["kind", "levels"])
+def test_a_plan_for_another_network_is_refused(engine: TritonEngine, device: torch.device, wrong: PlanSpec) -> None:
+    net, mask, x, _ = of(device, (16, 32), 2, "paper", "random")
+    with pytest.raises(ValueError, match="plan was built for") as error:
+        prepared(engine, net)(x, engine.plan(mask, wrong))
+    assert str(wrong) in str(error.value)
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x[:-1], lambda x: x[:, :2], lambda x: x[:, 0]])
+def test_features_that_do_not_fit_are_refused(
+    engine: TritonEngine, device: torch.device, spoil: Callable[[Tensor], Tensor]
+) -> None:
+    net, mask, x, _ = of(device, (16, 32), 2, "cell", "random")
+    with pytest.raises(ValueError, match=r"features are .*, expected"):
+        prepared(engine, net)(spoil(x), plan_of(engine, net, mask))
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("down", DOWNS)
+def test_gradients_equal_the_torch_engines(
+    engine: TritonEngine, device: torch.device, down: str, training: bool
+) -> None:
+    mask, seen = mask_of("random", (11, 14), batch=3).to(device), []
+    n = int(mask.sum())
+    x, cotangent = torch.randn(n, 3, device=device), torch.randn(n, K, device=device) / n**0.5
+    for how, dtype in ((engine, torch.float32), (get_engine("torch"), torch.float64)):
+        net = network((9, 17), 1, down).to(device, dtype).train(training)
+        features = x.to(dtype).requires_grad_()
+        logits = net(features, how.geometry(Sites.from_mask(mask), net.spec))
+        gradients = torch.autograd.grad(logits, [features, *net.parameters()], cotangent.to(dtype))
+        seen.append([logits, *gradients, *net.buffers()])
+    for actual, expected in zip(*seen, strict=True):
+        scale = max(1e-3, float(expected.detach().double().square().mean().sqrt()))
+        assert_close((actual.double() / scale).float(), expected.double() / scale)
+
+
+def test_training_in_half_precision(engine: TritonEngine, device: torch.device) -> None:
+    """Autocast, as Lightning's ``bf16-mixed``: parameters and their gradients stay float32."""
+    mask = mask_of("random", (9, 7)).to(device)
+    net, x = network((8, 16)).to(device).train(), torch.randn(int(mask.sum()), 3, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = net(x, engine.plan(mask, net.spec)).float().square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
+    assert all(bool(p.grad.isfinite().all()) for p in net.parameters())
