@@ -147,6 +147,14 @@ class SpconvTask:
         return {}
 
 
+class SpconvGpu:
+    """Made where spconv can be imported and torch sees a GPU: asks only that."""
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise ValueError("torch of spconv's environment sees no GPU")
+
+
 class SpconvGpuTask:
     """Times spconv on a GPU, its search for neighbours included. For ``benchmarks.gpu``, which has no spconv itself.
 
@@ -172,8 +180,6 @@ class SpconvGpuTask:
         down: str,
         dtype: str,
     ) -> None:
-        if not torch.cuda.is_available():
-            raise ValueError("torch of spconv's environment sees no GPU")
         from spconv import constants
 
         constants.SPCONV_ALLOW_TF32 = dtype == "tf32"

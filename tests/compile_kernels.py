@@ -4,7 +4,8 @@
 
 The package's own code launches them, with tensors of real sizes on the CPU; each launch is stopped once its kernel is
 compiled, so results are whatever the memory held. Without ``--all``: one GPU and float16. A fresh ``TRITON_CACHE_DIR``
-makes sure that everything is compiled. One line for each kernel as compiled, one for each case: which of these it needs.
+makes sure that everything is compiled. One line for each kernel as compiled, one for each case: which of these it
+needs. The exit status is 1 if any kernel has problems: a refusal, spilled registers, no matrix instructions, and such.
 """
 
 from __future__ import annotations
@@ -31,24 +32,33 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from sparserefine.sparse.gpu import launch
-
-launch.INTERPRETED = True  # for what follows to take tensors of the CPU; nothing is interpreted
-
 from sparserefine.ensembler import GatedEnsembler
 from sparserefine.extractor import PRESETS, ExtractorConfig
 from sparserefine.sparse import Plan, SparseBatchNorm, SparseUNet
+from sparserefine.sparse.gpu import engine, launch
 from sparserefine.sparse.gpu.engine import TritonEngine
 from sparserefine.sparse.sites import Sites
 from sparserefine.uncertainty import Upsampling, label_dtype
 
+launch.INTERPRETED = engine.INTERPRETED = True  # tensors of the CPU are taken; nothing is interpreted
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG", "STG", "LDL", "STL")
+SHARED = {80: 99 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory of a program; of capability 8.x not what the largest GPUs have, but what all have."""
+MATRIX = {80: "HMMA", 90: "HGMMA"}
+FEW = 4
+"""READ of the kernel where inputs have hardly any channels."""
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
 SIZE = (1024, 2048)
 IMAGES = {"one image": 300_000, "another image": 211_111}
 """Their sites."""
 CHOSEN = IMAGES["one image"]
-PLANS = {**PRESETS, "tiny": ExtractorConfig((16, 32), blocks=1, down="cell")}
+PLANS = {
+    **PRESETS,
+    "flat": ExtractorConfig((32,), blocks=1),
+    "small": ExtractorConfig((32, 32), blocks=1, down="cell"),
+}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HOW = {
     "logits": Upsampling(),
@@ -74,13 +84,13 @@ class NoGpu:
 
 
 class Recorder:
-    """Takes the place of launches: compiles for each kind of GPU, prints each kernel once, and keeps those of a case."""
+    """Takes the place of launches: compiles for each kind of GPU, prints each kernel once, keeps those of a case."""
 
-    def __init__(self, archs: Sequence[int]) -> None:
-        self.archs, self.counts = archs, [0]
-        self.launches = 0
+    def __init__(self, archs: Sequence[int], listed: bool) -> None:
+        self.archs, self.counts, self._listed = archs, [0], listed
+        self.launches, self.failed = 0, False
         self.needed: dict[int, set[str]] = {}
-        self._printed: set[str] = set()
+        self._told: set[str] = set()
         self._compile = triton.JITFunction.run
         self._driver = NoGpu()
         driver.set_active(self._driver)
@@ -98,34 +108,44 @@ class Recorder:
     def _launch(self, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         self.launches += 1
         named = dict(zip(kernel.arg_names, arguments, strict=False))
-        if kernel.__name__ == "scan":  # what it counts is the only thing that is ever read by the host
+        if kernel.__name__ == "scan":  # what it counts is the only thing that the host ever reads
             named["totals"].copy_(torch.tensor(self.counts, dtype=torch.int32))
+        grid = options["grid"]
+        if any(count > most for count, most in zip(grid, LARGEST_GRID, strict=False)):
+            self._tell(kernel.__name__, f"grid of {kernel.__name__}", problems=[f"a grid of {grid}"])
         for arch in self.archs:
             self._driver.arch = arch
             started = time.perf_counter()
             try:
                 compiled = self._compile(kernel, *arguments, **{**options, "warmup": True})
-            except Exception as error:  # of the compiler, of any kind: the other kernels are to be seen, too
-                self._tell_once(kernel.__name__, arch, f"{arch} {error}", error=f"{type(error).__name__}: {error}")
+            except Exception as error:  # of any kind: the other kernels are to be seen, too
+                facts = {**about(named, options), "arch": arch, "problems": [f"{type(error).__name__}: {error}"]}
+                self._tell(kernel.__name__, f"refused {kernel.__name__} {facts}", **facts)
                 continue
             self.needed[arch].add(compiled.hash)
-            if compiled.hash not in self._printed:
+            if compiled.hash not in self._told:
                 seconds = round(time.perf_counter() - started, 2)
-                facts = {**inspect(compiled), **about(named, options)}
-                self._tell_once(kernel.__name__, arch, compiled.hash, seconds=seconds, **facts)
+                facts = {
+                    **about(named, options),
+                    "arch": arch,
+                    "seconds": seconds,
+                    **inspect(compiled, self._listed or "PRECISION" in options),
+                }
+                self._tell(kernel.__name__, compiled.hash, **facts, problems=problems(kernel.__name__, facts))
 
-    def _tell_once(self, kernel: str, arch: int, key: str, **facts: object) -> None:
-        if key not in self._printed:
-            self._printed.add(key)
-            tell(kernel=kernel, arch=arch, id=key, **facts)
+    def _tell(self, kernel: str, key: str, **facts: Any) -> None:
+        self.failed |= bool(facts["problems"])
+        if key not in self._told:
+            self._told.add(key)
+            tell(kernel=kernel, id=key, **facts)
 
 
 def tell(**facts: object) -> None:
     print(json.dumps(facts), flush=True)
 
 
-def about(named: dict[str, Any], options: dict[str, Any]) -> dict[str, object]:
-    """Of a launch: what tells kernels apart."""
+def about(named: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Of a launch, what tells kernels apart."""
     dtypes = [str(value.dtype).removeprefix("torch.") for value in named.values() if isinstance(value, Tensor)]
     return {
         "dtypes": dtypes,
@@ -136,13 +156,31 @@ def about(named: dict[str, Any], options: dict[str, Any]) -> dict[str, object]:
     }
 
 
-def inspect(compiled: Any) -> dict[str, object]:
-    """Registers, memory and instructions, as the assembler chose them."""
+def problems(kernel: str, facts: dict[str, Any]) -> list[str]:
+    """What makes a kernel slow, or fail when it is launched."""
+    arch, meta, instructions = facts["arch"], facts["meta"], facts["instructions"]
+    found = []
+    if facts["stack"] or facts["local"]:
+        found.append(f"{facts['stack'] + facts['local']} bytes of registers are spilled")
+    if facts["shared"] > SHARED[arch]:
+        found.append(f"{facts['shared']} bytes of shared memory")
+    if "PRECISION" in meta and (facts["dtypes"][0] != "float32" or meta["PRECISION"] == "tf32"):
+        # Where a weight has few channels, the blocks of its gradient are too small for the larger instructions.
+        matrix = {MATRIX[arch]} if kernel == "convolve" else {"HGMMA", "HMMA"}
+        if not matrix & instructions.keys():
+            found.append("no matrix instructions")
+        if kernel == "convolve" and meta["READ"] != FEW and facts["inputs"] % 16 == 0 and not facts["wide_copies"]:
+            found.append("no copies of 16 bytes")
+    return found
+
+
+def inspect(compiled: Any, listed: bool) -> dict[str, Any]:
+    """Registers, memory and, if ``listed``, which takes as long as some compilations, instructions."""
     path = Path(os.environ.get("TMPDIR", "/tmp"), f"sparserefine-{os.getpid()}.cubin")
     path.write_bytes(compiled.asm["cubin"])
     try:
         usage = tool("cuobjdump", "-res-usage", str(path))
-        listing = tool("nvdisasm", str(path))
+        listing = tool("nvdisasm", "--print-code", "--no-dataflow", str(path)) if listed else ""
     finally:
         path.unlink()
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
@@ -177,12 +215,12 @@ def counts_of(preset: str, sites: int) -> list[int]:
 def inference(recorder: Recorder, preset: str, dtype: torch.dtype, sites: int, padded: bool) -> None:
     """The plan of an image and a packed network."""
     net, mask = network(preset, dtype).eval(), torch.empty(1, *SIZE, dtype=torch.bool)
-    recorder.counts, engine = counts_of(preset, sites), TritonEngine()
+    recorder.counts, triton_engine = counts_of(preset, sites), TritonEngine()
     if padded:
-        plan: Plan = engine.padded_plan(mask, net.spec, recorder.counts)
+        plan: Plan = triton_engine.padded_plan(mask, net.spec, recorder.counts)
     else:
-        plan = engine.plan(mask, net.spec)
-    packed = engine.prepare(net)
+        plan = triton_engine.plan(mask, net.spec)
+    packed = triton_engine.prepare(net)
     assert packed is not None
     packed(torch.empty(len(plan.levels[0].sites), 3, dtype=dtype), plan)
 
@@ -241,14 +279,16 @@ def cases(recorder: Recorder, everything: bool) -> Iterator[tuple[str, Case]]:
         for preset in PRESETS if everything else ("paper",):
             for name, sites in IMAGES.items():
                 yield f"{preset} {dtype}, {name}", partial(inference, recorder, preset, DTYPES[dtype], sites, False)
-        for preset in PRESETS if everything else ("tiny",):
+        for preset in PRESETS if everything else ("flat",):
             yield f"{preset} {dtype}, padded", partial(inference, recorder, preset, DTYPES[dtype], CHOSEN, True)
+        for preset in PRESETS if everything else ("small",):
             yield f"{preset} {dtype}, training", partial(training, recorder, preset, DTYPES[dtype], CHOSEN)
     yield "selection", selection
     for classes in (2, 19, 150):
         for name, how in HOW.items():
             for dtype in DTYPES if everything else ("float16",):
                 yield f"uncertainty {classes} {dtype}, {name}", partial(uncertainty, classes, DTYPES[dtype], how)
+    for classes in (2, 19, 150) if everything else (19,):
         for fuser in ("residual", "paper") if everything else ("residual",):
             yield f"gated {classes}, {fuser}", partial(gated, classes, fuser)
     for dtype in (torch.uint8, *DTYPES.values()) if everything else (torch.uint8,):
@@ -264,17 +304,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--arch", type=int, nargs="+", help="kinds of GPU, by compute capability")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args(arguments)
-    recorder = Recorder(options.arch or ((90, 80) if options.all else (90,)))
+    recorder = Recorder(options.arch or ((90, 80) if options.all else (90,)), options.all)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # what the memory held is slow otherwise
     # The arithmetic of float32 is a choice of the caller's; "high" is TF32.
     for precision in ("high", "highest") if options.all else ("high",):
         torch.set_float32_matmul_precision(precision)
         for name, case in cases(recorder, options.all):
-            if options.only in name and (precision == "high" or "float32, " in name):
+            if options.only in name and (precision == "high" or "float32, " in name or "gated" in name):
                 with recorder.case(f"{name}, ieee" if precision == "highest" else name), torch.no_grad():
                     case()
-    return 0
+    return int(recorder.failed)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,15 @@ def test_room_is_no_more_than_there_can_be(device: torch.device) -> None:
     assert refiner_of(device, Selector(0.0)).capture(pixels(device), headroom=9).capacities == (cells, cells // 4)
 
 
+def test_values_that_are_not_finite_are_refused(device: torch.device) -> None:
+    refiner = refiner_of(device)
+    captured, image = refiner.capture(pixels(device)), pixels(device, 1)
+    coarse = eager(refiner, image).coarse.clone()
+    coarse[0, 1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"1 of .* coarse logits are NaN or infinite"):
+        captured.refine(image, coarse)
+
+
 # ---- what it is valid for
 
 

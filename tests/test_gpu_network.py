@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 K = 4
 DOWNS = ("paper", "cell")
-NETWORKS = [((16, 32), 2), ((3, 5, 7), 1), ((17, 33), 1), ((16,), 1)]
+NETWORKS = [((16, 32), 2), ((3, 5, 7), 1), ((17,), 1)]
 """Planes and blocks."""
 LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
 """Of logits, in root mean squares of all."""
@@ -68,7 +68,7 @@ def reference(
     planes: tuple[int, ...], blocks: int, down: str, pattern: str
 ) -> tuple[SparseUNet, Tensor, Tensor, Tensor]:
     """Network, mask, features and what float64 makes of them."""
-    net, mask = network(planes, blocks, down), mask_of(pattern, (13, 18), batch=3)
+    net, mask = network(planes, blocks, down), mask_of(pattern, (7, 9), batch=3)
     x = torch.randn(int(mask.sum()), 3)
     return net, mask, x, expected_of(net, x, mask)
 
@@ -130,7 +130,7 @@ def test_in_half_precision(engine: TritonEngine, device: torch.device, how: str,
 
 def test_many_channels_and_rows(engine: TritonEngine, device: torch.device) -> None:
     """More than one block of rows, of columns and of inputs."""
-    net, mask = network((16, 144)).to(device), mask_of("random", (26, 30)).to(device)
+    net, mask = network((16, 144)).to(device), mask_of("random", (20, 24)).to(device)
     x = torch.randn(int(mask.sum()), 3, device=device)
     judge(prepared(engine, net)(x, plan_of(engine, net, mask)), expected_of(net, x, mask))
 
@@ -157,7 +157,7 @@ def test_input_is_left_alone_and_may_be_strided(engine: TritonEngine, device: to
 def test_a_padded_plan_changes_no_bit(
     engine: TritonEngine, device: torch.device, down: str, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net, mask, x, _ = of(device, (16, 32), 2, down, pattern)
+    net, mask, x, _ = of(device, (16, 32), 1, down, pattern)
     packed, plan = prepared(engine, net), plan_of(engine, net, mask)
     expected, n = packed(x, plan), len(x)
     padded = engine.padded_plan(mask, net.spec, [n + 40, n + 7])
@@ -176,16 +176,16 @@ def test_a_padded_plan_changes_no_bit(
 
 def test_too_little_room_is_survived(engine: TritonEngine, device: torch.device) -> None:
     net, mask, x, _ = of(device, (16, 32), 2, "paper", "random")
-    padded = engine.padded_plan(mask, net.spec, [20, 5])
-    assert prepared(engine, net)(x[:20], padded).shape == (20, K)
+    padded = engine.padded_plan(mask, net.spec, [15, 4])
+    assert prepared(engine, net)(x[:15], padded).shape == (15, K)
     assert padded.totals.tolist() == [len(level.sites) for level in plan_of(engine, net, mask).levels]
 
 
 def test_a_padded_plan_is_not_for_single_layers(engine: TritonEngine, device: torch.device) -> None:
     net, mask, _, _ = of(device, (16, 32), 2, "cell", "random")
-    padded = engine.padded_plan(mask, net.spec, [200, 100])
+    padded = engine.padded_plan(mask, net.spec, [100, 50])
     with pytest.raises(ValueError, match="padded plan serves packed networks only"):
-        net(torch.zeros(200, 3, device=device), padded)
+        net(torch.zeros(100, 3, device=device), padded)
 
 
 # ---- packing
@@ -289,7 +289,7 @@ def test_features_that_do_not_fit_are_refused(
 def test_gradients_equal_the_torch_engines(
     engine: TritonEngine, device: torch.device, down: str, training: bool
 ) -> None:
-    mask, seen = mask_of("random", (11, 14), batch=3).to(device), []
+    mask, seen = mask_of("random", (7, 9), batch=3).to(device), []
     n = int(mask.sum())
     x, cotangent = torch.randn(n, 3, device=device), torch.randn(n, K, device=device) / n**0.5
     for how, dtype in ((engine, torch.float32), (get_engine("torch"), torch.float64)):

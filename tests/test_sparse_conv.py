@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparserefine.sparse import PlanSpec, Sites, SparseBatchNorm, SparseConv, Stencil, conv, engine_report, get_engine
+from sparserefine.sparse import (
+    PlanSpec,
+    Sites,
+    SparseBatchNorm,
+    SparseConv,
+    SparseUNet,
+    Stencil,
+    conv,
+    engine_report,
+    get_engine,
+)
 from sparserefine.sparse import torch_engine as engine_module
 from sparserefine.sparse.cpu.convolution import operands as cpu_operands
 from support import (
@@ -160,10 +170,11 @@ def test_strided_operands(engine: str, kind: str) -> None:
     assert_close(conv(x, weight, case.stencil), expected)
 
 
-def test_autocast_computes_in_its_own_precision() -> None:
-    case = Case("around", mask_of("random", (6, 5)), torch.float32)
+@pytest.mark.parametrize("engine", SOME_ENGINES)
+def test_autocast_computes_in_its_own_precision(engine: str) -> None:
+    case = Case("around", mask_of("random", (6, 5)), torch.float32, engine)
     x, weight = case.x.requires_grad_(), case.weight.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         y = conv(x, weight, case.stencil)
     y.backward(case.grad.bfloat16())
     assert y.dtype == torch.bfloat16
@@ -204,6 +215,19 @@ def test_operators_of_the_cpu_engine_are_well_formed(kind: str, pattern: str) ->
     torch.library.opcheck(ops.cpu_conv_weight.default, (around.x, around.grad, around.stencil.table, "generic"))
 
 
+@pytest.mark.parametrize("kind", ["around", "down-cell", "up-paper"])
+@pytest.mark.parametrize("engine", TRITON_ENGINES)
+def test_operators_of_the_triton_engine_are_well_formed(engine: str, kind: str) -> None:
+    case = Case(kind, mask_of("random", (4, 5)), torch.float32, engine)
+    from sparserefine.sparse.gpu.convolution import operands
+
+    ops = torch.ops.sparserefine
+    arguments = operands(case.x.requires_grad_(), case.weight.requires_grad_(), case.stencil)
+    torch.library.opcheck(ops.triton_conv.default, arguments, raise_exception=True)
+    around = Case("around", mask_of("random", (4, 5)), torch.float32, engine)
+    torch.library.opcheck(ops.triton_conv_weight.default, (around.x, around.grad, around.stencil.table))
+
+
 @pytest.mark.parametrize("pattern", ["none", "random"])
 @pytest.mark.parametrize("kind", ["around", "up-paper"])
 def test_operators_are_well_formed(kind: str, pattern: str) -> None:
@@ -235,6 +259,24 @@ def test_compiles_without_a_graph_break() -> None:
     assert_close(compiled(case.x, case.stencil.table), module(case.x, case.stencil.table))
     compiled(case.x, case.stencil.table).sum().backward()
     assert module.first.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("down", DOWNS)
+@pytest.mark.parametrize("engine", SOME_ENGINES)
+def test_a_network_compiles_without_a_graph_break(engine: str, down: str) -> None:
+    device = device_of(engine)
+    mask, network = mask_of("random", (6, 5)).to(device), SparseUNet(3, 2, (3, 4), 1, down).to(device)
+    plan = engine_of(engine).plan(mask, network.spec)
+    x = torch.randn(int(mask.sum()), 3, device=device)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    seen = []
+    for module in (network.eval(), compiled):
+        network.zero_grad()
+        logits = module(x, plan)
+        logits.sum().backward()
+        seen.append([logits.detach(), *(p.grad.clone() for p in network.parameters())])
+    for actual, expected in zip(*seen, strict=True):
+        assert_close(actual, expected)
 
 
 def test_exports_for_any_number_of_sites() -> None:

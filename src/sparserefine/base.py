@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -165,7 +166,6 @@ class FrozenBase(nn.Module):
         assert self.config.ratio is not None  # BaseConfig has one of the two
         return max(1, round(height * self.config.ratio)), max(1, round(width * self.config.ratio))
 
-    @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Coarse outputs of images.
 
@@ -179,17 +179,25 @@ class FrozenBase(nn.Module):
             ValueError: wrong shape or class count, or values that are not finite (NaN, infinity).
             TypeError: the model returned something else than the forms above.
         """
+        return self._forward(image, self._check_values)
+
+    def unchecked(self, image: Tensor) -> Tensor:
+        """As a call, but values are not looked at: for that the host waits for a GPU. :meth:`checked` does it later."""
+        return self._forward(image, lambda logits: None)
+
+    @torch.no_grad()
+    def _forward(self, image: Tensor, check: Callable[[Tensor], None]) -> Tensor:
         check_image(image)
         x = resize(image, self.input_size(*image.shape[-2:]))
         scale = 255.0 if image.dtype == torch.uint8 else 1.0
-        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (constant(v, x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         x = ((x / scale - mean) / std).contiguous()
         if isinstance(self.model, nn.Module):  # a model in half precision takes its input so
             x = x.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype))
         output = tensor_of((self._runtime or self.model)(x), self.label)
-        if self.class_map is None:
-            return self.checked(output, len(image))
-        return merged(self._checked(output, len(image), len(self.class_map)), self.class_map, self.outputs)
+        self._check_form(output, len(image), self.num_classes if self.class_map is None else len(self.class_map))
+        check(output)
+        return output if self.class_map is None else merged(output, self.class_map, self.outputs)
 
     @property
     def label(self) -> str:
@@ -198,9 +206,11 @@ class FrozenBase(nn.Module):
 
     def checked(self, logits: Tensor, batch: int) -> Tensor:
         """Returns ``logits [B, K, h, w]``, or raises ``ValueError`` if shape, class count or values are wrong."""
-        return self._checked(logits, batch, self.num_classes)
+        self._check_form(logits, batch, self.num_classes)
+        self._check_values(logits)
+        return logits
 
-    def _checked(self, logits: Tensor, batch: int, classes: int) -> Tensor:
+    def _check_form(self, logits: Tensor, batch: int, classes: int) -> None:
         if logits.dim() != 4 or logits.shape[0] != batch:
             raise ValueError(f"base {self.label}: output is {tuple(logits.shape)}, expected [{batch}, K, h, w]")
         if logits.shape[1] != classes:
@@ -208,21 +218,29 @@ class FrozenBase(nn.Module):
             raise ValueError(f"base {self.label}: {logits.shape[1]} classes, expected {classes}{cure}")
         if not logits.is_floating_point():
             raise ValueError(f"base {self.label}: output is {logits.dtype}, expected floating-point logits, not labels")
-        bad = int(logits.numel() - logits.isfinite().sum())
+
+    def _check_values(self, logits: Tensor) -> None:
+        few = logits[:1, :, :1, :8].float()  # most logits cannot be probabilities: a few pixels tell
+        found = [
+            logits.numel() - logits.isfinite().sum(),
+            (few.min() >= 0) & ((few.sum(1) - 1).abs().max() <= 1e-3),
+            *([logits.min()] if self.outputs == "scores" else []),
+        ]
+        # One read: the host would wait for a GPU for each of them.
+        bad, maybe, *smallest = torch.stack([value.float() for value in found]).tolist()
         if bad:
             raise ValueError(
-                f"base {self.label}: {bad} of {logits.numel()} coarse logits are NaN or infinite; check its "
+                f"base {self.label}: {bad:.0f} of {logits.numel()} coarse logits are NaN or infinite; check its "
                 "weights, its normalisation, and the precision it runs in"
             )
-        if self.outputs == "scores" and logits.min() < 0:
+        if smallest and smallest[0] < 0:
             raise ValueError(
-                f"base {self.label}: outputs='scores' but the smallest is {float(logits.min()):.4g}, expected >= 0; "
+                f"base {self.label}: outputs='scores' but the smallest is {smallest[0]:.4g}, expected >= 0; "
                 "say outputs='logits' if these are logits"
             )
-        if self.outputs == "logits" and not self._warned and _are_probabilities(logits):
+        if self.outputs == "logits" and not self._warned and maybe and _are_probabilities(logits):
             self._warned = True
             _log.warning("base %s: its outputs look like probabilities; if so, set base.outputs: scores", self.label)
-        return logits
 
     def macs(self, height: int, width: int) -> int | None:
         """Multiply-accumulates for one image of that size; ``None`` where torch cannot see them (not a torch model)."""
@@ -251,11 +269,14 @@ class FrozenBase(nn.Module):
 
 
 def _are_probabilities(logits: Tensor) -> bool:
-    """All in 0..1 and summing to 1 over the classes; looks at a few pixels first, since most logits fail there."""
-    few = logits[:1, :, :1, :8].float()
-    if few.min() < 0 or (few.sum(1) - 1).abs().max() > 1e-3:
-        return False
     return bool(logits.min() >= 0) and bool(((logits.float().sum(1) - 1).abs() < 1e-3).all())
+
+
+@cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """``float32``, made once: a copy to a GPU waits for it, and is not allowed in a CUDA graph."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
 
 
 def check_image(image: Tensor) -> None:

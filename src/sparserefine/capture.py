@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -30,8 +31,8 @@ class CapturedRefiner:
     The base runs as ever. All after it is one CUDA graph, recorded with room for a fixed number of sites at each
     level (``capacities``). An image with more of them is refined without the graph, and counted.
 
-    It is valid for the weights, selector and precision of the refiner, and for the shapes and dtypes of image and coarse
-    logits, that it was made with. Weights and selectors that changed, and other images, are refused.
+    It is valid for the weights, selector and precision of the refiner, and for the shapes and dtypes of image and
+    coarse logits, that it was made with. Weights and selectors that changed, and other images, are refused.
 
     Attributes:
         capacities: rows of each level, full size first.
@@ -45,10 +46,11 @@ class CapturedRefiner:
         self.capacities, self.calls, self.overflows = tuple(capacities), 0, 0
         self._refiner, self._engine, self._selector = refiner, engine, refiner.selector
         self._image, self._coarse = image.clone(), coarse.detach().clone(memory_format=torch.preserve_format)
+        self._packed = engine.prepare(refiner.extractor)  # its memory is the graph's, whatever the engine packs next
         self._watched = [*refiner.trained_parameters(), *refiner.extractor.buffers()]
         self._state = self._versions()
         self._graph: torch.cuda.CUDAGraph | None = None
-        with torch.inference_mode():
+        with torch.inference_mode(), _no_autocast_cache():
             self._record()
 
     def _record(self) -> None:
@@ -71,6 +73,8 @@ class CapturedRefiner:
         timer = StageTimer(torch.device("cpu"))  # of the recording; nobody asks it
         self._result = self._refiner._refine(self._image, self._coarse, None, None, timer, self._plan)
         self._labels = self._result.labels()
+        finite = self._coarse.isfinite().sum(dtype=torch.int32)
+        self._report = torch.cat([self._totals, (self._coarse.numel() - finite)[None]])
 
     def _plan(self, mask: Tensor) -> Plan:
         plan: PaddedPlan = self._engine.padded_plan(mask, self._refiner.extractor.spec, self.capacities)
@@ -91,7 +95,7 @@ class CapturedRefiner:
         timer = StageTimer(image.device)
         with torch.inference_mode():
             with timer.stage("base"):
-                coarse = self._refiner.base(image)
+                coarse = self._refiner.base.unchecked(image)
             return self._refine(image, coarse, timer)
 
     def refine(self, image: Tensor, coarse: Tensor) -> Refinement:
@@ -109,7 +113,7 @@ class CapturedRefiner:
         """
         check_image(image)
         with torch.inference_mode():
-            coarse = self._refiner.base(image) if coarse is None else coarse
+            coarse = self._refiner.base.unchecked(image) if coarse is None else coarse
             if self._run(image, coarse) is None:
                 return self._eager(image, coarse, StageTimer(image.device)).labels()
             return self._labels.clone()
@@ -140,7 +144,10 @@ class CapturedRefiner:
             self._graph.replay()
         if self._versions() != self._state:  # asked while the GPU is busy
             raise RuntimeError(_CHANGED.format("has other weights"))
-        counts: list[int] = self._totals.tolist()
+        counts: list[int]
+        *counts, bad = self._report.tolist()
+        if bad:
+            self._refiner.base.checked(coarse, len(image))  # which says what is wrong
         self.calls += 1
         if any(count > capacity for count, capacity in zip(counts, self.capacities, strict=True)):
             self.overflows += 1
@@ -168,6 +175,18 @@ class CapturedRefiner:
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(tensor.data_ptr(), tensor._version) for tensor in self._watched]
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Autocast keeps converted weights until it ends, and frees them then: a graph must not have seen them."""
+    before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def capture(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +19,7 @@ from sparserefine.base import (
     FrozenBase,
     check_image,
     check_normalisation,
+    constant,
 )
 from sparserefine.classes import Classes
 from sparserefine.ensembler import EnsemblerConfig, build_ensembler
@@ -191,8 +191,9 @@ class SparseRefiner(nn.Module):
         parts = []
         for name in self.extractor_config.features:
             if name == "rgb":
+                mean, std = (constant(v, image.device) for v in (self.mean, self.std))
                 white = 255 if image.dtype == torch.uint8 else 1
-                parts.append(engine.pixels(image, sites, *_scale_and_shift(self.mean, self.std, white, image.device)))
+                parts.append(engine.pixels(image, sites, 1 / (std * white), -mean / std))
             elif name == "coords":
                 extents = ((1, sites.height), (2, sites.width))
                 parts += [((2 * sites.coords[:, axis] + 1) / extent - 1)[:, None] for axis, extent in extents]
@@ -277,16 +278,6 @@ class SparseRefiner(nn.Module):
         from sparserefine.storage import load_refiner
 
         return load_refiner(name, base=base, trust_base=trust_base, engine=engine, runtime=runtime)
-
-
-@lru_cache(maxsize=16)
-def _scale_and_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], white: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """``[3]`` each, of pixels from 0 to ``white``; kept, for a copy to the GPU waits for it."""
-    with torch.inference_mode(False):
-        means, stds = torch.tensor(mean), torch.tensor(std)
-        return (1 / (stds * white)).to(device), (-means / stds).to(device)
 
 
 @dataclass(frozen=True)

@@ -62,14 +62,18 @@ class Tiling:
         columns: likewise.
         depth: inputs that are multiplied at once.
         warps: of a program.
-        stages: one more than there are blocks of inputs and weights in flight; the table's entries come before them.
+        ahead: blocks of inputs and weights that are loaded before they are multiplied.
     """
 
     rows: int
     columns: int
     depth: int
     warps: int
-    stages: int
+    ahead: int
+
+    def stages(self, read: int) -> int:
+        """Triton's ``num_stages``: a load whose address is loaded before it takes two stages for each block ahead."""
+        return 1 + self.ahead * (1 if read == _OWN else 2)
 
 
 def tiling(rows: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str) -> Tiling:
@@ -78,17 +82,14 @@ def tiling(rows: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str)
     Larger blocks read inputs and weights less often; where too few of them would be left for the GPU, they are halved.
     """
     columns = min(128, _power_of_two(c_out))
-    if dtype == torch.float32:
-        depth = min(32, _power_of_two(c_in))
-        if precision == "ieee":  # on the ordinary units, which need a register for each element
-            return Tiling(64, min(64, columns), depth, 4, 4)
-        return Tiling(128, 128, depth, 8, 4) if columns == 128 else Tiling(64, columns, depth, 4, 4)
-    depth = min(64, _power_of_two(c_in))
-    if columns < 128:
-        return Tiling(128, columns, depth, 4, 4)
-    if blocks(rows, 128) * blocks(c_out, 128) < 512:
-        return Tiling(64, 128, depth, 4, 4)
-    return Tiling(128, 128, depth, 8, 4)
+    if precision == "ieee":  # on the ordinary units, which need a register for each element
+        return Tiling(64, min(64, columns), min(32, _power_of_two(c_in)), 4, 2)
+    depth = min(128 // dtype.itemsize, _power_of_two(c_in))  # 128 bytes: a line of the cache
+    if columns == 128 and blocks(rows, 128) * blocks(c_out, 128) >= 512:
+        return Tiling(128, 128, depth, 8, 3)
+    if columns == 128 or dtype == torch.float32:
+        return Tiling(64, columns, depth, 4, 2)
+    return Tiling(128, columns, depth, 4, 2)
 
 
 def _power_of_two(count: int) -> int:
@@ -97,7 +98,7 @@ def _power_of_two(count: int) -> int:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """``tf32`` or ``ieee``, as ``torch.set_float32_matmul_precision`` has it for all matrix products."""
+    """``tf32`` or ``ieee``, as ``torch.set_float32_matmul_precision`` has it; half precision does not heed it."""
     return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -168,7 +169,7 @@ def convolve(
         *(0 if t is None else t.stride(0) for t in (epilogue.residual, epilogue.raw)),
         *(0 if a is None else a.out.stride(0) for a in (first, second)),
         warps=tiles.warps,
-        stages=tiles.stages,
+        stages=tiles.stages(read),
         READ=read,
         PADDED=count is not None,
         ROWS=tiles.rows,
@@ -256,7 +257,7 @@ def triton_conv_weight(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
         x.stride(0),
         grad.stride(0),
         *table.stride(),
-        stages=4,
+        stages=5,
         ROWS=rows,
         COLUMNS=columns,
         DEPTH=depth,

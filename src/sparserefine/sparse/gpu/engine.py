@@ -23,19 +23,22 @@ from sparserefine.sparse.torch_engine import TorchEngine
 from sparserefine.sparse.unet import SparseUNet
 from sparserefine.uncertainty import Upsampling, Window
 
+_OLDEST = (8, 0)
+"""Compute capability, of NVIDIA's GPUs, that Triton supports."""
+
 
 class TritonEngine(TorchEngine):
     """Engine ``triton``. Tensors of other devices and dtypes go to the torch engine's code.
 
     Raises:
-        sparserefine.native.library.Unavailable: there is no GPU.
+        sparserefine.native.library.Unavailable: there is no GPU, or it is too old.
     """
 
     name = "triton"
 
     def __init__(self) -> None:
-        if not INTERPRETED and not torch.cuda.is_available():
-            raise Unavailable("there is no GPU that torch can use")
+        if not INTERPRETED:
+            _check_gpu()
         self._packed: weakref.WeakKeyDictionary[SparseUNet, tuple[object, PackedUNet]] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type[TritonEngine], tuple[()]]:
@@ -147,3 +150,12 @@ class TritonEngine(TorchEngine):
             fused.write_labels(labels, logits, sites)
         else:
             super().write_labels(labels, logits, sites)
+
+
+def _check_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise Unavailable("there is no GPU that torch can use")
+    capability = torch.cuda.get_device_capability()
+    if torch.version.cuda and capability < _OLDEST:
+        name, (major, minor) = torch.cuda.get_device_name(), capability
+        raise Unavailable(f"{name} has compute capability {major}.{minor}; Triton needs 8.0 or newer")

@@ -46,7 +46,7 @@ def gated(coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, r
     refined = torch.empty(sites, classes, dtype=torch.float32, device=coarse.device)
     out = max(16, 1 << (classes - 1).bit_length())  # 16: the shortest side of a product
     # What fits the registers without spilling: sites, and classes or hidden units of one product.
-    block, depth = (32, 32) if out <= 32 else (16, 16)
+    block, depth = (32, 32) if out <= 64 else (16, 16)
     launch(
         kernels.gated,
         (blocks(sites, block),),
@@ -67,8 +67,15 @@ def gated(coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, r
         CLASSES=min(depth, out),
         UNITS=depth,
         OUT=out,
+        PRECISION=_precision(coarse.device),
     )
     return refined
+
+
+def _precision(device: torch.device) -> str:
+    """Products in TF32 where torch's settings allow it, or the network before ran in half precision anyway."""
+    rounded = torch.is_autocast_enabled(device.type) or torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if rounded else "ieee"
 
 
 def _as_read(mlp: Perceptron) -> tuple[Tensor, ...]:

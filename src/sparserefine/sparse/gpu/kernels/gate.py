@@ -53,6 +53,7 @@ def _gate(
     HIDDEN: tl.constexpr,
     CLASSES: tl.constexpr,
     UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """How much of the coarse logits each row takes: the first matrix is split by columns, so nothing is joined."""
     k = tl.arange(0, CLASSES)
@@ -70,9 +71,9 @@ def _gate(
             at, row = start + k[None, :], start + k[:, None]
             read, used = inside & (at < K), there & (row < K)
             weight = tl.load(weight1 + (column + row), mask=used, other=0.0)
-            values = tl.dot(_share(coarse + at, largest1, total1, read), weight, values, input_precision="ieee")
+            values = tl.dot(_share(coarse + at, largest1, total1, read), weight, values, input_precision=PRECISION)
             weight = tl.load(weight1 + (column + K + row), mask=used, other=0.0)
-            values = tl.dot(_share(sparse + at, largest2, total2, read), weight, values, input_precision="ieee")
+            values = tl.dot(_share(sparse + at, largest2, total2, read), weight, values, input_precision=PRECISION)
         values = _positive(values) * tl.load(weight2 + unit, mask=there, other=0.0)
         score += tl.sum(values, axis=1)[:, None]
     return 1 / (1 + tl.exp(-score))
@@ -100,6 +101,7 @@ def gated(
     CLASSES: tl.constexpr,
     UNITS: tl.constexpr,
     OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """SITES sites. Products run over CLASSES classes or UNITS hidden units at a time; OUT holds all classes.
 
@@ -122,6 +124,7 @@ def gated(
         GATE_HIDDEN,
         CLASSES,
         UNITS,
+        PRECISION,
     )
     k = tl.arange(0, CLASSES)
     out = tl.arange(0, OUT)[None, :]
@@ -134,10 +137,10 @@ def gated(
             at, row = start + k[None, :], start + k[:, None]
             blend = _blend(coarse + at, sparse + at, gate, inside & (at < K))
             weight = tl.load(fuser_weight1 + (unit * K + row), mask=there & (row < K), other=0.0)
-            hidden = tl.dot(blend, weight, hidden, input_precision="ieee")
+            hidden = tl.dot(blend, weight, hidden, input_precision=PRECISION)
         row = first_unit + tl.arange(0, UNITS)[:, None]
         weight = tl.load(fuser_weight2 + (out * FUSER_HIDDEN + row), mask=(row < FUSER_HIDDEN) & (out < K), other=0.0)
-        values = tl.dot(_positive(hidden), weight, values, input_precision="ieee")
+        values = tl.dot(_positive(hidden), weight, values, input_precision=PRECISION)
     used = inside & (out < K)
     if RESIDUAL:
         values += _blend(coarse + out, sparse + out, gate, used)

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.gpu_device import DTYPES, precision, timed_in_graph
-from benchmarks.gpu_layers import Layer, distinct, floor_of, layers, read_by, stencil_of
-from benchmarks.gpu_records import TilingRecord
-from benchmarks.gpu_run import SETS, Run, input_sets, network_of
+from benchmarks.gpu.device import DTYPES, precision, timed_in_graph
+from benchmarks.gpu.layers import Layer, distinct, floor_of, layers, read_by, stencil_of
+from benchmarks.gpu.records import TilingRecord
+from benchmarks.gpu.run import SETS, Run, input_sets, network_of
 from sparserefine.sparse import Plan, get_engine
 
 if TYPE_CHECKING:
     from sparserefine.sparse.gpu.convolution import Tiling
+
+_BLOCKS = ((32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128))
+"""Rows and columns."""
 
 
 def tilings(run: Run) -> None:
@@ -42,22 +45,23 @@ def tilings(run: Run) -> None:
 
 
 def candidates(layer: Layer, dtype: str) -> list[Tiling]:
-    """A small list of what may be good: blocks no wider than the channels, few or many warps, more or less ahead."""
+    """A small list of what may be good, for each takes a second to compile: blocks no wider than the channels."""
     from sparserefine.sparse.gpu.convolution import Tiling
 
     def fitting(count: int, most: int) -> int:
         return min(most, max(16, 1 << (count - 1).bit_length()))
 
-    depths = (32, 64) if DTYPES[dtype].itemsize == 2 else (16, 32)
-    found = []
-    for rows in (32, 64, 128, 256):
-        for columns in sorted({fitting(layer.c_out, most) for most in (64, 128, 256)}):
-            if not 2048 <= rows * columns <= 128 * 256:
-                continue
-            for depth in sorted({fitting(layer.c_in, most) for most in depths}):
-                warps = 8 if rows * columns >= 128 * 128 else 4
-                found += [Tiling(rows, columns, depth, warps, stages) for stages in (3, 4)]
-    return found
+    depth = fitting(layer.c_in, 64 if DTYPES[dtype].itemsize == 2 else 32)
+    found: dict[Tiling, None] = {}
+    for rows, columns in _BLOCKS:
+        columns = fitting(layer.c_out, columns)
+        area = rows * columns
+        if dtype == "float32" and area > 64 * 128:
+            continue  # on the ordinary units a thread holds its part of the sums twice
+        for warps in (4, 8) if area == 128 * 128 else (8,) if area > 128 * 128 else (4,):
+            for ahead in (2, 3):
+                found[Tiling(rows, columns, depth, warps, ahead)] = None
+    return list(found)
 
 
 def _measure(run: Run, plan: str, dtype: str, layer: Layer, count: int, tables: Plan) -> None:
@@ -109,7 +113,8 @@ def _chosen(choice: Tiling) -> Iterator[None]:
     def always(*_: Any) -> Tiling:
         return choice
 
-    before, convolution.tiling = convolution.tiling, always
+    before = convolution.tiling
+    convolution.tiling = always  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -117,5 +122,5 @@ def _chosen(choice: Tiling) -> Iterator[None]:
 
 
 def _name(tiling: Tiling) -> str:
-    """Rows x columns x depth, warps, stages."""
-    return f"{tiling.rows}x{tiling.columns}x{tiling.depth} w{tiling.warps} s{tiling.stages}"
+    """Rows x columns x depth, warps, blocks ahead."""
+    return f"{tiling.rows}x{tiling.columns}x{tiling.depth} w{tiling.warps} a{tiling.ahead}"

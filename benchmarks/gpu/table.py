@@ -109,7 +109,7 @@ def _lowest_ratio(chosen: Sequence[Row], engine: str) -> float | None:
 
 
 def _peer(records: Sequence[Row], ours: Row, engine: str) -> Row | None:
-    """The quickest record of that engine on the same task; float32 is compared with whatever float32 there is."""
+    """The quickest record of that engine on the same task."""
     same = [
         r
         for r in records

@@ -94,7 +94,7 @@ class Gpu:
 
     def laps(self, run: Callable[[int], object], count: int) -> list[float]:
         """By events; the host does not wait in between, but where ``run`` does."""
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]  # type: ignore[no-untyped-call]
         self.wait()
         for i, (start, end) in enumerate(events):
             start.record()
@@ -113,7 +113,7 @@ class Gpu:
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph."""
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):

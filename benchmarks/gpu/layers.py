@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from benchmarks.gpu_device import ITEM_BYTES
+from benchmarks.gpu.device import ITEM_BYTES
 from sparserefine.sparse import Plan, SparseUNet, Stencil
 
 Kind = Literal["around", "down", "up", "own"]
@@ -90,7 +90,7 @@ def layers(network: SparseUNet, counts: Sequence[int]) -> list[Layer]:
     """
     found, last = [], len(counts) - 1
     reach = 9 / 4 if network.spec.down == "paper" else 1.0
-    taps, planes = network.spec.taps, [blocks[0].conv2.weight.shape[2] for blocks in network.descend]  # type: ignore[index,union-attr]
+    taps, planes = network.spec.taps, [blocks[0].conv2.weight.shape[2] for blocks in network.descend]  # type: ignore[index]
     inputs, classes = network.stem.weight.shape[1], network.head.weight.shape[0]
     found.append(Layer("around", 0, counts[0], counts[0], inputs, planes[0], 9, 9, written=2))
     for depth, (n, c) in enumerate(zip(counts, planes, strict=True)):
@@ -144,7 +144,7 @@ def floor_of(
 
     Args:
         found: by :func:`layers`.
-        dtype: one of :data:`benchmarks.gpu_device.DTYPES`.
+        dtype: one of :data:`benchmarks.gpu.device.DTYPES`.
         ceilings: measured rates: ``copy`` [GB/s], and matrix products of each dtype [TFLOP/s].
         tables: see :meth:`Layer.bytes`.
         passes: 3 for a training step: the gradients of inputs and of weights are as much work again, each.

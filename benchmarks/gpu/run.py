@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -11,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_device import Device
-from benchmarks.gpu_records import Results
+from benchmarks.gpu.device import Device
+from benchmarks.gpu.records import Results
 from sparserefine.extractor import ExtractorConfig
 from sparserefine.sparse import SparseBatchNorm, SparseUNet
 
@@ -40,12 +41,12 @@ class Options:
     """The command line, checked.
 
     Attributes:
-        parts: of :data:`benchmarks.gpu_records.PARTS`, in that order.
+        parts: of :data:`benchmarks.gpu.records.PARTS`, in that order.
         plans: networks by name.
         masks: ``bool [H, W]`` by name; the first one is that of checks, training and tilings.
         mask_files: the same as files.
         batches: images at once.
-        dtypes: of :data:`benchmarks.gpu_device.DTYPES`.
+        dtypes: of :data:`benchmarks.gpu.device.DTYPES`.
         cases: of uncertainty.
         models: bases, for the whole method.
         budget_s: after so many seconds nothing new is begun; ``None``: no limit.
@@ -108,7 +109,8 @@ class Run:
             return None
         finally:
             if self.device.device.type == "cuda":
-                torch.cuda.empty_cache()
+                with suppress(RuntimeError):  # after a fault on the GPU every call fails
+                    torch.cuda.empty_cache()
 
     def leave_out(self, line: str) -> None:
         """Tells and records what is not measured."""

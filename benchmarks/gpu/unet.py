@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.common import Job, Worker
-from benchmarks.dense_unet import DenseUNet
-from benchmarks.gpu_device import DTYPES, Device, Spread, peak_mb, precision, timed
-from benchmarks.gpu_layers import Floor, floor_of, layers
-from benchmarks.gpu_records import UNetRecord
-from benchmarks.gpu_run import CHANNELS, CLASSES, SETS, Inputs, Run, cases_of, input_sets, network_of, relative_rms
+from benchmarks.common import Job, Worker, WorkerError
+from benchmarks.gpu.dense_unet import DenseUNet
+from benchmarks.gpu.device import DTYPES, Device, Spread, peak_mb, precision, timed
+from benchmarks.gpu.layers import Floor, floor_of, layers
+from benchmarks.gpu.records import UNetRecord
+from benchmarks.gpu.run import CHANNELS, CLASSES, SETS, Inputs, Run, cases_of, input_sets, network_of, relative_rms
 from sparserefine.extractor import ExtractorConfig
 from sparserefine.sparse import Plan, SparseUNet, get_engine
 from sparserefine.sparse.plan import PlanSpec, coarser_size
@@ -215,6 +215,7 @@ class _Case:
 def unet(run: Run) -> None:
     """Every case; peers on the same inputs right after it, the dense network when it is first needed."""
     seen: set[tuple[str, int, str, tuple[int, int]]] = set()
+    with_spconv = not run.device.rehearsal and _spconv_works(run)
     for dtype, batch, mask, plan in cases_of(run.options):
         what = f"U-Net {plan}, {mask}, batch {batch}, {dtype}"
 
@@ -223,7 +224,7 @@ def unet(run: Run) -> None:
             expected = _triton(run, case)
             if dtype in PEER_DTYPES["torch"]:
                 run.attempt(f"torch, {case}", lambda: _torch(run, case, expected), peer=True)
-            if dtype in PEER_DTYPES["spconv"] and not run.device.rehearsal:
+            if dtype in PEER_DTYPES["spconv"] and with_spconv:
                 run.attempt(f"spconv, {case}", lambda: _spconv(run, case, expected), peer=True)
 
         run.attempt(what, measure)
@@ -285,6 +286,16 @@ def _torch(run: Run, case: _Case, expected: Tensor) -> None:
     with precision(case.dtype):
         engine = Modules(case.config, case.sets, case.dtype)
         _show(run, _eager(run.device, case, "torch", engine, expected))
+
+
+def _spconv_works(run: Run) -> bool:
+    """Asked once: starting an interpreter for each case only to hear the same takes long."""
+    try:
+        Worker(Job("benchmarks.spconv_worker:SpconvGpu", {}, str(run.options.spconv_python)), 1).close()
+    except WorkerError as error:
+        run.leave_out(f"spconv: {error}")
+        return False
+    return True
 
 
 def _spconv(run: Run, case: _Case, expected: Tensor) -> None:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import MASKS, ROOT, chosen, find_mask, read_mask
-from benchmarks.gpu_checks import checks
-from benchmarks.gpu_device import DTYPES, Device, Gpu, Rehearsal
-from benchmarks.gpu_parts import ceilings, models, training, uncertainty
-from benchmarks.gpu_records import PARTS, Results, read_results, slug
-from benchmarks.gpu_run import Options, Run, UncertaintyCase
-from benchmarks.gpu_table import tables
-from benchmarks.gpu_tilings import tilings
-from benchmarks.gpu_unet import unet
+from benchmarks.gpu.checks import checks
+from benchmarks.gpu.device import DTYPES, Device, Gpu, Rehearsal
+from benchmarks.gpu.parts import ceilings, models, training, uncertainty
+from benchmarks.gpu.records import PARTS, Results, read_results, slug
+from benchmarks.gpu.run import Options, Run, UncertaintyCase
+from benchmarks.gpu.table import tables
+from benchmarks.gpu.tilings import tilings
+from benchmarks.gpu.unet import unet
 from sparserefine.extractor import PRESETS, ExtractorConfig
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,8 +45,12 @@ NEED_MASKS = ("unet", "training", "tilings")
 NEED_CEILINGS = ("unet", "uncertainty", "training", "tilings")
 
 # So small that the interpreter is through in seconds. Its bfloat16 is wrong, so that is left out.
-TINY_PLANS = {"paper": ExtractorConfig((16, 32), 1, "paper"), "slim": ExtractorConfig((16, 32), 1, "cell")}
-TINY_CASES = (UncertaintyCase(5, (6, 10), (24, 40)), UncertaintyCase(2, (6, 10), (12, 20)))
+TINY_PLANS = {
+    "paper": ExtractorConfig((8, 16), 1, "paper"),
+    "slim": ExtractorConfig((8, 16), 1, "cell"),
+    "slim16": ExtractorConfig((8, 8, 8), 1, "paper"),
+}
+TINY_CASES = (UncertaintyCase(5, (3, 5), (8, 12)), UncertaintyCase(2, (3, 5), (6, 9)))
 TINY_DTYPES = ("float16", "float32")
 
 
@@ -71,7 +75,9 @@ def _options(given: argparse.Namespace) -> Options:
     parts = chosen(given.only, PARTS, "part")
     if given.budget_s is not None and not given.budget_s > 0:
         raise ValueError(f"budget = {given.budget_s:g} s, expected more than 0")
-    files = _mask_files(given.masks)
+    if given.rehearse and given.json:
+        raise ValueError("a rehearsal has no figures to write; leave out --json")
+    files = [] if given.rehearse else _mask_files(given.masks)
     options = Options(
         tuple(part for part in PARTS if part in parts),
         {name: PRESETS[name] for name in chosen(given.plans, tuple(PRESETS), "plan")},
@@ -99,14 +105,17 @@ def _spconv_python(given: Path | None) -> Path:
 
 
 def _tiny(options: Options) -> Options:
-    masks: dict[str, Tensor] = {"tiny": torch.rand(24, 40, generator=torch.Generator().manual_seed(1)) < 0.1}
+    dtypes = tuple(dtype for dtype in TINY_DTYPES if dtype in options.dtypes)
+    if not dtypes:
+        raise ValueError(f"a rehearsal is in {' or '.join(TINY_DTYPES)}")
+    masks: dict[str, Tensor] = {"tiny": torch.rand(8, 12, generator=torch.Generator().manual_seed(1)) < 0.2}
     return Options(
         tuple(part for part in options.parts if part != "models"),
-        TINY_PLANS,
+        {name: TINY_PLANS[name] for name in options.plans},
         masks,
         (),
         (1,),
-        tuple(dtype for dtype in TINY_DTYPES if dtype in options.dtypes),
+        dtypes,
         TINY_CASES,
         (),
         options.budget_s,
@@ -145,7 +154,7 @@ def _results(given: argparse.Namespace, device: Device) -> Results:
     if device.rehearsal:
         return Results(None, machine)
     path = given.json or RESULTS / f"{slug(machine['gpu'])}.json"
-    if given.json and not path.absolute().parent.is_dir():
+    if given.json is not None and not path.absolute().parent.is_dir():
         raise ValueError(f"{path}: its folder does not exist; make it first")
     return Results(path, machine)
 

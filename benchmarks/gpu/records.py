@@ -88,7 +88,7 @@ class UNetRecord:
         forward_ms: features and plan -> logits; eager only.
         peak_mb: most memory beyond network and inputs [1e6 bytes].
         gmacs: 1e9 multiply-accumulates, as ``SparseUNet.macs`` counts them.
-        operations_ms: floor of a forward by its operations, see ``benchmarks.gpu_layers``.
+        operations_ms: floor of a forward by its operations, see ``benchmarks.gpu.layers``.
         bytes_ms: the same by its traffic.
         floor_ms: the larger one; the plan is not in it.
         difference: relative rms from the logits of ``triton``, eager, of the same dtype; ``None`` where there are none.
@@ -154,7 +154,7 @@ class TrainingRecord:
         engine: ``triton`` or ``torch``.
         plan: name of the preset.
         mask: the file's name.
-        dtype: ``bfloat16``, ``float16``: by autocast; else of everything.
+        dtype: ``bfloat16``: by autocast; else of everything.
         mode: ``eager``.
         sites: N.
         ms: median.
@@ -185,7 +185,7 @@ class TilingRecord:
 
     Attributes:
         plan: name of the preset.
-        kind: see ``benchmarks.gpu_layers.Layer``.
+        kind: see ``benchmarks.gpu.layers.Layer``.
         depth: likewise.
         rows: of the outputs.
         c_in: channels.
@@ -193,7 +193,7 @@ class TilingRecord:
         taps: of the weight.
         dtype: of features and weights.
         layers: of the network that are like this.
-        own: tiling of the fixed table: rows, columns, depth, warps, stages.
+        own: tiling of the fixed table: rows x columns x depth, warps, blocks ahead.
         own_ms: with it.
         best: tiling of the least time.
         best_ms: with it.
@@ -230,7 +230,8 @@ class Results:
     """
 
     def __init__(self, path: Path | None, machine: dict[str, str]) -> None:
-        self._path, self._content = path, {"machine": machine, **{part: [] for part in PARTS}, "left_out": []}
+        self._path = path
+        self._content: dict[str, Any] = {"machine": machine, **{part: [] for part in PARTS}, "left_out": []}
         if path is None or not path.exists():
             return
         stored = read_results(path)

@@ -73,6 +73,7 @@ class DenseUNet(nn.Module):
     def _up(self, x: Tensor, depth: int, height: int, width: int) -> Tensor:
         """A window of 3 may end a pixel before the image does, one of 2 a pixel behind it."""
         convolution = self.up_convs[depth]
+        assert isinstance(convolution, nn.ConvTranspose2d)
         reach = convolution.kernel_size[0] - 2
         size = (max(height, 2 * x.shape[2] + reach), max(width, 2 * x.shape[3] + reach))
         wide: Tensor = convolution(x, output_size=size)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_device import DTYPES, precision
-from benchmarks.gpu_layers import Layer, distinct, layers, read_by, stencil_of
-from benchmarks.gpu_records import Check
-from benchmarks.gpu_run import Run, UncertaintyCase, input_sets, network_of, relative_rms
-from benchmarks.gpu_unet import Packed, Replayed, capacities_of
+from benchmarks.gpu.device import DTYPES, precision
+from benchmarks.gpu.layers import Layer, distinct, layers, read_by, stencil_of
+from benchmarks.gpu.records import Check
+from benchmarks.gpu.run import Run, UncertaintyCase, input_sets, network_of, relative_rms
+from benchmarks.gpu.unet import Packed, Replayed, capacities_of
 from sparserefine.extractor import ExtractorConfig
 from sparserefine.sparse import Engine, Plan, Sites, Stencil, conv, get_engine
 from sparserefine.sparse.plan import build_plan

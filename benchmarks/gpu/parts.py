@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_device import DTYPES, ITEM_BYTES, Spread, peak_mb, precision, timed, timed_in_graph
-from benchmarks.gpu_layers import floor_of, layers
-from benchmarks.gpu_records import Ceiling, TrainingRecord, UncertaintyRecord
-from benchmarks.gpu_run import SETS, Inputs, Run, UncertaintyCase, input_sets, network_of
+from benchmarks.gpu.device import DTYPES, ITEM_BYTES, Spread, peak_mb, precision, timed, timed_in_graph
+from benchmarks.gpu.layers import floor_of, layers
+from benchmarks.gpu.records import Ceiling, TrainingRecord, UncertaintyRecord
+from benchmarks.gpu.run import SETS, Inputs, Run, UncertaintyCase, input_sets, network_of
 from benchmarks.uncertainty import plain
 from sparserefine.sparse import get_engine
 from sparserefine.uncertainty import Upsampling

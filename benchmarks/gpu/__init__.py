@@ -1,0 +1,1 @@
+"""Checks and times the kernels for GPUs; see README.md."""
