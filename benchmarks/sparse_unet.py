@@ -26,6 +26,7 @@ from benchmarks.common import (
     chosen,
     chosen_threads,
     default_threads,
+    find_mask,
     machine,
     measure,
     number,
@@ -35,12 +36,11 @@ from benchmarks.common import (
     site_features,
     write_report,
 )
-from sparserefine.extractor import PRESETS
+from sparserefine.extractor import PRESETS, ExtractorConfig
 from sparserefine.sparse import Sites, SparseBatchNorm, SparseUNet, get_engine
 from sparserefine.sparse.cpu.network import PackedUNet
 
 ENGINES = ("torch", "cpu", "spconv")
-MASKS = ROOT.parent / "shared" / "masks"
 DEFAULT_MASKS = "street0_05pct,street0_10pct,street0_20pct,street0_30pct"
 CHANNELS, CLASSES = 3, 19
 TOLERANCE = 1e-3  # relative rms; beyond it an engine computes something else
@@ -177,7 +177,7 @@ class Run:
         for threads, gflops in self._sgemm.items():
             print(f"sgemm, {threads} thread{'s' if threads > 1 else ''}: {gflops:.0f} GFLOP/s", flush=True)
         for plan in options.plans:
-            torch.save(_network(plan).state_dict(), self._weights(plan))
+            torch.save(random_network(PRESETS[plan]).state_dict(), self._weights(plan))
 
     def _weights(self, plan: str) -> Path:
         return self._scratch / f"{plan}.pt"
@@ -246,19 +246,18 @@ class Run:
         )
 
 
-def _network(plan: str) -> SparseUNet:
-    """Random weights; statistics of the batch normalisation that do not cancel its arithmetic."""
-    preset = PRESETS[plan]
+def random_network(config: ExtractorConfig) -> SparseUNet:
+    """Seeded weights, for evaluation; statistics of the batch normalisation that do not cancel its arithmetic."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        network = SparseUNet(CHANNELS, CLASSES, preset.planes, preset.blocks, preset.down)
+        network = SparseUNet(CHANNELS, CLASSES, config.planes, config.blocks, config.down)
         for module in network.modules():
             if isinstance(module, SparseBatchNorm):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
                 module.weight.uniform_(0.8, 1.2)
                 module.bias.normal_(0, 0.1)
-    return network
+    return network.eval()
 
 
 def _macs(plan: str, sites: Sites) -> int:
@@ -320,24 +319,13 @@ def _options(arguments: Sequence[str] | None) -> Options:
     check_run(given.rounds, given.json)
     return Options(
         chosen(given.plans, tuple(PRESETS), "plan"),
-        [_mask(name.strip()) for name in given.masks.split(",")],
+        [find_mask(name.strip()) for name in given.masks.split(",")],
         chosen_threads(given.threads),
         chosen(given.engines, ENGINES, "engine"),
         given.rounds,
         ROOT / given.spconv_python,
         given.json,
     )
-
-
-def _mask(name: str) -> Path:
-    """A PNG file, or one in the folder of masks."""
-    path = Path(name) if name.endswith(".png") else MASKS / f"{name}.png"
-    if path.is_file():
-        return path.absolute()
-    known = sorted(mask.stem for mask in MASKS.glob("*.png"))
-    if not known:
-        raise ValueError(f"mask {name!r} is not found; ../shared/masks is not there: pass --masks FILE.png[,FILE.png]")
-    raise ValueError(f"mask {name!r} is not found; choose from {', '.join(known)}, or pass a PNG file")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

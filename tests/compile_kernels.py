@@ -51,8 +51,8 @@ FEW = 4
 """READ of the kernel where inputs have hardly any channels."""
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 SIZE = (1024, 2048)
-IMAGES = {"one image": 300_000, "another image": 211_111}
-"""Their sites."""
+IMAGES = {"one image": 300_000, "another image": 211_111, "many sites": 1_500_000}
+"""Their sites; of many, some layers are cut into larger blocks."""
 CHOSEN = IMAGES["one image"]
 PLANS = {
     **PRESETS,

@@ -110,6 +110,6 @@ def test_a_missing_mask_names_those_there_are(sparse_unet, mask, monkeypatch, tm
     folder.mkdir()
     for name in present:
         (folder / f"{name}.png").write_bytes(mask.read_bytes())
-    monkeypatch.setattr(sparse_unet, "MASKS", folder)
+    monkeypatch.setattr(sys.modules["benchmarks.common"], "MASKS", folder)
     with pytest.raises(SystemExit, match=words):
         sparse_unet.main(["--masks", "c"])

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.records import Results
+from benchmarks.sparse_unet import CHANNELS, random_network
 from sparserefine.extractor import ExtractorConfig
-from sparserefine.sparse import SparseBatchNorm, SparseUNet
+from sparserefine.sparse import SparseUNet
 
-CHANNELS, CLASSES = 3, 19
 SETS = 3  # of inputs, taken in turn
 
 T = TypeVar("T")
@@ -157,19 +157,8 @@ def _moved(mask: Tensor, number: int) -> Tensor:
 
 
 def network_of(config: ExtractorConfig, device: torch.device) -> SparseUNet:
-    """Seeded random weights, for evaluation; statistics of the normalisation that do not cancel its arithmetic."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        network = SparseUNet(CHANNELS, CLASSES, config.planes, config.blocks, config.down)
-        for module in network.modules():
-            if isinstance(module, SparseBatchNorm):
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-                module.weight.uniform_(0.8, 1.2)
-                module.bias.normal_(0, 0.1)
-    return network.to(device).eval()
+    """Seeded random weights, for evaluation."""
+    return random_network(config).to(device)
 
 
 def cases_of(options: Options) -> Iterator[tuple[str, int, str, str]]:

@@ -18,7 +18,8 @@ from benchmarks.gpu.dense_unet import DenseUNet
 from benchmarks.gpu.device import DTYPES, Device, Spread, peak_mb, precision, timed
 from benchmarks.gpu.layers import Floor, floor_of, layers
 from benchmarks.gpu.records import UNetRecord
-from benchmarks.gpu.run import CHANNELS, CLASSES, SETS, Inputs, Run, cases_of, input_sets, network_of, relative_rms
+from benchmarks.gpu.run import SETS, Inputs, Run, cases_of, input_sets, network_of, relative_rms
+from benchmarks.sparse_unet import CHANNELS, CLASSES
 from sparserefine.extractor import ExtractorConfig
 from sparserefine.sparse import Plan, SparseUNet, get_engine
 from sparserefine.sparse.plan import PlanSpec, coarser_size
