@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparserefine.data.images import read_image
+from sparserefine.demo import ASSETS, IMAGE, demo_refiner_folder
+from sparserefine.refiner import SparseRefiner
 from sparserefine.sparse import Plan, PlanSpec, Sites, SparseUNet, get_engine
 from support import PATTERNS, TRITON_ENGINES, assert_close, device_of, engine_of, mask_of
 
@@ -312,3 +315,26 @@ def test_training_in_half_precision(engine: TritonEngine, device: torch.device) 
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
     assert all(bool(p.grad.isfinite().all()) for p in net.parameters())
+
+
+# ---- a trained network
+
+
+@pytest.mark.parametrize(("dtype", "same"), [(torch.float32, 1.0), (torch.float16, 0.99)])
+def test_a_trained_network_gives_the_same_labels(
+    engine: TritonEngine, device: torch.device, dtype: torch.dtype, same: float
+) -> None:
+    image = read_image(ASSETS / f"{IMAGE}.webp")[None, :, 1040:1088, 1640:1700]
+    seen = []
+    for name in ("torch", "triton"):
+        refiner = SparseRefiner.from_pretrained(demo_refiner_folder(), engine=name, trust_base=True).eval()
+        with torch.inference_mode():
+            coarse = refiner.base(image)
+            half = name == "triton" and dtype == torch.float16
+            with torch.autocast(device.type, torch.float16, enabled=half):
+                seen.append(refiner.to(device).refine(image.to(device), coarse.to(device)))
+    expected, found = seen
+    assert torch.equal(found.sites.coords, expected.sites.coords)
+    assert found.density > 0.1
+    at = found.sites.mask()
+    assert float((found.labels() == expected.labels())[at].double().mean()) >= same
