@@ -12,10 +12,11 @@ from sparserefine.capture import CapturedRefiner
 from sparserefine.extractor import ExtractorConfig
 from sparserefine.refiner import Refinement, SparseRefiner
 from sparserefine.selector import Selector
-from support import TRITON_ENGINES, assert_close, device_of, engine_of
+from support import TRITON_ENGINES, device_of, engine_of
 
 K = 3
 SIZE = (10, 14)
+TINY = ExtractorConfig((4, 6), blocks=1)
 
 
 @pytest.fixture(params=TRITON_ENGINES)
@@ -109,14 +110,17 @@ def test_given_coarse_logits(device: torch.device) -> None:
 
 
 def test_in_half_precision(device: torch.device) -> None:
-    refiner = refiner_of(device)
+    """The precision is that of the recording, whatever is on around a call."""
+    refiner, image = refiner_of(device), pixels(device, 1)
     with torch.autocast(device.type, torch.bfloat16):
-        captured, image = refiner.capture(pixels(device)), pixels(device, 1)
-        found = captured(image)
-        assert_close(found.refined_logits, eager(refiner, image).refined_logits, torch.bfloat16)
-    # The graph computes as it was captured, whatever is on around the call.
+        captured, expected = refiner.capture(pixels(device)), eager(refiner, image)
+    assert expected.coarse.dtype == torch.bfloat16
+    assert_same(captured(image), expected)
+    captured.capacities = (1, 1)  # as if there were more sites than there is room for
+    assert_same(captured(image), expected)
+    assert captured.overflows == 1
     with pytest.raises(ValueError, match=r"coarse logits: torch.float32 .* captured for torch.bfloat16"):
-        captured(image)
+        captured.refine(image, expected.coarse.float())
 
 
 def test_timings(device: torch.device) -> None:
@@ -153,6 +157,15 @@ def test_values_that_are_not_finite_are_refused(device: torch.device) -> None:
     coarse[0, 1, 2, 3] = torch.nan
     with pytest.raises(ValueError, match=r"1 of .* coarse logits are NaN or infinite"):
         captured.refine(image, coarse)
+
+
+def test_negative_scores_are_refused(device: torch.device) -> None:
+    base = FrozenBase(UNet(K, (4, 8)), K, BaseConfig(ratio=0.5, outputs="scores"))
+    base.model.head = torch.nn.Sequential(base.model.head, torch.nn.Softplus())
+    refiner = SparseRefiner(base, selector=Selector(budget=20), extractor=TINY, engine="triton").eval().to(device)
+    captured, image = refiner.capture(pixels(device)), pixels(device, 1)
+    with pytest.raises(ValueError, match="outputs='scores' but the smallest is -1"):
+        captured.refine(image, torch.where(torch.rand_like(eager(refiner, image).coarse) < 0.5, -1.0, 0.5))
 
 
 # ---- what it is valid for
@@ -237,7 +250,7 @@ def test_without_a_gpu() -> None:
 
 def refiner_of_cpu() -> SparseRefiner:
     base = FrozenBase(UNet(K, (4, 8)), K, BaseConfig(ratio=0.5))
-    return SparseRefiner(base, extractor=ExtractorConfig((4, 6), blocks=1), engine="torch")
+    return SparseRefiner(base, extractor=TINY, engine="torch")
 
 
 def test_an_extractor_with_hooks(device: torch.device) -> None:

@@ -177,6 +177,7 @@ def test_what_is_not_packed(fresh: CpuEngine) -> None:
         pass
 
     assert fresh.prepare(network((16,)).train()) is None
+    assert fresh.prepare(nn.SyncBatchNorm.convert_sync_batchnorm(network((16,)))) is None
     assert fresh.prepare(network((16,)).double()) is None
     assert fresh.prepare(network((16,)).to("meta")) is None
     assert fresh.prepare(nn.Linear(3, 4).eval()) is None

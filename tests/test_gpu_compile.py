@@ -22,6 +22,8 @@ Facts = dict[str, Any]
 def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Facts], dict[str, Facts]]:
     """Facts of each kernel as compiled, and of each case by its name; float16 and one kind of GPU."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
+    if not triton.__version__.startswith("3.9."):
+        pytest.skip(f"registers and instructions are known for Triton 3.9, this is {triton.__version__}")
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     missing = [name for name in ("ptxas", "cuobjdump", "nvdisasm") if not (tools / name).is_file()]
     if missing:

@@ -152,6 +152,20 @@ def test_input_is_left_alone_and_may_be_strided(engine: TritonEngine, device: to
     assert torch.equal(strided, x)
 
 
+def test_what_is_not_a_number_stays_visible(engine: TritonEngine, device: torch.device) -> None:
+    net, mask, x, _ = of(device, (16, 32), 2, "cell", "all")
+    x[5, 1] = torch.nan
+    logits = prepared(engine, net)(x, plan_of(engine, net, mask))
+    assert torch.equal(logits.isnan(), net(x, plan_of(engine, net, mask)).isnan())
+    assert bool(logits.isnan().any())
+
+
+def test_no_image(engine: TritonEngine, device: torch.device) -> None:
+    net = network((16, 32)).to(device)
+    plan = engine.plan(torch.zeros(0, 4, 5, dtype=torch.bool, device=device), net.spec)
+    assert prepared(engine, net)(torch.zeros(0, 3, device=device), plan).shape == (0, K)
+
+
 # ---- padded plans
 
 
@@ -203,6 +217,7 @@ def test_what_is_not_packed(engine: TritonEngine, device: torch.device) -> None:
     assert engine.prepare(network((16,)).to("meta")) is None
     assert engine.prepare(nn.Linear(3, 4).to(device).eval()) is None
     assert engine.prepare(Other(3, K, (16,)).to(device).eval()) is None
+    assert engine.prepare(nn.SyncBatchNorm.convert_sync_batchnorm(network((16,)).to(device))) is None
     hooked = network((16,)).to(device)
     hooked.stem.register_forward_hook(lambda *_: None)
     assert engine.prepare(hooked) is None

@@ -6,7 +6,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -272,11 +271,19 @@ def _are_probabilities(logits: Tensor) -> bool:
     return bool(logits.min() >= 0) and bool(((logits.float().sum(1) - 1).abs() < 1e-3).all())
 
 
-@cache
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+_constants: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+
+
+def constant(values: Sequence[float], device: torch.device) -> Tensor:
     """``float32``, made once: a copy to a GPU waits for it, and is not allowed in a CUDA graph."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
+    key = (tuple(values), device)
+    if key not in _constants:
+        with torch.inference_mode(False):
+            made = torch.tensor(key[0], device=device)
+        if type(made) is not Tensor:  # a tracer's, which others must not get
+            return made
+        _constants[key] = made
+    return _constants[key]
 
 
 def check_image(image: Tensor) -> None:

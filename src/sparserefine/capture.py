@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class CapturedRefiner:
     level (``capacities``). An image with more of them is refined without the graph, and counted.
 
     It is valid for the weights, selector and precision of the refiner, and for the shapes and dtypes of image and
-    coarse logits, that it was made with. Weights and selectors that changed, and other images, are refused.
+    coarse logits, that it was made with. Weights and selectors that changed, and other images, are refused. Calls come
+    one after the other, from one thread and one stream.
 
     Attributes:
         capacities: rows of each level, full size first.
@@ -50,7 +51,11 @@ class CapturedRefiner:
         self._watched = [*refiner.trained_parameters(), *refiner.extractor.buffers()]
         self._state = self._versions()
         self._graph: torch.cuda.CUDAGraph | None = None
-        with torch.inference_mode(), _no_autocast_cache():
+        kind = image.device.type
+        half, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        self._autocast: dict[str, Any] = {"enabled": half, "dtype": dtype}
+        # Not in inference mode: the generator of random numbers would keep a tensor of it, and other graphs fail then.
+        with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
             self._record()
 
     def _record(self) -> None:
@@ -65,7 +70,9 @@ class CapturedRefiner:
                 self._step()
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self._graph):
+        # Threads that do not take part, of loaders for one, may use the GPU meanwhile.
+        recording = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(device), recording:
             self._step()
 
     def _step(self) -> None:
@@ -73,8 +80,10 @@ class CapturedRefiner:
         timer = StageTimer(torch.device("cpu"))  # of the recording; nobody asks it
         self._result = self._refiner._refine(self._image, self._coarse, None, None, timer, self._plan)
         self._labels = self._result.labels()
-        finite = self._coarse.isfinite().sum(dtype=torch.int32)
-        self._report = torch.cat([self._totals, (self._coarse.numel() - finite)[None]])
+        bad = ~self._coarse.isfinite()
+        if self._refiner.base.outputs == "scores":
+            bad |= self._coarse < 0
+        self._report = torch.cat([self._totals, bad.sum(dtype=torch.int32)[None]])
 
     def _plan(self, mask: Tensor) -> Plan:
         plan: PaddedPlan = self._engine.padded_plan(mask, self._refiner.extractor.spec, self.capacities)
@@ -93,7 +102,7 @@ class CapturedRefiner:
         """
         check_image(image)
         timer = StageTimer(image.device)
-        with torch.inference_mode():
+        with self._as_recorded():
             with timer.stage("base"):
                 coarse = self._refiner.base.unchecked(image)
             return self._refine(image, coarse, timer)
@@ -101,7 +110,7 @@ class CapturedRefiner:
     def refine(self, image: Tensor, coarse: Tensor) -> Refinement:
         """From given coarse logits on; as :meth:`SparseRefiner.refine`. Raises as a call does."""
         check_image(image)
-        with torch.inference_mode():
+        with self._as_recorded():
             return self._refine(image, coarse, StageTimer(image.device))
 
     def labels(self, image: Tensor, coarse: Tensor | None = None) -> Tensor:
@@ -112,11 +121,17 @@ class CapturedRefiner:
             coarse: the base's outputs; by default the base is run.
         """
         check_image(image)
-        with torch.inference_mode():
+        with self._as_recorded():
             coarse = self._refiner.base.unchecked(image) if coarse is None else coarse
             if self._run(image, coarse) is None:
                 return self._eager(image, coarse, StageTimer(image.device)).labels()
             return self._labels.clone()
+
+    @contextmanager
+    def _as_recorded(self) -> Iterator[None]:
+        """In the precision of the recording, whatever is on around the call: base, and images with too many sites."""
+        with torch.inference_mode(), torch.autocast(self._image.device.type, **self._autocast):
+            yield
 
     def _refine(self, image: Tensor, coarse: Tensor, timer: StageTimer) -> Refinement:
         with timer.stage("refine"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,17 @@ class SparseUNet(nn.Module):
                 # `cell`: every site has one parent, so only the parents are multiplied; see torch_engine.gemm_gather.
                 total += _rows(self.up_convs[depth], n if self.spec.down == "paper" else coarser)
         return total
+
+
+def is_packable(network: nn.Module) -> TypeGuard[SparseUNet]:
+    """Whether an engine may run the network as a whole: in evaluation mode, of our layers only, without hooks.
+
+    Hooks want to be called, and synchronised normalisation layers (``convert_sync_batchnorm``) are another library's.
+    """
+    modules = list(network.modules())
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    foreign = any(isinstance(m, nn.SyncBatchNorm) for m in modules)
+    return type(network) is SparseUNet and not network.training and not hooked and not foreign
 
 
 def _blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
 from sparserefine.sparse.quantisation import is_calibrated
 from sparserefine.sparse.sites import Sites
 from sparserefine.sparse.torch_engine import TorchEngine
-from sparserefine.sparse.unet import SparseUNet
+from sparserefine.sparse.unet import SparseUNet, is_packable
 from sparserefine.uncertainty import Upsampling, Window
 
 _SAMPLE = 64  # values of each parameter that are compared
@@ -72,7 +71,7 @@ class CpuEngine(TorchEngine):
         and a sample of their values; tensors made in inference mode have no version: such networks are not packed, nor
         are those with hooks, which want to be called.
         """
-        if not _is_packable(network):
+        if not is_packable(network):
             return None
         tensors = [*network.parameters(), *network.buffers()]
         if any(t.device.type != "cpu" or t.is_inference() for t in tensors):
@@ -158,17 +157,12 @@ class Int8Engine(CpuEngine):
         Raises:
             ValueError: the network is not calibrated.
         """
-        if _is_packable(network) and not is_calibrated(network):
+        if is_packable(network) and not is_calibrated(network):
             raise ValueError(
                 "engine 'cpu-int8' needs a calibrated refiner: "
                 "run `sparserefine calibrate`, or refiner.calibrate(images)"
             )
         return super().prepare(network)
-
-
-def _is_packable(network: torch.nn.Module) -> TypeGuard[SparseUNet]:
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
-    return type(network) is SparseUNet and not network.training and not hooked
 
 
 def _plain(*tensors: Tensor) -> bool:

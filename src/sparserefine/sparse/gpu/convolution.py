@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparserefine.sparse.gpu.geometry import GpuStencil, Order
 from sparserefine.sparse.gpu.kernels import convolution as kernels
-from sparserefine.sparse.gpu.launch import blocks, launch
+from sparserefine.sparse.gpu.launch import allows_tf32, blocks, launch
 from sparserefine.sparse.plan import Stencil
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -98,8 +98,8 @@ def _power_of_two(count: int) -> int:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """``tf32`` or ``ieee``, as ``torch.set_float32_matmul_precision`` has it; half precision does not heed it."""
-    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """``tf32`` or ``ieee``, as torch's settings have it for matrix products; half precision does not heed it."""
+    return "ieee" if dtype == torch.float32 and not allows_tf32() else "tf32"
 
 
 def laid_out(weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from sparserefine.sparse.gpu.selection import keep_largest
 from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
 from sparserefine.sparse.sites import Sites
 from sparserefine.sparse.torch_engine import TorchEngine
-from sparserefine.sparse.unet import SparseUNet
+from sparserefine.sparse.unet import SparseUNet, is_packable
 from sparserefine.uncertainty import Upsampling, Window
 
 _OLDEST = (8, 0)
@@ -80,8 +80,7 @@ class TritonEngine(TorchEngine):
         is written through ``.data`` goes unnoticed. Not packed are networks made in inference mode, whose tensors have
         no version, and those with hooks, which want to be called.
         """
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
-        if type(network) is not SparseUNet or network.training or hooked:
+        if not is_packable(network):
             return None
         tensors = [*network.parameters(), *network.buffers()]
         if any(not runs_on(t.device) or t.is_inference() for t in tensors):
@@ -132,7 +131,7 @@ class TritonEngine(TorchEngine):
 
     def pixels(self, image: Tensor, sites: Sites, scale: Tensor, shift: Tensor) -> Tensor:
         """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
-        if fused.takes(image, sites.coords, scale, shift):
+        if fused.takes(image, sites.coords, scale, shift) and image.dtype in (torch.uint8, *DTYPES):
             return fused.pixels(image, sites, scale, shift)
         return super().pixels(image, sites, scale, shift)
 
@@ -146,7 +145,7 @@ class TritonEngine(TorchEngine):
 
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
         """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
-        if fused.takes(labels, logits, sites.coords):
+        if fused.takes(labels, logits, sites.coords) and logits.dtype in DTYPES:
             fused.write_labels(labels, logits, sites)
         else:
             super().write_labels(labels, logits, sites)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparserefine.sparse.engine import Perceptron
 from sparserefine.sparse.gpu.kernels import gate as kernels
-from sparserefine.sparse.gpu.launch import blocks, launch
+from sparserefine.sparse.gpu.launch import allows_tf32, blocks, launch
 from sparserefine.sparse.gpu.uncertainty import takes
 
 MAX_CLASSES = 256
@@ -74,8 +74,7 @@ def gated(coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, r
 
 def _precision(device: torch.device) -> str:
     """Products in TF32 where torch's settings allow it, or the network before ran in half precision anyway."""
-    rounded = torch.is_autocast_enabled(device.type) or torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if rounded else "ieee"
+    return "tf32" if torch.is_autocast_enabled(device.type) or allows_tf32() else "ieee"
 
 
 def _as_read(mlp: Perceptron) -> tuple[Tensor, ...]:

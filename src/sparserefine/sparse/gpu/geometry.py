@@ -161,11 +161,12 @@ def _count(mask: Tensor, spec: PlanSpec, capacities: Sequence[int] | None) -> _C
     for level, active in enumerate(cells.active):
         finer = cells.active[max(0, level - 1)]
         count = max(1, active.shape[0] * active.shape[1] * cells.segments(level))
+        size = active.shape[1:] if len(active) else (0, 0)  # of no image, the one program must read nothing
         launch(
             kernels.activity,
             (count,),
             device,
-            *(finer, active, counts, shapes, *finer.shape[1:], *active.shape[1:], cells.segments(level), count),
+            *(finer, active, counts, shapes, *finer.shape[1:], *size, cells.segments(level), count),
             *(capacities[level] if capacities else _LARGEST, offsets[level], level, stride),
             warps=cells.warps,
             WINDOW=kernel_size(spec.down) if level else 1,

@@ -53,3 +53,11 @@ def launch(
 def blocks(count: int, block: int) -> int:
     """How many blocks of that size hold ``count``."""
     return -(-count // block)
+
+
+def allows_tf32() -> bool:
+    """Whether torch's settings allow TF32 in products of float32 matrices on a GPU."""
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):  # torch 2.9; once it has been set, the older setting may not be read
+        return bool(settings.fp32_precision == "tf32")
+    return torch.get_float32_matmul_precision() != "highest"

@@ -10,6 +10,11 @@ FIRST = tl.constexpr(8)
 SECOND = tl.constexpr(16)
 
 
+@triton.jit
+def _relu(v):
+    return tl.where(v < 0, 0.0, v)  # not tl.maximum, which would hide NaN
+
+
 @triton.jit(do_not_specialize=["n_out", "n_in", "taps", "parts"])
 def convolve(
     x,
@@ -116,12 +121,11 @@ def convolve(
         tap = both // c_in
         channel = both % c_in
         known = tap < taps
-        source = tl.load(
-            table + rows[:, None].to(tl.int64) * t_row + tap[None, :] * t_tap,
-            mask=inside[:, None] & known[None, :],
-            other=n_in,
-        )
-        a = tl.load(x + source.to(tl.int64) * x_row + channel[None, :], mask=source < n_in, other=0.0)
+        there = inside[:, None] & known[None, :]
+        place = rows[:, None].to(tl.int64) * t_row + tap[None, :].to(tl.int64) * t_tap
+        source = tl.load(table + place, mask=there, other=0)
+        there = there & (source < n_in)
+        a = tl.load(x + source.to(tl.int64) * x_row + channel[None, :], mask=there, other=0.0)
         b = tl.load(
             weight + (tap * w_tap + channel * w_in)[:, None] + columns[None, :] * w_out,
             mask=known[:, None] & (columns < c_out)[None, :],
@@ -140,13 +144,13 @@ def convolve(
             if READ == 3:
                 down = step // across
                 tap = 3 * (2 * down + row_parity) + 2 * (step - down * across) + column_parity
-            if READ == 0:
-                source = tl.where(inside, rows, n_in)
-            else:
-                source = tl.load(table + rows.to(tl.int64) * t_row + tap * t_tap, mask=inside, other=n_in)
+            source = rows
+            if READ != 0:
+                # Outside, 0 and not a row that reads as zero: with that, Triton before 3.3 does not compile.
+                source = tl.load(table + rows.to(tl.int64) * t_row + tap.to(tl.int64) * t_tap, mask=inside, other=0)
             a = tl.load(
                 x + source.to(tl.int64)[:, None] * x_row + channel[None, :],
-                mask=(source < n_in)[:, None] & (channel < c_in)[None, :],
+                mask=(inside & (source < n_in))[:, None] & (channel < c_in)[None, :],
                 other=0.0,
             )
             b = tl.load(
@@ -168,12 +172,12 @@ def convolve(
     if parts & FIRST:
         scale = tl.load(first_scale + columns, mask=known, other=0.0)[None, :]
         shift = tl.load(first_shift + columns, mask=known, other=0.0)[None, :]
-        active = tl.maximum(total * scale + shift, 0.0).to(first.dtype.element_ty)
+        active = _relu(total * scale + shift).to(first.dtype.element_ty)
         tl.store(first + place * first_row + columns[None, :], active, mask=inside)
     if parts & SECOND:
         scale = tl.load(second_scale + columns, mask=known, other=0.0)[None, :]
         shift = tl.load(second_shift + columns, mask=known, other=0.0)[None, :]
-        active = tl.maximum(total * scale + shift, 0.0).to(second.dtype.element_ty)
+        active = _relu(total * scale + shift).to(second.dtype.element_ty)
         tl.store(second + place * second_row + columns[None, :], active, mask=inside)
 
 
@@ -222,10 +226,10 @@ def weight_gradient(
     for n in range(start, end, DEPTH):
         rows = n + tl.arange(0, DEPTH)
         inside = rows < end
-        source = tl.load(table + rows.to(tl.int64) * t_row + tap * t_tap, mask=inside, other=n_in)
+        source = tl.load(table + rows.to(tl.int64) * t_row + tap.to(tl.int64) * t_tap, mask=inside, other=0)
         a = tl.load(
             x + source.to(tl.int64)[:, None] * x_row + inputs[None, :],
-            mask=(source < n_in)[:, None] & (inputs < c_in)[None, :],
+            mask=(inside & (source < n_in))[:, None] & (inputs < c_in)[None, :],
             other=0.0,
         )
         g = tl.load(
