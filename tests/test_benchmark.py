@@ -31,7 +31,7 @@ from sparserefine.benchmark_report import (
 )
 from sparserefine.cli import main
 from sparserefine.sparse import get_engine
-from support import coarser_mask, engine_of, shared
+from support import TRITON_ENGINES, coarser_mask, device_of, engine_of, shared
 
 SIZE = (64, 128)
 STAGES = ["uncertainty", "select", "plan", "gather", "extractor", "ensembler", "labels"]
@@ -397,6 +397,23 @@ def test_the_engine_is_the_chosen_one(name):
     assert [r.engine for r in report.records] == [name]
 
 
+@pytest.mark.parametrize("engine", TRITON_ENGINES)
+def test_the_refinement_as_a_graph(engine):
+    engine_of(engine)
+    tiny = {"size": (16, 24), "densities": (0.1, 0.2), "device": str(device_of(engine))}
+    report = benchmark(small("python:benchmarked:tiny", engine="triton", graph=True, **tiny))
+    assert not report.left_out
+    assert [(r.engine, r.mode, list(r.stages_ms)) for r in report.records] == 2 * [("triton", "graph", ["graph"])]
+    assert all(r.refine_ms == r.stages_ms["graph"] > 0 for r in report.records)
+    assert report.records[0].refine_gmacs < report.records[1].refine_gmacs
+    assert "engine triton (graph)" in header(report)
+
+
+def test_a_graph_without_a_gpu_is_refused_at_once(nothing_runs):
+    with pytest.raises(ValueError, match="a CUDA graph needs a GPU and engine 'triton', this is 'torch' on cpu"):
+        benchmark(small("python:benchmarked:tiny", engine="torch", graph=True))
+
+
 @pytest.mark.parametrize("engine", ["torch", "auto"])
 def test_half_precision_is_of_the_base(engine):
     seen = []
@@ -624,7 +641,7 @@ def test_json_round_trip(report, tmp_path):
         *("model", "size", "density", "plan", "engine", "threads", "dense_ms", "coarse_ms", "refine_ms", "ratio"),
         *("runtime", "precision", "device", "coarse_size", "mask", "sites", "classes", "stages_ms"),
         *("dense_gmacs", "coarse_gmacs", "refine_gmacs", "dense_peak_mb", "coarse_peak_mb", "refine_peak_mb"),
-        *("packed_mb", "rounds", "machine"),
+        *("packed_mb", "rounds", "machine", "mode"),
     }
 
 

@@ -102,8 +102,9 @@ def test_no_site(device: torch.device) -> None:
 
 def test_given_coarse_logits(device: torch.device) -> None:
     refiner = refiner_of(device)
-    captured, image = refiner.capture(pixels(device)), pixels(device, 1)
+    image = pixels(device, 1)
     coarse = 3 * torch.randn_like(eager(refiner, image).coarse)
+    captured = refiner.capture(pixels(device), coarse)
     with torch.inference_mode():
         assert_same(captured.refine(image, coarse), refiner.refine(image, coarse))
         assert torch.equal(captured.labels(image, coarse), refiner.refine(image, coarse).labels())
@@ -230,6 +231,12 @@ def test_a_refiner_that_changed_is_refused(device: torch.device, change: object)
 def test_bad_arguments(device: torch.device, arguments: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         refiner_of(device).capture(pixels(device), **arguments)
+
+
+def test_coarse_logits_for_other_images(device: torch.device) -> None:
+    refiner, image = refiner_of(device), pixels(device)
+    with pytest.raises(ValueError, match="2 coarse logits for 1 images"):
+        refiner.capture(image, 2 * [eager(refiner, image).coarse])
 
 
 def test_no_image(device: torch.device) -> None:

@@ -261,6 +261,14 @@ def test_follows_its_parameters(
     judge(second(x, plan), expected_of(net, x, mask))
 
 
+def test_weights_are_copied_only_where_they_change(engine: TritonEngine, device: torch.device) -> None:
+    net = network((16, 32)).to(device)
+    weights = sum(p.numel() for p in net.parameters() if p.dim() > 1)
+    assert prepared(engine, net).megabytes == 0
+    with torch.autocast(device.type, torch.bfloat16):
+        assert prepared(engine, net).megabytes == weights * 2 / 1e6
+
+
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
 def test_copies_of_an_engine(
     engine: TritonEngine, device: torch.device, copier: Callable[[TritonEngine], TritonEngine]

@@ -121,7 +121,7 @@ class Gpu:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.wait()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             step()
         return graph.replay
 

@@ -92,7 +92,7 @@ def _uncertainty(
     def once(i: int) -> None:
         kept[i % len(kept)] = compute(logits[i], case.full)
 
-    with torch.inference_mode():
+    with torch.no_grad():
         spreads = {"eager": timed(run.device, once, sets)}
         kept[:] = [None] * len(kept)
         peak = peak_mb(run.device, lambda: once(0))
@@ -174,6 +174,7 @@ def _model(run: Run, name: str) -> None:
         device=str(run.device.device),
         engine="triton",
         rounds=10,
+        graph=True,
         **choice,
     )
     report = benchmark(settings, tell=lambda line: print(line, flush=True))

@@ -70,7 +70,7 @@ class Replayed:
         self._mask = sets[0].mask.clone()
         self._features = torch.zeros(self._capacities[0], CHANNELS, device=device.device)
         self._load(0)
-        with torch.inference_mode():
+        with torch.no_grad():  # not in inference mode, in which other graphs could not be recorded afterwards
             self._replay = device.record(self._step)
 
     def _load(self, number: int) -> None:

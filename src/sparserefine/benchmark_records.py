@@ -79,6 +79,7 @@ class Settings:
         precision: of the base's parameters and activations, and on a GPU of the refiner's too.
         device: by name.
         engine: what executes the sparse network.
+        graph: all after the base is recorded as one CUDA graph, for each plan and mask.
         rounds: timed runs of everything; times are medians.
     """
 
@@ -95,6 +96,7 @@ class Settings:
     device: str = "auto"
     engine: str = "auto"
     rounds: int = 3
+    graph: bool = False
 
     def __post_init__(self) -> None:
         if not all(b.name for b in self.bases):
@@ -150,7 +152,7 @@ class Record:
         sites: N.
         classes: K.
         stages_ms: of ``refine_ms``: uncertainty, select, plan, gather, extractor, ensembler, labels. On engine ``cpu``
-            some tables of the plan are made when the extractor first reads them, and count there.
+            some tables of the plan are made when the extractor first reads them, and count there. A graph is one stage.
         dense_gmacs: 1e9 multiply-accumulates; ``None`` where they cannot be counted.
         coarse_gmacs: likewise.
         refine_gmacs: of extractor and ensembler.
@@ -160,6 +162,7 @@ class Record:
         packed_mb: the copy of the extractor's weights that the engine packs once; ``None`` where it packs none.
         rounds: timed runs.
         machine: processor, instruction set, torch's version.
+        mode: of the refinement: ``eager``, or ``graph``.
     """
 
     model: str
@@ -189,6 +192,7 @@ class Record:
     packed_mb: float | None
     rounds: int
     machine: str
+    mode: str = "eager"
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def header(report: Report) -> str:
         first = report.records[0]
         threads = f"{first.threads} thread{'' if first.threads == 1 else 's'}"
         lines.append(
-            f"{first.size}, {_precision(first)}, device {first.device}, {threads}, engine {first.engine}, "
+            f"{first.size}, {_precision(first)}, device {first.device}, {threads}, {_engine(first)}, "
             f"median of {settings.rounds} round{'' if settings.rounds == 1 else 's'}"
         )
     return "\n".join(lines)
@@ -315,7 +315,7 @@ def _caption(report: Report, width: float) -> str:
     threads = f"{first.threads} thread{'' if first.threads == 1 else 's'}"
     text = (
         f"End to end to labels of {first.size}; numbers: dense / (coarse + refinement). "
-        f"{report.machine}, {threads}, {_precision(first)}, engine {first.engine}"
+        f"{report.machine}, {threads}, {_precision(first)}, {_engine(first)}"
     )
     return "\n".join(textwrap.wrap(text, int(15 * width)))
 
@@ -342,6 +342,10 @@ def _by_run(records: Sequence[Record]) -> list[list[Record]]:
 
 def _by_plan(records: Sequence[Record]) -> list[list[Record]]:
     return [list(group) for _, group in groupby(records, key=lambda r: r.plan)]
+
+
+def _engine(record: Record) -> str:
+    return f"engine {record.engine}{'' if record.mode == 'eager' else f' ({record.mode})'}"
 
 
 def _precision(record: Record) -> str:

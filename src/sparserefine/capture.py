@@ -205,11 +205,17 @@ def _no_autocast_cache() -> Iterator[None]:
 
 
 def capture(
-    refiner: SparseRefiner, images: Sequence[Tensor], headroom: float, capacities: Sequence[int] | None
+    refiner: SparseRefiner,
+    images: Sequence[Tensor],
+    coarse: Sequence[Tensor] | None,
+    headroom: float,
+    capacities: Sequence[int] | None,
 ) -> CapturedRefiner:
     """See :meth:`SparseRefiner.capture`, which is this."""
     if not images:
         raise ValueError("no image is given; capture learns from one or several how many sites there are")
+    if coarse is not None and len(coarse) != len(images):
+        raise ValueError(f"{len(coarse)} coarse logits for {len(images)} images; expected as many")
     if not headroom >= 1:
         raise ValueError(f"headroom = {headroom}, expected at least 1, the room that the given images need")
     for image in images:
@@ -224,7 +230,11 @@ def capture(
         )
     refiner.eval()
     with torch.inference_mode():
-        coarse = [refiner.base(image) for image in images]
+        if coarse is None:
+            coarse = [refiner.base(image) for image in images]
+        for image, logits in zip(images, coarse, strict=True):
+            refiner.base.checked(logits, len(image))
+            _check_like("coarse logits", logits, coarse[0])
         packed = engine.prepare(refiner.extractor)
         if packed is None:
             raise ValueError(

@@ -240,6 +240,7 @@ def _add_benchmark(parser: ArgumentParser) -> None:
     )
     _add_device(parser)
     parser.add_argument("--engine", default="auto", help="what executes the sparse network; see `sparserefine info`")
+    parser.add_argument("--graph", action="store_true", help="all after the base as one CUDA graph")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of everything; times are medians")
     parser.add_argument("--json", help="also write the records to this file, after each base")
     parser.add_argument("--plot", help="also draw them: a .png, .svg or .pdf file")
@@ -267,6 +268,7 @@ def _run_benchmark(parser: ArgumentParser, arguments: Namespace) -> int:
         device=arguments.device,
         engine=arguments.engine,
         rounds=arguments.rounds,
+        graph=arguments.graph,
     )
     check_outputs(arguments.json, arguments.plot)
     shown = 0

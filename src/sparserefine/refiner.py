@@ -206,6 +206,7 @@ class SparseRefiner(nn.Module):
     def capture(
         self,
         images: Tensor | Sequence[Tensor],
+        coarse: Tensor | Sequence[Tensor] | None = None,
         *,
         headroom: float = 1.5,
         capacities: Sequence[int] | None = None,
@@ -218,6 +219,8 @@ class SparseRefiner(nn.Module):
 
         Args:
             images: one or several typical ``[B, 3, H, W]`` on the GPU, of the shape and dtype that are to come.
+            coarse: for each the base's outputs ``[B, K, h, w]``, where they are to come from elsewhere
+                (``captured.refine(image, coarse)``); by default the base is run.
             headroom: room for so many times the sites that these have.
             capacities: or the room itself, in sites for each level, full size first.
 
@@ -226,7 +229,8 @@ class SparseRefiner(nn.Module):
         """
         from sparserefine.capture import capture
 
-        return capture(self, [images] if isinstance(images, Tensor) else list(images), headroom, capacities)
+        given, logits = ([one] if isinstance(one, Tensor) else one for one in (images, coarse))
+        return capture(self, given or [], logits, headroom, capacities)
 
     def calibrate(self, images: Iterable[Tensor]) -> int:
         """Runs the method on a few typical images, so that engine ``cpu-int8`` knows how large activations get.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -52,6 +53,9 @@ class PackedUNet:
     Args:
         network: its weights are shared where their precision and layout are already right, else copied.
         dtype: float16, bfloat16 or float32: of features and weights. Sums and normalisation are float32.
+
+    Attributes:
+        megabytes: of weights that were copied [1e6 bytes].
     """
 
     def __init__(self, network: SparseUNet, dtype: torch.dtype) -> None:
@@ -64,6 +68,13 @@ class PackedUNet:
         self.head_norm, self.head = _Norm(network.head_norm), _weight(network.head, dtype)
         self.head_bias = network.head.bias.detach().float()
         self.planes = [blocks[0].conv2.shape[2] for blocks in self.descend]
+        own = {parameter.data_ptr() for parameter in network.parameters()}
+        self.megabytes = sum(w.nbytes for w in self._weights() if w.data_ptr() not in own) / 1e6
+
+    def _weights(self) -> Iterator[Tensor]:
+        yield from (self.stem, self.head, *self.down, *self.up)
+        for block in (block for level in (*self.descend, *self.ascend) for block in level):
+            yield from (block.conv1, block.conv2, *([] if block.shortcut is None else [block.shortcut]))
 
     def __call__(self, features: Tensor, plan: Plan) -> Tensor:
         """Logits ``float32 [N, K]``; of a padded plan, the rows behind its count of sites mean nothing.
