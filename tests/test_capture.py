@@ -12,7 +12,7 @@ from sparserefine.capture import CapturedRefiner
 from sparserefine.extractor import ExtractorConfig
 from sparserefine.refiner import Refinement, SparseRefiner
 from sparserefine.selector import Selector
-from support import TRITON_ENGINES, device_of, engine_of
+from support import TRITON_ENGINES, assert_close, device_of, engine_of
 
 K = 3
 SIZE = (10, 14)
@@ -122,6 +122,20 @@ def test_in_half_precision(device: torch.device) -> None:
     assert captured.overflows == 1
     with pytest.raises(ValueError, match=r"coarse logits: torch.float32 .* captured for torch.bfloat16"):
         captured.refine(image, expected.coarse.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_converted_refiner(device: torch.device, dtype: torch.dtype) -> None:
+    """All weights in half precision, instead of autocast."""
+    refiner, image = refiner_of(device), pixels(device, 1)
+    with torch.inference_mode():
+        coarse = refiner.base(image).to(dtype)
+        expected = refiner.refine(image, coarse.float())
+    refiner.to(dtype)
+    with torch.inference_mode():
+        found = refiner.refine(image, coarse)
+    assert torch.equal(found.sites.coords, expected.sites.coords)
+    assert_close(found.refined_logits, expected.refined_logits, dtype)
 
 
 def test_timings(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -141,6 +142,7 @@ def convolve(
         few = taps * c_in <= _FEW_INPUTS
         read, depth = (_FEW, _power_of_two(taps * c_in)) if few else (_TABLE, tiles.depth)
     first, second = (*epilogue.activated, None, None)[:2]
+    unused = _unused(x.device)
     parts = [epilogue.residual, epilogue.bias, epilogue.raw, first, second]
     launch(
         kernels.convolve,
@@ -153,10 +155,10 @@ def convolve(
         x if order is None else order.counts,
         x if count is None else count,
         _or(epilogue.residual, x),
-        _or(epilogue.bias, x),
+        _or(epilogue.bias, unused),
         _or(epilogue.raw, x),
-        *_activation(first, (x, x, x)),
-        *_activation(second, _activation(first, (x, x, x))),  # not x again: its dtype would be one kernel more
+        *_activation(first, (x, unused, unused)),
+        *_activation(second, (x, unused, unused)),
         n_out,
         x.shape[0],
         c_in,
@@ -180,8 +182,13 @@ def convolve(
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A kernel's pointers must point somewhere, used or not."""
+    """A kernel's pointers must point somewhere, used or not; of another dtype they would make another kernel."""
     return other if tensor is None else tensor
+
+
+@cache
+def _unused(device: torch.device) -> Tensor:
+    return torch.empty(16, device=device)
 
 
 def _activation(activation: Activation | None, other: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
