@@ -83,7 +83,7 @@ def tiling(rows: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str)
     Larger blocks read inputs and weights less often; where too few of them would be left for the GPU, they are halved.
     """
     columns = min(128, _power_of_two(c_out))
-    if precision == "ieee":  # on the ordinary units, which need a register for each element
+    if dtype == torch.float32 and precision == "ieee":  # on the ordinary units, which need a register for each element
         return Tiling(64, min(64, columns), min(32, _power_of_two(c_in)), 4, 2)
     depth = min(128 // dtype.itemsize, _power_of_two(c_in))  # 128 bytes: a line of the cache
     if columns == 128 and blocks(rows, 128) * blocks(c_out, 128) >= 512:
@@ -99,13 +99,13 @@ def _power_of_two(count: int) -> int:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """``tf32`` or ``ieee``, as torch's settings have it for matrix products; half precision does not heed it."""
-    return "ieee" if dtype == torch.float32 and not allows_tf32() else "tf32"
+    """``tf32`` or ``ieee``, as torch's settings have it for products of float32 matrices."""
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
 def laid_out(weight: Tensor) -> Tensor:
     """``[T, C_in, C_out]`` in the memory layout that loads fastest: matrix units want TF32 along the inputs."""
-    if weight.dtype == torch.float32 and precision_of(weight.dtype) == "tf32":
+    if precision_of(weight.dtype) == "tf32":
         return weight.transpose(1, 2).contiguous().transpose(1, 2)
     return weight if 1 in (weight.stride(1), weight.stride(2)) else weight.contiguous()
 

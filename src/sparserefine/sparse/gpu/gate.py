@@ -74,7 +74,8 @@ def gated(coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, r
 
 def _precision(device: torch.device) -> str:
     """Products in TF32 where torch's settings allow it, or the network before ran in half precision anyway."""
-    return "tf32" if torch.is_autocast_enabled(device.type) or allows_tf32() else "ieee"
+    rounded = torch.is_autocast_enabled(device.type) and not torch.version.hip
+    return "tf32" if rounded or allows_tf32() else "ieee"
 
 
 def _as_read(mlp: Perceptron) -> tuple[Tensor, ...]:

@@ -45,6 +45,8 @@ def launch(
     """
     if 0 in grid:
         return
+    if torch.version.hip:
+        stages = min(stages, 2)  # AMD's GPUs have 64 KB for them
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         # What Triton 3.9 takes as a default it also warns about: a product and a sum are one rounding.
         kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **meta)
@@ -56,7 +58,9 @@ def blocks(count: int, block: int) -> int:
 
 
 def allows_tf32() -> bool:
-    """Whether torch's settings allow TF32 in products of float32 matrices on a GPU."""
+    """Whether the GPU has TF32 and torch's settings allow it in products of float32 matrices."""
+    if torch.version.hip:
+        return False
     settings = torch.backends.cuda.matmul
     if hasattr(settings, "fp32_precision"):  # torch 2.9; once it has been set, the older setting may not be read
         return bool(settings.fp32_precision == "tf32")
