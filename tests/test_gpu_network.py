@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from networks import K, expected_of, network
 from sparserefine.data.images import read_image
 from sparserefine.demo import ASSETS, IMAGE, demo_refiner_folder
 from sparserefine.refiner import SparseRefiner
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from sparserefine.sparse.gpu.engine import TritonEngine
     from sparserefine.sparse.gpu.network import PackedUNet
 
-K = 4
 DOWNS = ("paper", "cell")
 NETWORKS = [((16, 32), 2), ((3, 5, 7), 1), ((17,), 1)]
 """Planes and blocks."""
@@ -42,28 +42,6 @@ def engine(device: torch.device) -> TritonEngine:
     from sparserefine.sparse.gpu.engine import TritonEngine
 
     return TritonEngine()
-
-
-def network(planes: tuple[int, ...], blocks: int = 1, down: str = "cell") -> SparseUNet:
-    """With normalisation layers that do something."""
-    torch.manual_seed(3)
-    net = SparseUNet(3, K, planes, blocks=blocks, down=down)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.uniform_(-0.5, 0.5)
-            module.running_var.uniform_(0.5, 2)
-            module.weight.data.uniform_(0.5, 2)
-            module.bias.data.uniform_(-0.5, 0.5)
-    return net.eval()
-
-
-def expected_of(net: SparseUNet, x: Tensor, mask: Tensor) -> Tensor:
-    """Logits of the modules in float64, on the torch engine."""
-    exact = copy.deepcopy(net).double().cpu()
-    with torch.no_grad():
-        return exact(x.double().cpu(), get_engine("torch").geometry(Sites.from_mask(mask.cpu()), net.spec))
 
 
 @cache

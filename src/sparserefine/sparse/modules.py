@@ -87,6 +87,13 @@ class SparseBatchNorm(nn.BatchNorm1d):
             input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
         )
 
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, ``float64 [C]``: with running statistics, the result is ``x * scale + shift``."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        scale = self.weight.detach().double() / (self.running_var.double() + self.eps).sqrt()
+        return scale, self.bias.detach().double() - self.running_mean.double() * scale
+
 
 class ResidualBlock(nn.Module):
     """Pre-activation residual block of two submanifold 3x3 convolutions (He et al. 2016)."""

@@ -60,11 +60,7 @@ class _Norm:
 
     def __init__(self, norm: nn.Module, step: Tensor | None = None) -> None:
         assert isinstance(norm, SparseBatchNorm)
-        mean, var = norm.running_mean, norm.running_var
-        assert mean is not None
-        assert var is not None
-        scale = norm.weight.detach().double() / (var.double() + norm.eps).sqrt()
-        shift = norm.bias.detach().double() - mean.double() * scale
+        scale, shift = norm.folded()
         if step is not None:
             scale, shift = scale / step, shift / step
         self.scale, self.shift = scale.float(), shift.float()

@@ -21,11 +21,8 @@ class _Norm:
 
     def __init__(self, norm: nn.Module) -> None:
         assert isinstance(norm, SparseBatchNorm)
-        mean, var = norm.running_mean, norm.running_var
-        assert mean is not None
-        assert var is not None
-        scale = norm.weight.detach().double() / (var.double() + norm.eps).sqrt()
-        self.scale, self.shift = scale.float(), (norm.bias.detach().double() - mean.double() * scale).float()
+        scale, shift = norm.folded()
+        self.scale, self.shift = scale.float(), shift.float()
 
     def into(self, out: Tensor, part: slice = slice(None)) -> Activation:
         """An epilogue's output: the activation of some channels."""
