@@ -24,8 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
-
 import torch
 import triton
 from torch import Tensor, nn
@@ -39,8 +37,6 @@ from sparserefine.sparse.gpu import engine, launch
 from sparserefine.sparse.gpu.engine import TritonEngine
 from sparserefine.sparse.sites import Sites
 from sparserefine.uncertainty import Upsampling, label_dtype
-
-launch.INTERPRETED = engine.INTERPRETED = True  # tensors of the CPU are taken; nothing is interpreted
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG", "STG", "LDL", "STL")
@@ -304,6 +300,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--arch", type=int, nargs="+", help="kinds of GPU, by compute capability")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args(arguments)
+    if launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET=1 is set, so nothing would be compiled; unset it")
+    launch.INTERPRETED = engine.INTERPRETED = True  # tensors of the CPU are taken; nothing is interpreted
     recorder = Recorder(options.arch or ((90, 80) if options.all else (90,)), options.all)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # what the memory held is slow otherwise

@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+collect_ignore = ["compile_kernels.py"]  # a program: looking for doctests in it would import compiled kernels
+
 torch.set_num_threads(1)  # tiny tensors: on a busy machine, waiting for a second thread is most of the time
 
 

@@ -398,9 +398,10 @@ def test_the_engine_is_the_chosen_one(name):
 
 
 @pytest.mark.parametrize("engine", TRITON_ENGINES)
-def test_the_refinement_as_a_graph(engine):
+def test_the_refinement_as_a_graph(engine, monkeypatch):
     engine_of(engine)
-    tiny = {"size": (16, 24), "densities": (0.1, 0.2), "device": str(device_of(engine))}
+    monkeypatch.setitem(module.PRESETS, "slim", module.PRESETS["slim"].__class__((4, 6), blocks=1))
+    tiny = {"size": (8, 16), "densities": (0.1, 0.2), "device": str(device_of(engine))}
     report = benchmark(small("python:benchmarked:tiny", engine="triton", graph=True, **tiny))
     assert not report.left_out
     assert [(r.engine, r.mode, list(r.stages_ms)) for r in report.records] == 2 * [("triton", "graph", ["graph"])]

@@ -43,6 +43,12 @@ def _cut(counts, budget, passes):
     return cut, left, enough
 
 
+@triton.jit
+def _blocks(size, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Of this program: CHUNKS, or at the end of an image as many as there are."""
+    return tl.minimum(tl.cdiv(size, BLOCK) - tl.program_id(0) * CHUNKS, CHUNKS)
+
+
 @triton.jit(do_not_specialize=["budget", "passes"])
 def count_digits(values, mask, counts, size, budget, passes, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
     """Counts the next digit of the candidates that share the digits of the cut known so far.
@@ -66,7 +72,7 @@ def count_digits(values, mask, counts, size, budget, passes, BLOCK: tl.constexpr
     bins = tl.arange(0, BINS)
     found = tl.zeros([BINS], tl.int32)
     left_out = tl.full([], 0, tl.int32)
-    for chunk in range(CHUNKS * enough):
+    for chunk in range(_blocks(size, BLOCK, CHUNKS) * enough):
         at = (tl.program_id(0) * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
         candidate = tl.load(mask + at, mask=at < size, other=0) != 0
         # Digits before this one are equal where their difference is zero.
@@ -86,7 +92,7 @@ def count_ties(values, mask, counts, ties, size, budget, BLOCK: tl.constexpr, CH
     mask += image * size
     cut, _, enough = _cut(counts + image * PASSES * BINS, budget, PASSES)
     found = tl.full([], 0, tl.int32)
-    for chunk in range(CHUNKS * enough):
+    for chunk in range(_blocks(size, BLOCK, CHUNKS) * enough):
         at = (tl.program_id(0) * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
         candidate = tl.load(mask + at, mask=at < size, other=0) != 0
         tie = candidate & (_ranks(values, at, candidate) == cut)
@@ -105,7 +111,7 @@ def clear_rest(values, mask, counts, ties, size, budget, BLOCK: tl.constexpr, CH
     for start in range(0, part * enough, BLOCK):
         before = start + tl.arange(0, BLOCK)
         left -= tl.sum(tl.load(ties + before, mask=before < part, other=0), 0)
-    for chunk in range(CHUNKS * enough):
+    for chunk in range(_blocks(size, BLOCK, CHUNKS) * enough):
         at = (part * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
         candidate = tl.load(mask + at, mask=at < size, other=0) != 0
         rank = _ranks(values, at, candidate)
