@@ -16,7 +16,8 @@ from torch import Tensor
 from sparserefine.sparse import Plan, PlanSpec, Sites, get_engine
 from sparserefine.sparse.cpu.engine import CpuEngine
 from sparserefine.sparse.cpu.geometry import Cells, parity_taps
-from sparserefine.sparse.cpu.kernels import Activation, Epilogue, Kernels, Tiles
+from sparserefine.sparse.cpu.kernels import Kernels, Tiles
+from sparserefine.sparse.epilogue import Activation, Epilogue
 from support import CPU_ENGINES, PATTERNS, assert_close, at_sites, dense_around, engine_of, mask_of, on_grid
 
 CHANNELS = [(1, 1), (3, 16), (16, 3), (17, 19), (19, 17), (33, 1), (16, 33), (64, 16), (33, 64), (64, 80), (80, 64)]

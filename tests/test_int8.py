@@ -14,7 +14,8 @@ from sparserefine.cli import main
 from sparserefine.demo import demo_refiner_folder
 from sparserefine.refiner import SparseRefiner
 from sparserefine.sparse import Sites, SparseBatchNorm, SparseConv, SparseUNet, calibrating, engine_report, get_engine
-from sparserefine.sparse.cpu.kernels import Activation, Epilogue, Kernels
+from sparserefine.sparse.cpu.kernels import Kernels
+from sparserefine.sparse.epilogue import Activation, Epilogue
 from sparserefine.sparse.quantisation import quantised_convs, quantised_weight, step_of
 from support import mask_of
 

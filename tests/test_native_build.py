@@ -315,7 +315,8 @@ def test_wheel_carries_the_objects(tree: Path, tmp_path: Path) -> None:
     code = (
         "import sparserefine, torch\n"
         "from sparserefine.native.library import available\n"
-        "from sparserefine.sparse.cpu.kernels import Epilogue, kernels\n"
+        "from sparserefine.sparse.cpu.kernels import kernels\n"
+        "from sparserefine.sparse.epilogue import Epilogue\n"
         "kernel, x, y = kernels('generic'), torch.randn(7, 5), torch.empty(7, 3)\n"
         "weight = torch.randn(1, 5, 3)\n"
         "kernel.convolve(x, None, kernel.pack(weight), Epilogue(raw=y), 7)\n"

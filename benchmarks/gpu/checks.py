@@ -140,6 +140,7 @@ def _operands(layer: Layer, stencil: Stencil, dtype: str) -> tuple[Tensor, Tenso
 
 def _value_error(layer: Layer, stencil: Stencil, dtype: str) -> float:
     """The kernel with residual, bias and activation into poisoned memory; rows at random against float64."""
+    from sparserefine.sparse.epilogue import Activation, Epilogue
     from sparserefine.sparse.gpu import convolution
 
     x, weight = _operands(layer, stencil, dtype)
@@ -148,7 +149,7 @@ def _value_error(layer: Layer, stencil: Stencil, dtype: str) -> float:
     bias, scale, shift = torch.randn(3, c, device=device).unbind()
     raw = torch.full((n, c), torch.nan, dtype=torch.float32 if layer.float_out else x.dtype, device=device)
     active = torch.full((n, c), torch.nan, dtype=x.dtype, device=device)
-    epilogue = convolution.Epilogue(residual, bias, raw, (convolution.Activation(active, scale, shift),))
+    epilogue = Epilogue(residual, bias, raw, (Activation(active, scale, shift),))
     convolution.convolve(x, convolution.laid_out(weight), epilogue, n, **read_by(layer, stencil))  # type: ignore[arg-type]
     if not bool(raw.isfinite().all() & active.isfinite().all()):
         return math.nan

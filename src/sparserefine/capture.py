@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparserefine.base import check_image
-from sparserefine.sparse import Plan, Sites
+from sparserefine.sparse import Engine, Plan, Sites
 from sparserefine.sparse.plan import coarser_size
 from sparserefine.timing import StageTimer
 
@@ -242,7 +242,7 @@ def capture(
                 "or it has hooks, or is in a precision other than float16, bfloat16 and float32"
             )
         if capacities is None:
-            capacities = _capacities(refiner, images, coarse, headroom)
+            capacities = _capacities(refiner, engine, images, coarse, headroom)
     levels = refiner.extractor.spec.levels
     if len(capacities) != levels or min(capacities) < 1:
         raise ValueError(f"capacities = {list(capacities)}, expected {levels} numbers of sites, one a level, above 0")
@@ -250,19 +250,15 @@ def capture(
 
 
 def _capacities(
-    refiner: SparseRefiner, images: Sequence[Tensor], coarse: Sequence[Tensor], headroom: float
+    refiner: SparseRefiner, engine: Engine, images: Sequence[Tensor], coarse: Sequence[Tensor], headroom: float
 ) -> list[int]:
     """Room for the most sites that any of the images has at each level, ``headroom`` times, in round numbers."""
     spec, largest = refiner.extractor.spec, [0] * refiner.extractor.spec.levels
     for image, logits in zip(images, coarse, strict=True):
-        plans: list[Plan] = []
-
-        def keep(mask: Tensor, plans: list[Plan] = plans) -> Plan:
-            plans.append(refiner.engine.plan(mask, spec))
-            return plans[0]
-
-        refiner._refine(image, logits, None, None, StageTimer(torch.device("cpu")), keep)
-        largest = [max(most, len(level.sites)) for most, level in zip(largest, plans[0].levels, strict=True)]
+        size = (image.shape[2], image.shape[3])
+        _, entropies = engine.uncertainty(logits, size, refiner.how(size))
+        plan = engine.plan(refiner.selector.mask(entropies, None, engine), spec)
+        largest = [max(most, len(level.sites)) for most, level in zip(largest, plan.levels, strict=True)]
     batch, _, height, width = images[0].shape
     budget, result = refiner.selector.budget, []
     for depth, most in enumerate(largest):

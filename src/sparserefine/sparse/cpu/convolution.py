@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sparserefine.sparse.cpu.geometry import Across, Around, parity_taps
-from sparserefine.sparse.cpu.kernels import Epilogue, kernels
+from sparserefine.sparse.cpu.kernels import kernels
+from sparserefine.sparse.epilogue import Epilogue
 
 # A relation is (table, rows, counts). Without counts: `table [N_out, T]`. With them the outputs are `rows`, parity by
 # parity, and `table` is flat, one [count, taps] after the other: the transposed convolution, see `Between.parities`.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from ctypes import POINTER, Structure, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparserefine.native.library import Library, load, pointer
+from sparserefine.sparse.epilogue import Epilogue
 
 
 class _Activated(Structure):
@@ -119,24 +119,6 @@ class Grid(Structure):
         ("height", c_int64),
         ("width", c_int64),
     )
-
-
-class Activation(NamedTuple):
-    """One output of an epilogue: relu(v * scale + shift) into ``out [N, C]``, float32, or uint8, rounded."""
-
-    out: Tensor
-    scale: Tensor
-    shift: Tensor
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What becomes of results v = sum + bias + residual, ``[N, C]``: stored, and up to twice activated."""
-
-    residual: Tensor | None = None
-    bias: Tensor | None = None
-    raw: Tensor | None = None
-    activated: tuple[Activation, ...] = ()
 
 
 @dataclass(frozen=True)

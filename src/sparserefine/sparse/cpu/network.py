@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine.sparse.cpu.geometry import Across, Around, parity_taps
-from sparserefine.sparse.cpu.kernels import Activation, Epilogue, Int8Packed, Kernels, Packed, Tiles
+from sparserefine.sparse.cpu.kernels import Int8Packed, Kernels, Packed, Tiles
+from sparserefine.sparse.epilogue import Activation, Epilogue
 from sparserefine.sparse.modules import ResidualBlock, SparseBatchNorm, SparseConv
 from sparserefine.sparse.plan import Plan
 from sparserefine.sparse.quantisation import quantised_weight, step_of

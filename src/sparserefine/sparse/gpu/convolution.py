@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparserefine.sparse.epilogue import Epilogue
 from sparserefine.sparse.gpu.geometry import GpuStencil, Order
 from sparserefine.sparse.gpu.kernels import convolution as kernels
 from sparserefine.sparse.gpu.launch import allows_tf32, blocks, launch
@@ -20,38 +21,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OWN, _TABLE, _OF_FOUR, _OF_NINE, _FEW = range(5)  # READ of the kernel
 _FEW_INPUTS = 64  # taps times channels that make one block
 _GRADIENT_PROGRAMS = 512  # that the gradient of a weight is spread over: fixed, for bits must not depend on the GPU
-
-
-@dataclass(frozen=True)
-class Activation:
-    """``relu(v * scale + shift)``, written to ``out``.
-
-    Attributes:
-        out: ``[N, C]``, columns contiguous.
-        scale: ``float32 [C]``.
-        shift: ``float32 [C]``.
-    """
-
-    out: Tensor
-    scale: Tensor
-    shift: Tensor
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What is done with the sums v before they are stored.
-
-    Attributes:
-        residual: ``[N, C]``, added to v.
-        bias: ``float32 [C]``, added to v.
-        raw: ``[N, C]``, gets v.
-        activated: up to two, for those who read v normalised.
-    """
-
-    residual: Tensor | None = None
-    bias: Tensor | None = None
-    raw: Tensor | None = None
-    activated: tuple[Activation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,8 +126,8 @@ def convolve(
         _or(epilogue.residual, x),
         _or(epilogue.bias, unused),
         _or(epilogue.raw, x),
-        *_activation(first, (x, unused, unused)),
-        *_activation(second, (x, unused, unused)),
+        *(first or (x, unused, unused)),
+        *(second or (x, unused, unused)),
         n_out,
         x.shape[0],
         c_in,
@@ -189,10 +158,6 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 @cache
 def _unused(device: torch.device) -> Tensor:
     return torch.empty(16, device=device)
-
-
-def _activation(activation: Activation | None, other: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return other if activation is None else (activation.out, activation.scale, activation.shift)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -139,8 +139,6 @@ class TritonEngine(TorchEngine):
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
     ) -> Tensor | None:
         """What :class:`sparserefine.ensembler.GatedEnsembler` computes; ``None`` where a gradient is wanted."""
-        if not fused.takes(coarse, sparse, *gate, *fuser):
-            return None
         return gated(coarse, sparse, gate, fuser, residual)
 
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:

@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from sparserefine.sparse.gpu.convolution import Activation, Epilogue, convolve, laid_out
+from sparserefine.sparse.epilogue import Activation, Epilogue
+from sparserefine.sparse.gpu.convolution import convolve, laid_out
 from sparserefine.sparse.gpu.geometry import GpuStencil
 from sparserefine.sparse.modules import ResidualBlock, SparseBatchNorm, SparseConv
 from sparserefine.sparse.plan import Plan, Stencil
