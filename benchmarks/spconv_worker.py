@@ -1,38 +1,40 @@
-"""The peer: the same network in spconv, run by an interpreter that has it (README.md says how to make one).
+"""The peers: the same network in spconv or spconv-triton, run by an interpreter that has it (see README.md).
 
-Imports nothing of sparserefine: that environment need not have what sparserefine needs.
+Imports nothing of sparserefine: that environment need not have what sparserefine needs. spconv-triton has the interface
+of spconv, so one network serves both; ``library`` is the module's name, ``spconv`` or ``spconv_triton``.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
-import spconv.pytorch as spconv
 import torch
 import torch.nn.functional as F
-from spconv.pytorch import ops
 from torch import Tensor, nn
 
 from benchmarks.common import read_mask, site_features
 
+SparseTensor = Any  # the library's SparseConvTensor
 
-def _activated(x: spconv.SparseConvTensor, norm: nn.Module) -> spconv.SparseConvTensor:
+
+def _activated(x: SparseTensor, norm: nn.Module) -> SparseTensor:
     return x.replace_feature(F.relu(norm(x.features), inplace=True))
 
 
 class _Block(nn.Module):
     """``sparserefine.sparse.ResidualBlock``, the names of its parts included."""
 
-    def __init__(self, c_in: int, c_out: int, key: str) -> None:
+    def __init__(self, spconv: Any, c_in: int, c_out: int, key: str) -> None:
         super().__init__()
         self.norm1, self.conv1 = nn.BatchNorm1d(c_in), spconv.SubMConv2d(c_in, c_out, 3, bias=False, indice_key=key)
         self.norm2, self.conv2 = nn.BatchNorm1d(c_out), spconv.SubMConv2d(c_out, c_out, 3, bias=False, indice_key=key)
         self.shortcut = nn.Identity() if c_in == c_out else nn.Linear(c_in, c_out, bias=False)
 
-    def forward(self, x: spconv.SparseConvTensor) -> spconv.SparseConvTensor:
+    def forward(self, x: SparseTensor) -> SparseTensor:
         """The sites stay the same."""
         y = self.conv2(_activated(self.conv1(_activated(x, self.norm1)), self.norm2))
         return y.replace_feature(y.features + self.shortcut(x.features))
@@ -41,11 +43,14 @@ class _Block(nn.Module):
 class SpconvUNet(nn.Module):
     """``sparserefine.extractor.SparseUNet``, the names of its parts included."""
 
-    def __init__(self, channels: int, classes: int, planes: Sequence[int], blocks: int, down: str) -> None:
+    def __init__(
+        self, library: str, channels: int, classes: int, planes: Sequence[int], blocks: int, down: str
+    ) -> None:
         super().__init__()
+        spconv = import_module(f"{library}.pytorch")
         pairs, size = list(pairwise(planes)), 3 if down == "paper" else 2
         self.stem = spconv.SubMConv2d(channels, planes[0], 3, bias=False, indice_key="same0")
-        self.descend = nn.ModuleList(_blocks(c, c, blocks, f"same{i}") for i, c in enumerate(planes))
+        self.descend = nn.ModuleList(_blocks(spconv, c, c, blocks, f"same{i}") for i, c in enumerate(planes))
         self.down_norms = nn.ModuleList(nn.BatchNorm1d(fine) for fine, _ in pairs)
         self.down_convs = nn.ModuleList(
             spconv.SparseConv2d(fine, coarse, size, 2, bias=False, indice_key=f"down{i}")
@@ -56,11 +61,13 @@ class SpconvUNet(nn.Module):
             spconv.SparseInverseConv2d(coarse, fine, size, bias=False, indice_key=f"down{i}")
             for i, (fine, coarse) in enumerate(pairs)
         )
-        self.ascend = nn.ModuleList(_blocks(2 * fine, fine, blocks, f"same{i}") for i, (fine, _) in enumerate(pairs))
+        self.ascend = nn.ModuleList(
+            _blocks(spconv, 2 * fine, fine, blocks, f"same{i}") for i, (fine, _) in enumerate(pairs)
+        )
         self.head_norm = nn.BatchNorm1d(planes[0])
         self.head = nn.Linear(planes[0], classes)
 
-    def forward(self, x: spconv.SparseConvTensor) -> Tensor:
+    def forward(self, x: SparseTensor) -> Tensor:
         """Logits ``[N, K]``."""
         x = self.stem(x)
         skips: list[Tensor] = []
@@ -88,8 +95,8 @@ class SpconvUNet(nn.Module):
         self.load_state_dict(turned)
 
 
-def _blocks(c_in: int, c_out: int, count: int, key: str) -> nn.ModuleList:
-    return nn.ModuleList(_Block(c_in if i == 0 else c_out, c_out, key) for i in range(count))
+def _blocks(spconv: Any, c_in: int, c_out: int, count: int, key: str) -> nn.ModuleList:
+    return nn.ModuleList(_Block(spconv, c_in if i == 0 else c_out, c_out, key) for i in range(count))
 
 
 class SpconvTask:
@@ -108,7 +115,8 @@ class SpconvTask:
     ) -> None:
         if torch.get_num_threads() != 1:
             raise ValueError(f"{engine} is wrong with several threads (a data race in its scatter); expected one")
-        self._network = SpconvUNet(channels, classes, planes, blocks, down).eval()
+        self._spconv, self._ops = import_module("spconv.pytorch"), import_module("spconv.pytorch.ops")
+        self._network = SpconvUNet("spconv", channels, classes, planes, blocks, down).eval()
         self._network.load_weights(torch.load(weights, weights_only=True))
         image = read_mask(mask)
         rows_columns = image.nonzero().int()
@@ -117,11 +125,11 @@ class SpconvTask:
         self._size = list(image.shape)
         self._features = site_features(len(self._indices), channels)
         self._pairs_seconds = 0.0
-        self._get_pairs = ops.get_indice_pairs
+        self._get_pairs = self._ops.get_indice_pairs
 
     def start(self) -> None:
         """Makes spconv tell how long it looks for neighbours, which it does on the way, inside the forward."""
-        ops.get_indice_pairs = self._timed_pairs
+        self._ops.get_indice_pairs = self._timed_pairs
 
     def _timed_pairs(self, *arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
@@ -134,7 +142,7 @@ class SpconvTask:
         self._logits, self._pairs_seconds = None, 0.0
         with torch.inference_mode():
             start = time.perf_counter()
-            self._logits = self._network(spconv.SparseConvTensor(self._features, self._indices, self._size, 1))
+            self._logits = self._network(self._spconv.SparseConvTensor(self._features, self._indices, self._size, 1))
             total = time.perf_counter() - start
         return {"geometry_ms": 1e3 * self._pairs_seconds, "forward_ms": 1e3 * (total - self._pairs_seconds)}
 
@@ -148,17 +156,19 @@ class SpconvTask:
 
 
 class SpconvGpu:
-    """Made where spconv can be imported and torch sees a GPU: asks only that."""
+    """Made where the library can be imported and torch sees a GPU: asks only that."""
 
-    def __init__(self) -> None:
+    def __init__(self, library: str) -> None:
         if not torch.cuda.is_available():
-            raise ValueError("torch of spconv's environment sees no GPU")
+            raise ValueError(f"torch of {library}'s environment sees no GPU")
+        import_module(f"{library}.pytorch")
 
 
 class SpconvGpuTask:
-    """Times spconv on a GPU, its search for neighbours included. For ``benchmarks.gpu``, which has no spconv itself.
+    """Times spconv or spconv-triton on a GPU, its search for neighbours included.
 
     Args:
+        library: ``spconv`` or ``spconv_triton``.
         inputs: file with a list of ``bool [B, H, W]`` and features ``[N, C]``; they are taken in turn.
         weights: file with the state of a ``SparseUNet``.
         channels: C.
@@ -171,6 +181,7 @@ class SpconvGpuTask:
 
     def __init__(
         self,
+        library: str,
         inputs: str,
         weights: str,
         channels: int,
@@ -180,12 +191,11 @@ class SpconvGpuTask:
         down: str,
         dtype: str,
     ) -> None:
-        from spconv import constants
-
-        constants.SPCONV_ALLOW_TF32 = dtype == "tf32"
+        self._spconv = import_module(f"{library}.pytorch")
+        import_module(f"{library}.constants").SPCONV_ALLOW_TF32 = dtype == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
         kind = torch.float16 if dtype == "float16" else torch.float32
-        network = SpconvUNet(channels, classes, planes, blocks, down).eval()
+        network = SpconvUNet(library, channels, classes, planes, blocks, down).eval()
         network.load_weights(torch.load(weights, weights_only=True))
         self._network = network.to("cuda", kind)
         self._sets = []
@@ -197,11 +207,11 @@ class SpconvGpuTask:
         """On a set that spconv has not seen: it keeps neighbours in the tensor that it is given."""
         features, indices, size, batch = self._sets[number % len(self._sets)]
         with torch.inference_mode():
-            logits: Tensor = self._network(spconv.SparseConvTensor(features, indices, size, batch))
+            logits: Tensor = self._network(self._spconv.SparseConvTensor(features, indices, size, batch))
         return logits
 
     def start(self) -> None:
-        """Every set once: spconv tries its kernels when it first sees a shape."""
+        """Every set once: the libraries try their kernels when they first see a shape."""
         for number in range(len(self._sets)):
             self._forward(number)
         self._measured(1)

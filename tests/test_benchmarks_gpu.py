@@ -173,8 +173,8 @@ def test_what_fails_or_comes_too_late_is_told(run: Any, capsys: pytest.CaptureFi
 
 def test_spconv_is_asked_once(run: Any, tmp_path: Path) -> None:
     run.options = replace(run.options, spconv_python=tmp_path / "python")
-    assert not part("unet")._spconv_works(run)
-    assert run.left_out == [f"spconv: {tmp_path / 'python'} does not start: No such file or directory"]
+    assert not part("unet")._works(run, "spconv-triton")
+    assert run.left_out == [f"spconv-triton: {tmp_path / 'python'} does not start: No such file or directory"]
 
 
 def test_results_are_merged(gpu: ModuleType, tmp_path: Path) -> None:
@@ -358,8 +358,9 @@ def test_tables_of_a_file(gpu: ModuleType, tmp_path: Path, capsys: pytest.Captur
         unet_record("triton", 8.0, mode="graph", batch=4),
         unet_record("torch", 20.0, difference=1e-3),
         unet_record("spconv", 5.0),
-        unet_record("dense", 80.0, mask="all", density=1.0),
-        unet_record("dense", 50.0, mask="all", density=1.0, mode="compiled"),
+        unet_record("spconv-triton", 3.0),
+        unet_record("dense", 80.0, mask="all", density=1.0, gmacs=1086.5),
+        unet_record("dense", 50.0, mask="all", density=1.0, gmacs=1086.5, mode="compiled"),
     ]
     common = {"case": "19 classes, 256x512 -> 1024x2048", "dtype": "float32", "floor_ms": 0.01, "peak_mb": 10.0}
     content["uncertainty"] = [
@@ -376,13 +377,14 @@ def test_tables_of_a_file(gpu: ModuleType, tmp_path: Path, capsys: pytest.Captur
     assert "| plan paper, graph | <= 4 ms | 2.5 ms | yes |" in lines
     assert "| plan slim16, graph | <= 1 ms | - | - |" in lines
     assert "| uncertainty of 19 classes | <= 0.15 ms | 0.05 ms | yes |" in lines
-    assert "| plan paper, times as fast as spconv | >= 3 x | 2 x | no |" in lines
-    assert "| plan paper, times as fast as the dense U-Net | >= 10 x | 20 x | yes |" in lines
-    row = "| paper | street | 1 | float16 | 2.5 | 5 | 20 | 5 | 50 | 8x | 2x | 20x | 0.5 | operations | 5x | 217 | 500 |"
-    assert row in lines
+    assert "| plan paper, times as fast as spconv-triton | >= 1.5 x | 1.2 x | no |" in lines
     assert (
-        "| paper | street | 4 | float16 | 8 | - | - | - | - | - | - | - | 0.5 | operations | 16x | 217 | 500 |" in lines
+        "| plan paper, times as fast as the dense U-Net, over the ratio of operations | >= 2 x | 4 x | yes |" in lines
     )
+    last = "0.5 | operations | 5x | 217 | 500 |"
+    assert f"| paper | street | 1 | float16 | 2.5 | 5 | 20 | 5 | 3 | 50 | 8x | 2x | 1.2x | 20x | {last}" in lines
+    last = "0.5 | operations | 16x | 217 | 500 |"
+    assert f"| paper | street | 4 | float16 | 8 | - | - | - | - | - | - | - | - | - | {last}" in lines
     assert "| triton | paper | street | 1 | float16 | 0.25 | 4.75 | 5 | 5..5 |" in lines
     assert "| dense | compiled | paper | all | 1 | float16 | 50 | 0.5 | operations | 500 | - |" in lines
     case = "| 19 classes, 256x512 -> 1024x2048 | float32 |"

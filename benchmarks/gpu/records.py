@@ -71,7 +71,7 @@ class UNetRecord:
     """One network on one mask; times are medians.
 
     Attributes:
-        engine: ``triton``, ``torch``, ``spconv``, or ``dense``: ordinary convolutions on all pixels.
+        engine: ``triton``, ``torch``, ``spconv``, ``spconv-triton``, or ``dense``: ordinary convolutions on all pixels.
         plan: name of the preset.
         mask: the file's name; ``all`` of ``dense``.
         size: of the image.

@@ -25,7 +25,14 @@ from sparserefine.sparse import Plan, SparseUNet, get_engine
 from sparserefine.sparse.plan import PlanSpec, coarser_size
 
 HEADROOM = 1.25  # rows that a graph has room for, over what the inputs need
-PEER_DTYPES = {"torch": ("float16", "float32"), "spconv": ("float16", "tf32"), "dense": ("float16",)}
+PEER_DTYPES = {
+    "torch": ("float16", "float32"),
+    "spconv": ("float16", "tf32"),
+    "spconv-triton": ("float16", "tf32"),
+    "dense": ("float16",),
+}
+LIBRARIES = {"spconv": "spconv", "spconv-triton": "spconv_triton"}
+"""Module of each peer that runs in a process of its own."""
 
 
 class Network(Protocol):
@@ -216,7 +223,7 @@ class _Case:
 def unet(run: Run) -> None:
     """Every case; peers on the same inputs right after it, the dense network when it is first needed."""
     seen: set[tuple[str, int, str, tuple[int, int]]] = set()
-    with_spconv = not run.device.rehearsal and _spconv_works(run)
+    libraries = [] if run.device.rehearsal else [peer for peer in LIBRARIES if _works(run, peer)]
     for dtype, batch, mask, plan in cases_of(run.options):
         what = f"U-Net {plan}, {mask}, batch {batch}, {dtype}"
 
@@ -225,8 +232,8 @@ def unet(run: Run) -> None:
             expected = _triton(run, case)
             if dtype in PEER_DTYPES["torch"]:
                 run.attempt(f"torch, {case}", lambda: _torch(run, case, expected), peer=True)
-            if dtype in PEER_DTYPES["spconv"] and with_spconv:
-                run.attempt(f"spconv, {case}", lambda: _spconv(run, case, expected), peer=True)
+            for peer in (name for name in libraries if dtype in PEER_DTYPES[name]):
+                run.attempt(f"{peer}, {case}", lambda peer=peer: _spconv(run, peer, case, expected), peer=True)  # type: ignore[misc]
 
         run.attempt(what, measure)
         size = (run.options.masks[mask].shape[0], run.options.masks[mask].shape[1])
@@ -289,23 +296,25 @@ def _torch(run: Run, case: _Case, expected: Tensor) -> None:
         _show(run, _eager(run.device, case, "torch", engine, expected))
 
 
-def _spconv_works(run: Run) -> bool:
+def _works(run: Run, peer: str) -> bool:
     """Asked once: starting an interpreter for each case only to hear the same takes long."""
+    job = Job("benchmarks.spconv_worker:SpconvGpu", {"library": LIBRARIES[peer]}, str(run.options.spconv_python))
     try:
-        Worker(Job("benchmarks.spconv_worker:SpconvGpu", {}, str(run.options.spconv_python)), 1).close()
+        Worker(job, 1).close()
     except WorkerError as error:
-        run.leave_out(f"spconv: {error}")
+        run.leave_out(f"{peer}: {error}")
         return False
     return True
 
 
-def _spconv(run: Run, case: _Case, expected: Tensor) -> None:
+def _spconv(run: Run, peer: str, case: _Case, expected: Tensor) -> None:
     """In a process of its own, whose inputs and weights are files."""
     with tempfile.TemporaryDirectory() as folder:
         inputs, weights, output = (Path(folder) / name for name in ("inputs.pt", "weights.pt", "output.pt"))
         torch.save([(one.mask.cpu(), one.features.cpu()) for one in case.sets], inputs)
         torch.save(case.network.state_dict(), weights)
         setup: dict[str, Any] = {
+            "library": LIBRARIES[peer],
             "inputs": str(inputs),
             "weights": str(weights),
             "channels": CHANNELS,
@@ -325,7 +334,7 @@ def _spconv(run: Run, case: _Case, expected: Tensor) -> None:
         finally:
             worker.close()
         logits = torch.load(output, weights_only=True).to(expected)
-    _show(run, case.record("spconv", "eager", Spread.of(laps), peak, relative_rms(logits, expected)))
+    _show(run, case.record(peer, "eager", Spread.of(laps), peak, relative_rms(logits, expected)))
 
 
 def _dense(run: Run, plan: str, size: tuple[int, int], batch: int, dtype: str) -> None:
