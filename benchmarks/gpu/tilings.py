@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 _BLOCKS = ((32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128))
 """Rows and columns."""
+_FEW_PROGRAMS, _MANY_PROGRAMS = 264, 1000
+"""With fewer programs (two for each multiprocessor of an H100) a sum is shared out, up to so many programs."""
+_SHARES = (2, 3, 4, 6, 8)
+_SHARED_TERMS = 1024
+"""Taps times channels, at least."""
 
 
 def tilings(run: Run) -> None:
@@ -61,6 +66,10 @@ def candidates(layer: Layer, dtype: str) -> list[Tiling]:
         for warps in (4, 8) if area == 128 * 128 else (8,) if area > 128 * 128 else (4,):
             for ahead in (2, 3):
                 found[Tiling(rows, columns, depth, warps, ahead)] = None
+                programs = -(-layer.rows_out // rows) * -(-layer.c_out // columns)
+                if programs <= _FEW_PROGRAMS and layer.kernel * layer.c_in >= _SHARED_TERMS:
+                    for shares in (n for n in _SHARES if programs * n <= _MANY_PROGRAMS):
+                        found[Tiling(rows, columns, depth, warps, ahead, shares)] = None
     return list(found)
 
 
@@ -74,7 +83,9 @@ def _measure(run: Run, plan: str, dtype: str, layer: Layer, count: int, tables: 
     raw = [torch.empty(layer.rows_out, layer.c_out, dtype=kind, device=device) for _ in range(SETS)]
     with precision(dtype):
         ready = convolution.laid_out(weight)
-        own = convolution.tiling(layer.rows_out, layer.c_in, layer.c_out, kind, convolution.precision_of(kind))
+        own = convolution.tiling(
+            layer.rows_out, layer.c_in, layer.c_out, kind, convolution.precision_of(kind), layer.kernel
+        )
 
         def once(i: int) -> None:
             epilogue = convolution.Epilogue(raw=raw[i])
@@ -122,5 +133,6 @@ def _chosen(choice: Tiling) -> Iterator[None]:
 
 
 def _name(tiling: Tiling) -> str:
-    """Rows x columns x depth, warps, blocks ahead."""
-    return f"{tiling.rows}x{tiling.columns}x{tiling.depth} w{tiling.warps} a{tiling.ahead}"
+    """Rows x columns x depth, warps, blocks ahead, shares."""
+    shares = f" s{tiling.shares}" if tiling.shares > 1 else ""
+    return f"{tiling.rows}x{tiling.columns}x{tiling.depth} w{tiling.warps} a{tiling.ahead}{shares}"

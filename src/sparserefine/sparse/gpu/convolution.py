@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _OWN, _TABLE, _OF_FOUR, _OF_NINE, _FEW = range(5)  # READ of the kernel
 _FEW_INPUTS = 64  # taps times channels that make one block
+_FINISHED_ROWS, _FINISHED_COLUMNS = 16, 128  # of a program that adds up shares
 _GRADIENT_PROGRAMS = 512  # that the gradient of a weight is spread over: fixed, for bits must not depend on the GPU
 
 
@@ -33,6 +35,7 @@ class Tiling:
         depth: inputs that are multiplied at once.
         warps: of a program.
         ahead: blocks of inputs and weights that are loaded before they are multiplied.
+        shares: programs that each add a part of the taps and channels of the same outputs; a second kernel adds theirs.
     """
 
     rows: int
@@ -40,13 +43,14 @@ class Tiling:
     depth: int
     warps: int
     ahead: int
+    shares: int = 1
 
     def stages(self, read: int) -> int:
         """Triton's ``num_stages``: a load whose address is loaded before it takes two stages for each block ahead."""
         return 1 + self.ahead * (1 if read == _OWN else 2)
 
 
-def tiling(rows: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str) -> Tiling:
+def tiling(rows: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str, taps: int = 1) -> Tiling:
     """The one for this class of shapes: a fixed table, so that few kernels are ever compiled and no call measures.
 
     Larger blocks read inputs and weights less often; where too few of them would be left for the GPU, they are halved.
@@ -102,7 +106,7 @@ def convolve(
     """
     taps, c_in, c_out = weight.shape
     precision = precision_of(x.dtype)
-    tiles = tiling(n_out, c_in, c_out, x.dtype, precision)
+    tiles = tiling(n_out, c_in, c_out, x.dtype, precision, taps)
     read, depth = _OWN, tiles.depth
     row_blocks = blocks(n_out, tiles.rows)
     if order is not None:
@@ -110,12 +114,12 @@ def convolve(
     elif table is not None:
         few = taps * c_in <= _FEW_INPUTS
         read, depth = (_FEW, _power_of_two(taps * c_in)) if few else (_TABLE, tiles.depth)
-    first, second = (*epilogue.activated, None, None)[:2]
-    unused = _unused(x.device)
-    parts = [epilogue.residual, epilogue.bias, epilogue.raw, first, second]
+    shares = tiles.shares if read != _FEW else 1
+    partial = torch.empty(shares, n_out, c_out, dtype=torch.float32, device=x.device) if shares > 1 else None
+    direct = epilogue if partial is None else Epilogue(raw=partial[0])
     launch(
         kernels.convolve,
-        (row_blocks * blocks(c_out, tiles.columns) if n_out else 0,),
+        (row_blocks * blocks(c_out, tiles.columns) if n_out else 0, shares),
         x.device,
         x,
         weight,
@@ -123,22 +127,18 @@ def convolve(
         x if order is None else order.rows,
         x if order is None else order.counts,
         x if count is None else count,
-        _or(epilogue.residual, x),
-        _or(epilogue.bias, unused),
-        _or(epilogue.raw, x),
-        *(first or (x, unused, unused)),
-        *(second or (x, unused, unused)),
+        *_tensors_of(direct, x),
         n_out,
         x.shape[0],
         c_in,
         c_out,
         taps,
-        sum(1 << bit for bit, part in enumerate(parts) if part is not None),
+        _in_use(direct),
         x.stride(0),
         *weight.stride(),
         *((0, 0) if table is None else table.stride()),
-        *(0 if t is None else t.stride(0) for t in (epilogue.residual, epilogue.raw)),
-        *(0 if a is None else a.out.stride(0) for a in (first, second)),
+        *_row_strides(direct),
+        n_out * c_out,
         warps=tiles.warps,
         stages=tiles.stages(read),
         READ=read,
@@ -148,10 +148,57 @@ def convolve(
         DEPTH=depth,
         PRECISION=precision,
     )
+    if partial is not None:
+        columns = min(_FINISHED_COLUMNS, _power_of_two(c_out))
+        launch(
+            kernels.finish,
+            (blocks(n_out, _FINISHED_ROWS), blocks(c_out, columns)),
+            x.device,
+            partial,
+            x if count is None else count,
+            *_tensors_of(epilogue, x),
+            n_out,
+            c_out,
+            shares,
+            _in_use(epilogue),
+            n_out * c_out,
+            *_row_strides(epilogue),
+            PADDED=count is not None,
+            ROWS=_FINISHED_ROWS,
+            COLUMNS=columns,
+        )
+
+
+def _tensors_of(epilogue: Epilogue, x: Tensor) -> tuple[Tensor, ...]:
+    """The epilogue's tensors as kernels take them.
+
+    A pointer must point somewhere, used or not; to another dtype it would make another kernel.
+    """
+    first, second = (*epilogue.activated, None, None)[:2]
+    unused = _unused(x.device)
+    return (
+        _or(epilogue.residual, x),
+        _or(epilogue.bias, unused),
+        _or(epilogue.raw, x),
+        *(first or (x, unused, unused)),
+        *(second or (x, unused, unused)),
+    )
+
+
+def _in_use(epilogue: Epilogue) -> int:
+    """The bit mask of the operands that there are."""
+    operands = (epilogue.residual, epilogue.bias, epilogue.raw, *(*epilogue.activated, None, None)[:2])
+    return sum(1 << bit for bit, operand in enumerate(operands) if operand is not None)
+
+
+def _row_strides(epilogue: Epilogue) -> Iterator[int]:
+    for tensor in (epilogue.residual, epilogue.raw):
+        yield 0 if tensor is None else tensor.stride(0)
+    for activation in (*epilogue.activated, None, None)[:2]:
+        yield 0 if activation is None else activation.out.stride(0)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A kernel's pointers must point somewhere, used or not; of another dtype they would make another kernel."""
     return other if tensor is None else tensor
 
 

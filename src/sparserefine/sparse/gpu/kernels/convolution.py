@@ -15,7 +15,51 @@ def _relu(v):
     return tl.where(v < 0, 0.0, v)  # not tl.maximum, which would hide NaN
 
 
-@triton.jit(do_not_specialize=["n_out", "n_in", "taps", "parts"])
+@triton.jit
+def _store(
+    total,
+    rows,
+    inside,
+    columns,
+    c_out,
+    parts,
+    residual,
+    bias,
+    raw,
+    first,
+    first_scale,
+    first_shift,
+    second,
+    second_scale,
+    second_shift,
+    residual_row,
+    raw_row,
+    first_row,
+    second_row,
+):
+    """The epilogue: what becomes of ``total [ROWS, COLUMNS]``; arguments are those of :func:`convolve`."""
+    known = columns < c_out
+    inside = inside[:, None] & known[None, :]
+    place = rows.to(tl.int64)[:, None]
+    if parts & RESIDUAL:
+        total += tl.load(residual + place * residual_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if parts & BIAS:
+        total += tl.load(bias + columns, mask=known, other=0.0)[None, :]
+    if parts & RAW:
+        tl.store(raw + place * raw_row + columns[None, :], total.to(raw.dtype.element_ty), mask=inside)
+    if parts & FIRST:
+        scale = tl.load(first_scale + columns, mask=known, other=0.0)[None, :]
+        shift = tl.load(first_shift + columns, mask=known, other=0.0)[None, :]
+        active = _relu(total * scale + shift).to(first.dtype.element_ty)
+        tl.store(first + place * first_row + columns[None, :], active, mask=inside)
+    if parts & SECOND:
+        scale = tl.load(second_scale + columns, mask=known, other=0.0)[None, :]
+        shift = tl.load(second_shift + columns, mask=known, other=0.0)[None, :]
+        active = _relu(total * scale + shift).to(second.dtype.element_ty)
+        tl.store(second + place * second_row + columns[None, :], active, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_out", "n_in", "taps", "parts", "raw_share"])
 def convolve(
     x,
     weight,
@@ -48,6 +92,7 @@ def convolve(
     raw_row,
     first_row,
     second_row,
+    raw_share,
     READ: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -58,7 +103,8 @@ def convolve(
     """``v[n] = sum_t x[table[n, t]] @ weight[t]``, and what is done with v while it is still in registers.
 
     Grid: blocks of rows times blocks of columns, those of one block of rows side by side: they read the same inputs.
-    Accumulates in float32.
+    A second axis shares the sum out: each of its programs adds a part of the taps and channels, and stores that in
+    ``raw``, ``raw_share`` after that of the program before; :func:`finish` adds them up. Accumulates in float32.
 
     Args:
         x: ``[n_in, c_in]``, rows ``x_row`` apart.
@@ -72,7 +118,8 @@ def convolve(
         raw: gets v.
         first: gets ``relu(v * first_scale + first_shift)``.
         second: the same with a normalisation of its own.
-        parts: which of the last eight to heed, as bits. Not constants: that would be a compilation for each choice.
+        parts: bit mask of the optional operands in use. Not constants: that would be a compilation for each choice.
+        raw_share: see above; anything with one program along the second axis.
         READ: 0: row n reads row n. 1: the table. 2: outputs by parity, of a transposed 2x2 convolution, where one tap
             of four reaches each. 3: the same of 3x3, where 4, 2, 2 or 1 taps of nine do. 4: the table, all taps and
             channels in one block: for inputs of hardly any channels.
@@ -135,7 +182,9 @@ def convolve(
     else:
         # One loop over taps and channels, not one in the other: loads are issued ahead across its whole length.
         channel_blocks = tl.cdiv(c_in, DEPTH)
-        for i in range(0, steps * channel_blocks):
+        share = tl.cdiv(steps * channel_blocks, tl.num_programs(1))
+        begin_step = share * tl.program_id(1)
+        for i in range(begin_step, tl.minimum(begin_step + share, steps * channel_blocks)):
             step = i // channel_blocks
             channel = (i - step * channel_blocks) * DEPTH + tl.arange(0, DEPTH)
             tap = step
@@ -160,25 +209,95 @@ def convolve(
             )
             total = tl.dot(a, b, total, input_precision=PRECISION)
 
-    known = columns < c_out
-    inside = inside[:, None] & known[None, :]
-    place = rows.to(tl.int64)[:, None]
-    if parts & RESIDUAL:
-        total += tl.load(residual + place * residual_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    if parts & BIAS:
-        total += tl.load(bias + columns, mask=known, other=0.0)[None, :]
-    if parts & RAW:
-        tl.store(raw + place * raw_row + columns[None, :], total.to(raw.dtype.element_ty), mask=inside)
-    if parts & FIRST:
-        scale = tl.load(first_scale + columns, mask=known, other=0.0)[None, :]
-        shift = tl.load(first_shift + columns, mask=known, other=0.0)[None, :]
-        active = _relu(total * scale + shift).to(first.dtype.element_ty)
-        tl.store(first + place * first_row + columns[None, :], active, mask=inside)
-    if parts & SECOND:
-        scale = tl.load(second_scale + columns, mask=known, other=0.0)[None, :]
-        shift = tl.load(second_shift + columns, mask=known, other=0.0)[None, :]
-        active = _relu(total * scale + shift).to(second.dtype.element_ty)
-        tl.store(second + place * second_row + columns[None, :], active, mask=inside)
+    _store(
+        total,
+        rows,
+        inside,
+        columns,
+        c_out,
+        parts,
+        residual,
+        bias,
+        raw + tl.program_id(1).to(tl.int64) * raw_share,
+        first,
+        first_scale,
+        first_shift,
+        second,
+        second_scale,
+        second_shift,
+        residual_row,
+        raw_row,
+        first_row,
+        second_row,
+    )
+
+
+@triton.jit(do_not_specialize=["n_out", "shares", "parts", "share_stride"])
+def finish(
+    partial,
+    count,
+    residual,
+    bias,
+    raw,
+    first,
+    first_scale,
+    first_shift,
+    second,
+    second_scale,
+    second_shift,
+    n_out,
+    c_out,
+    shares,
+    parts,
+    share_stride,
+    residual_row,
+    raw_row,
+    first_row,
+    second_row,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Adds up, in order, what the programs of :func:`convolve` have shared out, and does what that kernel does else.
+
+    Grid: blocks of rows, blocks of columns.
+
+    Args:
+        partial: ``float32 [shares, n_out, c_out]``, rows contiguous, shares ``share_stride`` apart.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    end = n_out
+    if PADDED:
+        end = tl.minimum(end, tl.load(count))
+    inside = rows < end
+    source = partial + rows.to(tl.int64)[:, None] * c_out + columns[None, :]
+    there = inside[:, None] & (columns < c_out)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for _ in range(0, shares):
+        total += tl.load(source, mask=there, other=0.0)
+        source += share_stride
+    _store(
+        total,
+        rows,
+        inside,
+        columns,
+        c_out,
+        parts,
+        residual,
+        bias,
+        raw,
+        first,
+        first_scale,
+        first_shift,
+        second,
+        second_scale,
+        second_shift,
+        residual_row,
+        raw_row,
+        first_row,
+        second_row,
+    )
 
 
 @triton.jit(do_not_specialize=["n_out", "n_in", "taps", "chunk"])
