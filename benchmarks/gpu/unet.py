@@ -96,6 +96,14 @@ class Replayed:
             self._replay()
             return self._logits
 
+    def eager(self, number: int) -> Tensor:
+        """The same kernel by kernel, in memory of its own."""
+        with torch.inference_mode():
+            plan = self._engine.padded_plan(self._sets[number].mask, self._spec, self._capacities)  # type: ignore[attr-defined]
+            features = torch.zeros_like(self._features)
+            features[: len(self._sets[number].features)] = self._sets[number].features
+            return self._forward(features, plan)
+
     def check_room(self) -> None:
         """Raises where a graph left out sites."""
         if any(n > room for n, room in zip(self._plan.totals.tolist(), self._capacities, strict=True)):

@@ -21,6 +21,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _OWN, _TABLE, _OF_FOUR, _OF_NINE, _FEW = range(5)  # READ of the kernel
 _FEW_INPUTS = 64  # taps times channels that make one block
+_MULTIPROCESSORS = 132  # of an H100 or H200; where there are others, sums are shared out a little too much or little
+_LONG_SUM, _MOST_SHARES = 1024, 8  # taps times channels, at least; programs of one sum, at most
 _FINISHED_ROWS, _FINISHED_COLUMNS = 16, 128  # of a program that adds up shares
 _GRADIENT_PROGRAMS = 512  # that the gradient of a weight is spread over: fixed, for bits must not depend on the GPU
 
@@ -59,11 +61,30 @@ def tiling(rows: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str,
     if dtype == torch.float32 and precision == "ieee":  # on the ordinary units, which need a register for each element
         return Tiling(64, min(64, columns), min(32, _power_of_two(c_in)), 4, 2)
     depth = min(128 // dtype.itemsize, _power_of_two(c_in))  # 128 bytes: a line of the cache
+    if dtype != torch.float32 and columns == 128:
+        found = _shared(rows, c_in, c_out, taps)
+        if found is not None:
+            return found
     if columns == 128 and blocks(rows, 128) * blocks(c_out, 128) >= 512:
         return Tiling(128, 128, depth, 8, 3)
     if columns == 128 or dtype == torch.float32:
         return Tiling(64, columns, depth, 4, 2)
     return Tiling(128, columns, depth, 4, 2)
+
+
+def _shared(rows: int, c_in: int, c_out: int, taps: int) -> Tiling | None:
+    """The tiling of half precision where blocks are few and sums are long: the deep levels of a network.
+
+    There the second-level cache bounds the time, so blocks are as large as they can be, and as many programs as an H100
+    runs at once (one of 256 columns, two of 128 on each multiprocessor) share the sums out.
+    """
+    wide = c_out >= 256
+    programs, fit = blocks(rows, 128) * blocks(c_out, 256 if wide else 128), _MULTIPROCESSORS * (1 if wide else 2)
+    if taps * c_in < _LONG_SUM or not 0 < programs <= fit:
+        return None
+    # Rounded up from three quarters on: a few programs too many cost less than many multiprocessors idle.
+    shares = max(1, min(_MOST_SHARES, taps * c_in // 512, int(fit / programs + 0.25)))
+    return Tiling(128, 256 if wide else 128, 64, 8, 2, shares)
 
 
 def _power_of_two(count: int) -> int:
