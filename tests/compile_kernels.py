@@ -47,7 +47,7 @@ FEW = 4
 """READ of the kernel where inputs have hardly any channels."""
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 SIZE = (1024, 2048)
-IMAGES = {"one image": 300_000, "another image": 211_111, "many sites": 1_500_000}
+IMAGES = {"one image": 300_000, "another image": 281_111, "many sites": 1_500_000}
 """Their sites; of many, some layers are cut into larger blocks."""
 CHOSEN = IMAGES["one image"]
 PLANS = {
@@ -205,7 +205,7 @@ def network(preset: str, dtype: torch.dtype) -> SparseUNet:
 
 def counts_of(preset: str, sites: int) -> list[int]:
     """Sites of each level, about as those of uncertain pixels become fewer."""
-    return [max(1, int(sites * 0.45**level)) for level in range(len(PLANS[preset].planes))]
+    return [max(1, int(sites * 0.3**level)) for level in range(len(PLANS[preset].planes))]
 
 
 def inference(recorder: Recorder, preset: str, dtype: torch.dtype, sites: int, padded: bool) -> None:

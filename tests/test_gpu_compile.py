@@ -59,7 +59,7 @@ def test_a_network_needs_few_kernels(report) -> None:
     convolutions = {facts["id"] for facts in kernels if facts["kernel"] == "convolve"}
     needed = set(cases["paper float16, one image"]["kernels"])
     assert len(needed & convolutions) <= 16  # each takes a second or two of the first call
-    assert len(needed - convolutions) <= 8
+    assert len(needed - convolutions) <= 9
     assert len(set(cases["paper float16, many sites"]["kernels"]) - needed) <= 4
     assert cases["paper float16, one image"]["launches"] > 3 * len(needed)
 

@@ -67,7 +67,11 @@ def candidates(layer: Layer, dtype: str) -> list[Tiling]:
             for ahead in (2, 3):
                 found[Tiling(rows, columns, depth, warps, ahead)] = None
                 programs = -(-layer.rows_out // rows) * -(-layer.c_out // columns)
-                if programs <= _FEW_PROGRAMS and layer.kernel * layer.c_in >= _SHARED_TERMS:
+                if (
+                    layer.kind in ("around", "down")
+                    and programs <= _FEW_PROGRAMS
+                    and layer.kernel * layer.c_in >= _SHARED_TERMS
+                ):
                     for shares in (n for n in _SHARES if programs * n <= _MANY_PROGRAMS):
                         found[Tiling(rows, columns, depth, warps, ahead, shares)] = None
     return list(found)
@@ -83,9 +87,8 @@ def _measure(run: Run, plan: str, dtype: str, layer: Layer, count: int, tables: 
     raw = [torch.empty(layer.rows_out, layer.c_out, dtype=kind, device=device) for _ in range(SETS)]
     with precision(dtype):
         ready = convolution.laid_out(weight)
-        own = convolution.tiling(
-            layer.rows_out, layer.c_in, layer.c_out, kind, convolution.precision_of(kind), layer.kernel
-        )
+        taps = layer.kernel if layer.kind in ("around", "down") else 0
+        own = convolution.tiling(layer.rows_out, layer.c_in, layer.c_out, kind, convolution.precision_of(kind), taps)
 
         def once(i: int) -> None:
             epilogue = convolution.Epilogue(raw=raw[i])

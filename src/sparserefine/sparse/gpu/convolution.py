@@ -22,7 +22,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OWN, _TABLE, _OF_FOUR, _OF_NINE, _FEW = range(5)  # READ of the kernel
 _FEW_INPUTS = 64  # taps times channels that make one block
 _MULTIPROCESSORS = 132  # of an H100 or H200; where there are others, sums are shared out a little too much or little
-_LONG_SUM, _MOST_SHARES = 1024, 8  # taps times channels, at least; programs of one sum, at most
+_SHORTEST_SUM, _MOST_SHARES = 512, 8  # taps times channels of a share, at least; programs of one sum, at most
 _FINISHED_ROWS, _FINISHED_COLUMNS = 16, 128  # of a program that adds up shares
 _GRADIENT_PROGRAMS = 512  # that the gradient of a weight is spread over: fixed, for bits must not depend on the GPU
 
@@ -52,10 +52,11 @@ class Tiling:
         return 1 + self.ahead * (1 if read == _OWN else 2)
 
 
-def tiling(rows: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str, taps: int = 1) -> Tiling:
+def tiling(rows: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str, taps: int = 0) -> Tiling:
     """The one for this class of shapes: a fixed table, so that few kernels are ever compiled and no call measures.
 
-    Larger blocks read inputs and weights less often; where too few of them would be left for the GPU, they are halved.
+    Larger blocks read inputs and weights less often; where too few of them would be left for the GPU, they are halved,
+    or share their sums out: those of ``taps`` taps that a table lists. 0: of any other kind, which are short.
     """
     columns = min(128, _power_of_two(c_out))
     if dtype == torch.float32 and precision == "ieee":  # on the ordinary units, which need a register for each element
@@ -80,11 +81,9 @@ def _shared(rows: int, c_in: int, c_out: int, taps: int) -> Tiling | None:
     """
     wide = c_out >= 256
     programs, fit = blocks(rows, 128) * blocks(c_out, 256 if wide else 128), _MULTIPROCESSORS * (1 if wide else 2)
-    if taps * c_in < _LONG_SUM or not 0 < programs <= fit:
-        return None
     # Rounded up from three quarters on: a few programs too many cost less than many multiprocessors idle.
-    shares = max(1, min(_MOST_SHARES, taps * c_in // 512, int(fit / programs + 0.25)))
-    return Tiling(128, 256 if wide else 128, 64, 8, 2, shares)
+    shares = min(_MOST_SHARES, taps * c_in // _SHORTEST_SUM, int(fit / max(1, programs) + 0.25))
+    return Tiling(128, 256 if wide else 128, 64, 8, 2, shares) if programs and shares > 1 else None
 
 
 def _power_of_two(count: int) -> int:
@@ -127,15 +126,15 @@ def convolve(
     """
     taps, c_in, c_out = weight.shape
     precision = precision_of(x.dtype)
-    tiles = tiling(n_out, c_in, c_out, x.dtype, precision, taps)
-    read, depth = _OWN, tiles.depth
-    row_blocks = blocks(n_out, tiles.rows)
+    read = _OWN
     if order is not None:
-        read, row_blocks = _OF_NINE if taps == 9 else _OF_FOUR, row_blocks + 3
+        read = _OF_NINE if taps == 9 else _OF_FOUR
     elif table is not None:
-        few = taps * c_in <= _FEW_INPUTS
-        read, depth = (_FEW, _power_of_two(taps * c_in)) if few else (_TABLE, tiles.depth)
-    shares = tiles.shares if read != _FEW else 1
+        read = _FEW if taps * c_in <= _FEW_INPUTS else _TABLE
+    tiles = tiling(n_out, c_in, c_out, x.dtype, precision, taps if read == _TABLE else 0)
+    depth = _power_of_two(taps * c_in) if read == _FEW else tiles.depth
+    row_blocks = blocks(n_out, tiles.rows) + (3 if order is not None else 0)
+    shares = tiles.shares
     partial = torch.empty(shares, n_out, c_out, dtype=torch.float32, device=x.device) if shares > 1 else None
     direct = epilogue if partial is None else Epilogue(raw=partial[0])
     launch(
@@ -164,6 +163,7 @@ def convolve(
         stages=tiles.stages(read),
         READ=read,
         PADDED=count is not None,
+        SHARED=partial is not None,
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         DEPTH=depth,

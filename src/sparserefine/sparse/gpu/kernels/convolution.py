@@ -95,6 +95,7 @@ def convolve(
     raw_share,
     READ: tl.constexpr,
     PADDED: tl.constexpr,
+    SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -103,8 +104,8 @@ def convolve(
     """``v[n] = sum_t x[table[n, t]] @ weight[t]``, and what is done with v while it is still in registers.
 
     Grid: blocks of rows times blocks of columns, those of one block of rows side by side: they read the same inputs.
-    A second axis shares the sum out: each of its programs adds a part of the taps and channels, and stores that in
-    ``raw``, ``raw_share`` after that of the program before; :func:`finish` adds them up. Accumulates in float32.
+    With SHARED, each program along a second axis adds a part of the taps and channels, and stores that in ``raw``,
+    ``raw_share`` after that of the program before; :func:`finish` adds them up. Accumulates in float32.
 
     Args:
         x: ``[n_in, c_in]``, rows ``x_row`` apart.
@@ -119,7 +120,7 @@ def convolve(
         first: gets ``relu(v * first_scale + first_shift)``.
         second: the same with a normalisation of its own.
         parts: bit mask of the optional operands in use. Not constants: that would be a compilation for each choice.
-        raw_share: see above; anything with one program along the second axis.
+        raw_share: see above.
         READ: 0: row n reads row n. 1: the table. 2: outputs by parity, of a transposed 2x2 convolution, where one tap
             of four reaches each. 3: the same of 3x3, where 4, 2, 2 or 1 taps of nine do. 4: the table, all taps and
             channels in one block: for inputs of hardly any channels.
@@ -209,27 +210,31 @@ def convolve(
             )
             total = tl.dot(a, b, total, input_precision=PRECISION)
 
-    _store(
-        total,
-        rows,
-        inside,
-        columns,
-        c_out,
-        parts,
-        residual,
-        bias,
-        raw + tl.program_id(1).to(tl.int64) * raw_share,
-        first,
-        first_scale,
-        first_shift,
-        second,
-        second_scale,
-        second_shift,
-        residual_row,
-        raw_row,
-        first_row,
-        second_row,
-    )
+    if SHARED:  # only this is compiled then: with an epilogue too, the largest blocks would run out of registers
+        place = raw + tl.program_id(1).to(tl.int64) * raw_share + rows.to(tl.int64)[:, None] * raw_row
+        tl.store(place + columns[None, :], total, mask=inside[:, None] & (columns < c_out)[None, :])
+    else:
+        _store(
+            total,
+            rows,
+            inside,
+            columns,
+            c_out,
+            parts,
+            residual,
+            bias,
+            raw,
+            first,
+            first_scale,
+            first_shift,
+            second,
+            second_scale,
+            second_shift,
+            residual_row,
+            raw_row,
+            first_row,
+            second_row,
+        )
 
 
 @triton.jit(do_not_specialize=["n_out", "shares", "parts", "share_stride"])
