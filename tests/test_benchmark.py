@@ -18,6 +18,7 @@ from sparserefine.bases.families.unet import UNet, save_unet
 from sparserefine.bases.loaded import LoadedModel
 from sparserefine.commands.main import main
 from sparserefine.engines.choose import get_engine
+from sparserefine.studies.benchmark import inputs
 from sparserefine.studies.benchmark import measure as module
 from sparserefine.studies.benchmark.inputs import RANDOM_MODELS, GivenSites, random_model, read_mask, synthetic_mask
 from sparserefine.studies.benchmark.measure import benchmark
@@ -383,7 +384,7 @@ def test_scores_are_labelled_as_scores(monkeypatch):
         def forward(self, x):
             return super().forward(x).softmax(1)
 
-    monkeypatch.setattr(module, "_built", lambda name, classes: LoadedModel(Scores(), classes, outputs="scores"))
+    monkeypatch.setattr(inputs, "_built", lambda name, classes: LoadedModel(Scores(), classes, outputs="scores"))
     assert not benchmark(small("mask2former_t")).left_out
 
 
