@@ -11,7 +11,8 @@ VENV_MMSEG ?= .venv-mmseg
 # For the tests of GPU kernels without a GPU. The CPU build of torch comes without; a build for GPUs brings its own.
 TRITON ?= 3.9.0
 CONSTRAINTS ?= constraints.txt
-KERNELS = hatch_build.py src/sparserefine/native/build.py $(wildcard src/sparserefine/native/*.h src/sparserefine/native/*.cpp)
+NATIVE = src/sparserefine/engines/cpu/native
+KERNELS = hatch_build.py $(NATIVE)/build.py $(wildcard $(NATIVE)/*.h $(NATIVE)/*.cpp)
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS)
 MMENGINE_FILE = tests/data/parity/mmengine.pth
 

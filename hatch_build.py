@@ -10,7 +10,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-PACKAGE = "src/sparserefine/native"
+PACKAGE = "src/sparserefine/engines/cpu/native"
 
 
 class KernelsHook(BuildHookInterface):

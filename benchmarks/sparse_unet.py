@@ -36,9 +36,10 @@ from benchmarks.common import (
     site_features,
     write_report,
 )
-from sparserefine.extractor import PRESETS, ExtractorConfig
-from sparserefine.sparse import Sites, SparseBatchNorm, SparseUNet, get_engine
-from sparserefine.sparse.cpu.network import PackedUNet
+from sparserefine.engines.choose import get_engine
+from sparserefine.engines.cpu.network import PackedUNet
+from sparserefine.sparse import Sites, SparseBatchNorm, SparseUNet
+from sparserefine.stages.extractor import PRESETS, ExtractorConfig
 
 ENGINES = ("torch", "cpu", "spconv")
 DEFAULT_MASKS = "street0_05pct,street0_10pct,street0_20pct,street0_30pct"
@@ -151,7 +152,7 @@ class EngineTask:
     def _instruction_set(self) -> str | None:
         if self._engine.on(torch.device("cpu")).name != "cpu":
             return None
-        from sparserefine.native.library import load
+        from sparserefine.engines.cpu.native.library import load
 
         return load().name
 

@@ -41,7 +41,7 @@ class _Block(nn.Module):
 
 
 class SpconvUNet(nn.Module):
-    """``sparserefine.extractor.SparseUNet``, the names of its parts included."""
+    """``sparserefine.stages.extractor.SparseUNet``, the names of its parts included."""
 
     def __init__(
         self, library: str, channels: int, classes: int, planes: Sequence[int], blocks: int, down: str

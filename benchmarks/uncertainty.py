@@ -32,8 +32,8 @@ from benchmarks.common import (
     print_table,
     write_report,
 )
-from sparserefine.sparse import get_engine
-from sparserefine.uncertainty import Upsampling
+from sparserefine.engines.choose import get_engine
+from sparserefine.images.upsampling import Upsampling
 
 ENGINES = ("plain", "torch", "cpu")
 

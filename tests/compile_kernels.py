@@ -30,13 +30,14 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from sparserefine.ensembler import GatedEnsembler
-from sparserefine.extractor import PRESETS, ExtractorConfig
+from sparserefine.engines.triton import engine, launch
+from sparserefine.engines.triton.engine import TritonEngine
+from sparserefine.images.uncertainty import label_dtype
+from sparserefine.images.upsampling import Upsampling
 from sparserefine.sparse import Plan, SparseBatchNorm, SparseUNet
-from sparserefine.sparse.gpu import engine, launch
-from sparserefine.sparse.gpu.engine import TritonEngine
 from sparserefine.sparse.sites import Sites
-from sparserefine.uncertainty import Upsampling, label_dtype
+from sparserefine.stages.ensembler import GatedEnsembler
+from sparserefine.stages.extractor import PRESETS, ExtractorConfig
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG", "STG", "LDL", "STL")

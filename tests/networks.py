@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from sparserefine.sparse import Sites, SparseUNet, get_engine
+from sparserefine.engines.choose import get_engine
+from sparserefine.sparse import Sites, SparseUNet
 
 K = 4
 """Classes of the networks."""

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sparserefine.native import build
+from sparserefine.engines.cpu.native import build
 
 TESTS = Path(__file__).parent
 FILES = ("test_cpu_kernels.py", "test_cpu_network.py", "test_cpu_uncertainty.py", "test_cpu_gate.py")

@@ -183,16 +183,16 @@ def device_of(engine: str) -> torch.device:
 @cache
 def engine_of(name: str) -> Engine:
     """One of :data:`ENGINES`; skips the test where this machine cannot run it."""
-    from sparserefine.native.library import Unavailable
-    from sparserefine.sparse import get_engine
-    from sparserefine.sparse.cpu.engine import CpuEngine
+    from sparserefine.engines.choose import get_engine
+    from sparserefine.engines.cpu.engine import CpuEngine
+    from sparserefine.sparse.interface import Unavailable
 
     kind, _, variant = name.partition("-")
     if kind == "torch":
         return get_engine("torch")
     if kind == "triton":
         needs_triton(gpu=variant == "gpu")
-        from sparserefine.sparse.gpu.engine import TritonEngine
+        from sparserefine.engines.triton.engine import TritonEngine
 
         return TritonEngine()
     try:

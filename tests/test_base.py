@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, BaseConfig, FrozenBase, resize
-from sparserefine.bases import load_base
-from sparserefine.bases.unet import UNet, load_unet, save_unet
+from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.families.unet import UNet, load_unet, save_unet
+from sparserefine.bases.load import load_base
+from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from sparserefine.images.resize import resize
 from support import assert_close
 
 K = 3

@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from sparserefine import benchmark as module
-from sparserefine.base import LoadedModel
-from sparserefine.bases.unet import UNet, save_unet
-from sparserefine.benchmark import GivenSites, benchmark, random_model, read_mask, synthetic_mask
-from sparserefine.benchmark_records import BaseEntry, Record, Report, Settings, parse_base, parse_size
-from sparserefine.benchmark_report import (
+from sparserefine.bases.families.unet import UNet, save_unet
+from sparserefine.bases.loaded import LoadedModel
+from sparserefine.commands.main import main
+from sparserefine.engines.choose import get_engine
+from sparserefine.studies.benchmark import inputs
+from sparserefine.studies.benchmark import measure as module
+from sparserefine.studies.benchmark.inputs import RANDOM_MODELS, GivenSites, random_model, read_mask, synthetic_mask
+from sparserefine.studies.benchmark.measure import benchmark
+from sparserefine.studies.benchmark.records import BaseEntry, Record, Report, Settings, parse_base, parse_size
+from sparserefine.studies.benchmark.report import (
     BreakEven,
     break_even,
     check_outputs,
@@ -29,8 +33,6 @@ from sparserefine.benchmark_report import (
     summary,
     write_records,
 )
-from sparserefine.cli import main
-from sparserefine.sparse import get_engine
 from support import TRITON_ENGINES, coarser_mask, device_of, engine_of, shared
 
 SIZE = (64, 128)
@@ -251,18 +253,18 @@ def test_each_random_model_has_its_builder(monkeypatch):
     built = []
 
     def fake(name, attributes):
-        fake_module = types.ModuleType(f"sparserefine.bases.{name}")
+        fake_module = types.ModuleType(f"sparserefine.bases.families.{name}")
         for attribute in attributes:
             setattr(
                 fake_module, attribute, lambda *given, a=attribute: built.append((a, *given)) or LoadedModel(Tiny())
             )
-        monkeypatch.setitem(sys.modules, f"sparserefine.bases.{name}", fake_module)
-        monkeypatch.setattr(f"sparserefine.bases.{name}", fake_module, raising=False)
+        monkeypatch.setitem(sys.modules, f"sparserefine.bases.families.{name}", fake_module)
+        monkeypatch.setattr(f"sparserefine.bases.families.{name}", fake_module, raising=False)
 
     fake("hrnet", ["hrnet_w48"])
     fake("segnext", ["segnext"])
     fake("hf", ["segformer_b5", "mask2former_t", "mask2former_l"])
-    for name in module.RANDOM_MODELS:
+    for name in RANDOM_MODELS:
         assert isinstance(random_model(name, 7), LoadedModel)
     assert built == [
         ("hrnet_w48", 7),
@@ -382,7 +384,7 @@ def test_scores_are_labelled_as_scores(monkeypatch):
         def forward(self, x):
             return super().forward(x).softmax(1)
 
-    monkeypatch.setattr(module, "_built", lambda name, classes: LoadedModel(Scores(), classes, outputs="scores"))
+    monkeypatch.setattr(inputs, "_built", lambda name, classes: LoadedModel(Scores(), classes, outputs="scores"))
     assert not benchmark(small("mask2former_t")).left_out
 
 
@@ -470,7 +472,7 @@ def test_a_runtime_that_fails_is_left_out_and_the_rest_goes_on(monkeypatch):
     def refuse(self, name, model):
         raise ValueError("cannot be exported:\nline two")
 
-    monkeypatch.setattr("sparserefine.bases.runtime.Runtime.__init__", refuse)
+    monkeypatch.setattr("sparserefine.bases.runtimes.Runtime.__init__", refuse)
     monkeypatch.setattr(module, "_check_packages", lambda settings: None)
     lines = []
     wanted = small("python:benchmarked:tiny", "python:benchmarked:function", runtimes=("openvino", "torch"))
@@ -516,7 +518,7 @@ def test_an_onnx_file_is_run_as_it_is(monkeypatch, tmp_path, asked):
         raise AssertionError("an ONNX file needs no other runtime")
 
     monkeypatch.setattr(module.OnnxModel, "__call__", watched)
-    monkeypatch.setattr("sparserefine.bases.runtime.Runtime.__init__", refuse)
+    monkeypatch.setattr("sparserefine.bases.runtimes.Runtime.__init__", refuse)
     report = benchmark(small(f"onnx:{tmp_path / 'model.onnx'}", runtimes=asked))
     assert not report.left_out
     assert [(r.runtime, r.classes) for r in report.records] == [("onnxruntime", 4)]

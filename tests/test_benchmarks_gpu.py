@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from sparserefine.extractor import ExtractorConfig
-from sparserefine.sparse import Sites, SparseUNet, get_engine
+from sparserefine.engines.choose import get_engine
+from sparserefine.sparse import Sites, SparseUNet
+from sparserefine.stages.extractor import ExtractorConfig
 from support import at_sites, needs_triton, on_grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +79,7 @@ def test_a_wrong_kernel_is_not_timed(
     gpu: ModuleType, wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     needs_triton()
-    convolution = importlib.import_module("sparserefine.sparse.gpu.convolution")
+    convolution = importlib.import_module("sparserefine.engines.triton.convolution")
     right, checks = convolution.convolve, part("checks")
 
     def convolve(x: torch.Tensor, weight: torch.Tensor, epilogue: Any, n_out: int, **options: Any) -> None:
@@ -213,7 +214,7 @@ def test_keys_are_fields(gpu: ModuleType) -> None:
         "unet": records.UNetRecord,
         "uncertainty": records.UncertaintyRecord,
         "training": records.TrainingRecord,
-        "models": importlib.import_module("sparserefine.benchmark_records").Record,
+        "models": importlib.import_module("sparserefine.studies.benchmark.records").Record,
         "tilings": records.TilingRecord,
     }
     assert tuple(kinds) == records.PARTS

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparserefine.base import BaseConfig, FrozenBase
-from sparserefine.bases.unet import UNet
+from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.families.unet import UNet
 from sparserefine.capture import CapturedRefiner
-from sparserefine.extractor import ExtractorConfig
 from sparserefine.refiner import Refinement, SparseRefiner
-from sparserefine.selector import Selector
+from sparserefine.stages.extractor import ExtractorConfig
+from sparserefine.stages.selector import Selector
 from support import TRITON_ENGINES, assert_close, device_of, engine_of
 
 K = 3

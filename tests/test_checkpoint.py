@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparserefine.bases.checkpoint import Checkpoint, load_renamed, read_checkpoint
-from sparserefine.classes import Classes, wheel
+from sparserefine.images.classes import Classes, wheel
 
 MMENGINE = Path(__file__).parent / "data" / "parity" / "mmengine.pth"
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.tensor([1.0, -1.0])}

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparserefine import BaseConfig, Classes, FrozenBase, SparseRefiner
-from sparserefine.base import LoadedModel
-from sparserefine.class_map import merged, read_class_map
-from sparserefine.classes import CITYSCAPES, read_classes
+from sparserefine.bases.class_map import merged, read_class_map
+from sparserefine.bases.loaded import LoadedModel
+from sparserefine.images.classes import CITYSCAPES, read_classes
 from support import assert_close
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "camvid"

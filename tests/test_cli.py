@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import sparserefine
-from sparserefine.cli import COMMANDS, main
+from sparserefine.commands.main import COMMANDS, main
 
 
 def test_help_names_every_command(capsys):
@@ -18,7 +18,9 @@ def test_help_names_every_command(capsys):
 
 def test_help_does_not_load_torch(tmp_path):
     """From any folder, as a module; torch takes seconds to load."""
-    code = "import sys; from sparserefine.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from sparserefine.commands.main import main; main(['--help']); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
     run = subprocess.run(
         [sys.executable, "-m", "sparserefine", "--version"], cwd=tmp_path, capture_output=True, text=True

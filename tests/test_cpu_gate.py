@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparserefine.ensembler import GatedEnsembler
-from sparserefine.native.build import INSTRUCTION_SETS
-from sparserefine.native.library import Library, available, load
-from sparserefine.sparse.cpu.gate import Perceptron, gated
+from sparserefine.engines.cpu.gate import Perceptron, gated
+from sparserefine.engines.cpu.native.build import INSTRUCTION_SETS
+from sparserefine.engines.cpu.native.library import Library, available, load
+from sparserefine.stages.ensembler import GatedEnsembler
 from support import assert_close
 
 CLASSES = (1, 2, 3, 17, 19, 33, 150)

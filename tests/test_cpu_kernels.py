@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparserefine.sparse import Plan, PlanSpec, Sites, get_engine
-from sparserefine.sparse.cpu.engine import CpuEngine
-from sparserefine.sparse.cpu.geometry import Cells, parity_taps
-from sparserefine.sparse.cpu.kernels import Kernels, Tiles
+from sparserefine.engines.choose import get_engine
+from sparserefine.engines.cpu.engine import CpuEngine
+from sparserefine.engines.cpu.geometry import Cells, parity_taps
+from sparserefine.engines.cpu.kernels import Kernels, Tiles
+from sparserefine.sparse import Plan, PlanSpec, Sites
 from sparserefine.sparse.epilogue import Activation, Epilogue
 from support import CPU_ENGINES, PATTERNS, assert_close, at_sites, dense_around, engine_of, mask_of, on_grid
 

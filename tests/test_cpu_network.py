@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from networks import K, expected_of, network
-from sparserefine.data.images import read_image
-from sparserefine.demo import ASSETS, IMAGE, demo_refiner_folder
+from sparserefine.engines.choose import get_engine
+from sparserefine.engines.cpu import network as network_module
+from sparserefine.engines.cpu.engine import CpuEngine
+from sparserefine.engines.cpu.network import PackedUNet
+from sparserefine.files.images import read_image
 from sparserefine.refiner import SparseRefiner
-from sparserefine.sparse import Plan, PlanSpec, Sites, SparseUNet, get_engine
-from sparserefine.sparse.cpu import network as network_module
-from sparserefine.sparse.cpu.engine import CpuEngine
-from sparserefine.sparse.cpu.network import PackedUNet
+from sparserefine.sparse import Plan, PlanSpec, Sites, SparseUNet
+from sparserefine.studies.demo import ASSETS, IMAGE, demo_refiner_folder
 from support import CPU_ENGINES, PATTERNS, assert_close, engine_of, mask_of
 
 DOWNS = ("paper", "cell")

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparserefine import uncertainty as definition
-from sparserefine.native.build import INSTRUCTION_SETS
-from sparserefine.native.library import Library, available, load
+from sparserefine.engines.cpu import uncertainty as cpu
+from sparserefine.engines.cpu.native.build import INSTRUCTION_SETS
+from sparserefine.engines.cpu.native.library import Library, available, load
+from sparserefine.images import uncertainty as definition
+from sparserefine.images.uncertainty import label_dtype
+from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.sparse import Sites
-from sparserefine.sparse.cpu import uncertainty as cpu
-from sparserefine.uncertainty import Upsampling, Window, label_dtype
 from support import assert_close, mask_of
 
 CLASSES = (1, 2, 3, 17, 19, 33, 150, 300)

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from sparserefine.classes import IGNORE, Classes
-from sparserefine.config import AugmentConfig
-from sparserefine.data.crops import CropBatch, CropDataset, EpochSampler, Uniform, random_crop
-from sparserefine.data.datasets import Dataset, Sample
-from sparserefine.uncertainty import Upsampling, dense
-from sparserefine.uncertainty.upsample import taps_of
+from sparserefine.data.crops import AugmentConfig, CropBatch, CropDataset, EpochSampler, Uniform, random_crop
+from sparserefine.data.readers.dataset import Dataset, Sample
+from sparserefine.images.classes import IGNORE, Classes
+from sparserefine.images.uncertainty import dense
+from sparserefine.images.upsampling import Upsampling, taps_of
 
 
 def ramps(height, width):

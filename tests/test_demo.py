@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sparserefine.demo import ASSETS, demo, demo_refiner_folder
 from sparserefine.refiner import SparseRefiner
+from sparserefine.studies.demo import ASSETS, demo, demo_refiner_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 DICE = {"coarse": 0.8110, "refined": 0.8242, "dense": 0.8181}

@@ -13,8 +13,8 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from sparserefine import SparseRefiner
-from sparserefine.bases import BASE_NAMES
-from sparserefine.cli import COMMANDS
+from sparserefine.bases.load import BASE_NAMES
+from sparserefine.commands.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, BaseConfig, FrozenBase, LoadedModel
-from sparserefine.bases import doors
+from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.families import libraries as doors
+from sparserefine.bases.loaded import LoadedModel
+from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from support import assert_close
 
 K = 4
@@ -245,8 +247,8 @@ def forbid(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 def test_importing_the_doors_imports_none_of_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch, RuntimeError("imported"))
-    monkeypatch.delitem(sys.modules, "sparserefine.bases.doors")
-    assert "torchvision" in runpy.run_module("sparserefine.bases.doors")
+    monkeypatch.delitem(sys.modules, "sparserefine.bases.families.libraries")
+    assert "torchvision" in runpy.run_module("sparserefine.bases.families.libraries")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine import BaseConfig, ExtractorConfig, Selector, SparseRefiner, read_image, read_label
-from sparserefine.bases import BASE_NAMES, load_base
-from sparserefine.bases.runtime import NEEDS
-from sparserefine.cli import main
+from sparserefine.bases.load import BASE_NAMES, load_base
+from sparserefine.bases.runtimes import NEEDS
+from sparserefine.commands.main import main
 from test_doors import Segmenter, fake_smp, fake_timm, fake_torchvision, saved_smp, stored  # noqa: F401 (fixtures)
 from test_predict import photo
 
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 def unet_file(folder: Path) -> str:
-    from sparserefine.bases.unet import UNet, save_unet
+    from sparserefine.bases.families.unet import UNet, save_unet
 
     save_unet(UNet(K, (4, 8)), folder / "unet.safetensors")
     return f"unet:{folder / 'unet.safetensors'}"
@@ -41,7 +41,7 @@ def unet_file(folder: Path) -> str:
 
 def hrnet_file(folder: Path) -> str:
     """66 million numbers in a small file: each row of a convolution is one number, repeated."""
-    from sparserefine.bases.hrnet import HRNet
+    from sparserefine.bases.families.hrnet import HRNet
 
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in HRNet(K).state_dict().items()}
@@ -54,7 +54,7 @@ def hrnet_file(folder: Path) -> str:
 
 
 def segnext_file(folder: Path) -> str:
-    from sparserefine.bases.segnext import segnext
+    from sparserefine.bases.families.segnext import segnext
 
     torch.save({"state_dict": segnext("t", K).state_dict()}, folder / "segnext.pth")
     return f"segnext_t:{folder / 'segnext.pth'}"

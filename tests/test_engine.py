@@ -15,17 +15,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparserefine.base import BaseConfig, FrozenBase, LoadedModel
-from sparserefine.evaluate import dense_labels
-from sparserefine.extractor import ExtractorConfig
-from sparserefine.info import info_text
-from sparserefine.native.library import Unavailable
+from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.loaded import LoadedModel
+from sparserefine.commands.info import info_text
+from sparserefine.engines import choose as engine
+from sparserefine.engines.auto import AutoEngine
+from sparserefine.engines.choose import engine_report, get_engine
+from sparserefine.engines.reference.engine import TorchEngine
+from sparserefine.images.upsampling import Upsampling
 from sparserefine.refiner import SparseRefiner
-from sparserefine.selector import Selector
-from sparserefine.sparse import Engine, PlanSpec, Sites, engine, engine_report, get_engine
-from sparserefine.sparse.auto import AutoEngine
-from sparserefine.sparse.torch_engine import TorchEngine
-from sparserefine.uncertainty import Upsampling
+from sparserefine.sparse import Engine, PlanSpec, Sites
+from sparserefine.sparse.interface import Unavailable
+from sparserefine.stages.extractor import ExtractorConfig
+from sparserefine.stages.selector import Selector
+from sparserefine.studies.evaluate import dense_labels
 from support import CPU_ENGINES, engine_of, needs_triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -161,8 +164,8 @@ def importing(name, names=None, *rest, **named):
     return real(name, names, *rest, **named)
 
 builtins.__import__ = importing
-from sparserefine.info import info_text
-from sparserefine.sparse import get_engine
+from sparserefine.commands.info import info_text
+from sparserefine.engines.choose import get_engine
 print(info_text())
 print(get_engine("auto").name)
 try:

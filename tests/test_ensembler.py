@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparserefine.ensembler import Ensembler, EnsemblerConfig, GatedEnsembler, build_ensembler
+from sparserefine.stages.ensembler import Ensembler, EnsemblerConfig, GatedEnsembler, build_ensembler
 from support import assert_close
 
 CONFIGS = [

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from sparserefine.base import BaseConfig, FrozenBase
-from sparserefine.bases.unet import UNet
-from sparserefine.evaluate import evaluate
-from sparserefine.extractor import ExtractorConfig
+from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.families.unet import UNet
 from sparserefine.refiner import SparseRefiner
-from sparserefine.selector import Selector
-from sparserefine.training.metrics import confusion, dice
+from sparserefine.scores.confusion import confusion, dice
+from sparserefine.stages.extractor import ExtractorConfig
+from sparserefine.stages.selector import Selector
+from sparserefine.studies.evaluate import evaluate
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparserefine.extractor import PRESETS, ExtractorConfig, SparseUNet
-from sparserefine.sparse import Plan, PlanSpec, Sites, get_engine
+from sparserefine.engines.choose import get_engine
+from sparserefine.sparse import Plan, PlanSpec, Sites
+from sparserefine.stages.extractor import PRESETS, ExtractorConfig, SparseUNet
 from support import (
     PATTERNS,
     assert_close,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-KERNELS = Path(__file__).parents[1] / "src/sparserefine/sparse/gpu/kernels"
+KERNELS = Path(__file__).parents[1] / "src/sparserefine/engines/triton/kernels"
 
 Facts = dict[str, Any]
 

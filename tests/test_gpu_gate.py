@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparserefine.ensembler import GatedEnsembler
 from sparserefine.sparse import Perceptron
+from sparserefine.stages.ensembler import GatedEnsembler
 from support import TRITON_ENGINES, assert_close, device_of, needs_triton
 
 Fuser = Literal["residual", "paper"]
@@ -42,7 +42,7 @@ def weights_of(network: nn.Sequential) -> Perceptron:
 
 def run(device: torch.device, ensembler: GatedEnsembler, coarse: Tensor, sparse: Tensor) -> Tensor:
     """On the CPU; a result that was not written is NaN."""
-    from sparserefine.sparse.gpu.gate import gated
+    from sparserefine.engines.triton.gate import gated
 
     ensembler = ensembler.to(device)
     gate, fuser = weights_of(ensembler.gate), weights_of(ensembler.fuser)
@@ -89,7 +89,7 @@ def test_hidden_widths(device: torch.device, classes: int, hidden: int) -> None:
 
 
 def test_two_hidden_widths(device: torch.device) -> None:
-    from sparserefine.sparse.gpu.gate import gated
+    from sparserefine.engines.triton.gate import gated
 
     coarse, sparse = logits_of(40, 3)
     narrow, wide = ensembler_of(3, "paper", 11), ensembler_of(3, "paper", 41)
@@ -149,7 +149,7 @@ def test_other_precisions_and_layouts(device: torch.device, dtype: torch.dtype) 
 
 
 def test_what_no_kernel_does(device: torch.device) -> None:
-    from sparserefine.sparse.gpu.gate import MAX_CLASSES, gated
+    from sparserefine.engines.triton.gate import MAX_CLASSES, gated
 
     ensembler = ensembler_of(3).to(device)
     gate, fuser = weights_of(ensembler.gate), weights_of(ensembler.fuser)
@@ -183,7 +183,7 @@ def test_wrong_logits(device: torch.device, coarse: tuple[int, ...], sparse: tup
 
 @pytest.mark.parametrize("part", range(4))
 def test_wrong_weights(device: torch.device, part: int) -> None:
-    from sparserefine.sparse.gpu.gate import gated
+    from sparserefine.engines.triton.gate import gated
 
     ensembler = ensembler_of(3).to(device)
     coarse, sparse = (logits.to(device) for logits in logits_of(4, 3))
@@ -197,7 +197,7 @@ def test_wrong_weights(device: torch.device, part: int) -> None:
 
 
 def test_no_hidden_units(device: torch.device) -> None:
-    from sparserefine.sparse.gpu.gate import gated
+    from sparserefine.engines.triton.gate import gated
 
     coarse = torch.zeros(4, 3, device=device)
     empty = tuple(torch.zeros(shape, device=device) for shape in ((0, 8), (0,), (1, 0), (1,)))

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparserefine.sparse import Plan, PlanSpec, Sites, get_engine
-from sparserefine.sparse.plan import build_plan as reference_plan
+from sparserefine.engines.choose import get_engine
+from sparserefine.engines.reference.geometry import build_plan as reference_plan
+from sparserefine.sparse import Plan, PlanSpec, Sites
 from support import PATTERNS, SIZES, TRITON_ENGINES, device_of, mask_of, needs_triton
 
 if TYPE_CHECKING:
-    from sparserefine.sparse.gpu.geometry import GpuStencil, Order, PaddedPlan
+    from sparserefine.engines.triton.geometry import GpuStencil, Order, PaddedPlan
 
 ENGINE = get_engine("torch")
 DOWNS = ("paper", "cell")
@@ -45,20 +46,20 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks a row and several chunks of blocks in a small image."""
-    from sparserefine.sparse.gpu import geometry
+    from sparserefine.engines.triton import geometry
 
     monkeypatch.setattr(geometry, "_BLOCK", 4)
     monkeypatch.setattr(geometry, "_CHUNK", 4)
 
 
 def build(mask: Tensor, spec: PlanSpec) -> Plan:
-    from sparserefine.sparse.gpu.geometry import build_plan
+    from sparserefine.engines.triton.geometry import build_plan
 
     return build_plan(mask, spec, ENGINE)
 
 
 def build_padded(mask: Tensor, spec: PlanSpec, capacities: list[int]) -> PaddedPlan:
-    from sparserefine.sparse.gpu.geometry import build_padded_plan
+    from sparserefine.engines.triton.geometry import build_padded_plan
 
     return build_padded_plan(mask, spec, ENGINE, capacities)
 

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from networks import K, expected_of, network
-from sparserefine.data.images import read_image
-from sparserefine.demo import ASSETS, IMAGE, demo_refiner_folder
+from sparserefine.engines.choose import get_engine
+from sparserefine.files.images import read_image
 from sparserefine.refiner import SparseRefiner
-from sparserefine.sparse import Plan, PlanSpec, Sites, SparseUNet, get_engine
+from sparserefine.sparse import Plan, PlanSpec, Sites, SparseUNet
+from sparserefine.studies.demo import ASSETS, IMAGE, demo_refiner_folder
 from support import PATTERNS, TRITON_ENGINES, assert_close, device_of, engine_of, mask_of
 
 if TYPE_CHECKING:
-    from sparserefine.sparse.gpu.engine import TritonEngine
-    from sparserefine.sparse.gpu.network import PackedUNet
+    from sparserefine.engines.triton.engine import TritonEngine
+    from sparserefine.engines.triton.network import PackedUNet
 
 DOWNS = ("paper", "cell")
 NETWORKS = [((16, 32), 2), ((3, 5, 7), 1), ((17,), 1)]
@@ -39,7 +40,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def engine(device: torch.device) -> TritonEngine:
     """One that has not packed anything."""
-    from sparserefine.sparse.gpu.engine import TritonEngine
+    from sparserefine.engines.triton.engine import TritonEngine
 
     return TritonEngine()
 

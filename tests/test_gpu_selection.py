@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparserefine.sparse.torch_engine import keep_largest as expected_keep_largest
+from sparserefine.engines.reference.selection import keep_largest as expected_keep_largest
 from support import TRITON_ENGINES, device_of, needs_triton
 
 PIXELS = 13 * 27
@@ -23,7 +23,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def selection(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module under test, with blocks so small that tiny images are several programs of several blocks."""
-    from sparserefine.sparse.gpu import selection
+    from sparserefine.engines.triton import selection
 
     monkeypatch.setattr(selection, "_BLOCK", 32 if device.type == "cpu" else 128)  # at least one a thread
     monkeypatch.setattr(selection, "_CHUNKS", 3 if device.type == "cpu" else 1)
@@ -86,7 +86,7 @@ def test_odd_shapes(selection: ModuleType, device: torch.device, shape: tuple[in
 
 
 def test_with_its_own_block_size(device: torch.device) -> None:
-    from sparserefine.sparse.gpu import selection
+    from sparserefine.engines.triton import selection
 
     mask = torch.rand(1, 61, 77) < 0.9
     check(selection, device, values_of("a few values", (1, 61, 77)), mask, 1234)
@@ -147,7 +147,7 @@ def test_nothing_is_read_by_the_host(
 @pytest.mark.gpu
 def test_in_a_graph() -> None:
     needs_triton(gpu=True)
-    from sparserefine.sparse.gpu.selection import keep_largest
+    from sparserefine.engines.triton.selection import keep_largest
 
     values = values_of("entropies", (2, 300, 401)).cuda()
     keep_largest(values, torch.ones_like(values, dtype=torch.bool), 999)  # compiles

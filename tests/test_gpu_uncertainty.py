@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparserefine import uncertainty as definition
+from sparserefine.images import uncertainty as definition
+from sparserefine.images.uncertainty import label_dtype
+from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.sparse import Sites
-from sparserefine.uncertainty import Upsampling, Window, label_dtype
 from support import TRITON_ENGINES, assert_close, device_of, mask_of, needs_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter divides by 0 aloud
@@ -44,7 +45,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def gpu(device: torch.device) -> Iterator[ModuleType]:
     """The module under test; what it allocates is filled with garbage first."""
-    from sparserefine.sparse.gpu import uncertainty
+    from sparserefine.engines.triton import uncertainty
 
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # torch.empty is NaN, or the largest integer
@@ -244,7 +245,7 @@ def test_no_site(gpu: ModuleType, device: torch.device) -> None:
 
 
 def test_rows_are_split_where_their_coarse_rows_change(device: torch.device) -> None:
-    from sparserefine.sparse.gpu.uncertainty import _device_taps
+    from sparserefine.engines.triton.uncertainty import _device_taps
 
     for out, coarse, full, offset in ((37, 5, 37.0, 0.0), (40, 10, 40.0, 0.0), (9, 30, 9.0, 0.0), (50, 4, 20.0, -9.5)):
         taps = _device_taps((out, coarse, full, offset, None, device))
@@ -258,7 +259,7 @@ def test_rows_are_split_where_their_coarse_rows_change(device: torch.device) -> 
 
 
 def test_taps_of_graphs_are_kept(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparserefine.sparse.gpu import uncertainty as gpu
+    from sparserefine.engines.triton import uncertainty as gpu
 
     monkeypatch.setattr(gpu, "_captured", {})
     monkeypatch.setattr(gpu, "_is_capturing", lambda device: True)
@@ -375,7 +376,7 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str) -> None:
     needs_triton()
-    from sparserefine.sparse.gpu import uncertainty as gpu
+    from sparserefine.engines.triton import uncertainty as gpu
 
     name, arguments, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
@@ -395,7 +396,7 @@ def test_what_is_taken(gpu: ModuleType, device: torch.device) -> None:
 @pytest.mark.gpu
 def test_in_a_cuda_graph() -> None:
     needs_triton(gpu=True)
-    from sparserefine.sparse.gpu import uncertainty as gpu
+    from sparserefine.engines.triton import uncertainty as gpu
 
     logits = coarse_of(19, (16, 32), batch=2).cuda()
     coords = mask_of("random", (64, 128), 2).nonzero().int().cuda()

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, BaseConfig, FrozenBase, count_macs
-from sparserefine.bases import hf as door
-from sparserefine.bases import load_base
-from sparserefine.bases.hf import hf
-from sparserefine.bases.hf_model import HfModel, semantic_scores, window_starts
-from sparserefine.classes import CITYSCAPES, wheel
+from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.families import hf as door
+from sparserefine.bases.families.hf import hf
+from sparserefine.bases.families.hf_model import HfModel, semantic_scores, window_starts
+from sparserefine.bases.load import load_base
+from sparserefine.bases.macs import count_macs
+from sparserefine.images.classes import CITYSCAPES, wheel
+from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from support import assert_close
 
 T = pytest.importorskip("transformers", reason="the door to transformers needs transformers")

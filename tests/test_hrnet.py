@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, count_macs
-from sparserefine.bases.hrnet import HRNet, hrnet_w48, load_hrnet_w48
-from sparserefine.classes import Classes
+from sparserefine.bases.families.hrnet import HRNet, hrnet_w48, load_hrnet_w48
+from sparserefine.bases.macs import count_macs
+from sparserefine.images.classes import Classes
+from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from support import CLASSIFIER, numbers, of_mmsegmentation, saved
 
 

@@ -14,9 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparserefine.classes import Classes, read_classes, wheel
-from sparserefine.data.datasets import Dataset, Sample, folder, hrf
-from sparserefine.data.images import ImageError, read_image, read_label, write_png, written_whole
+from sparserefine.data.readers.dataset import Dataset, Sample
+from sparserefine.data.readers.folder import folder
+from sparserefine.data.readers.hrf import hrf
+from sparserefine.files.images import ImageError, read_image, read_label, write_png
+from sparserefine.files.whole import written_whole
+from sparserefine.images.classes import Classes, read_classes, wheel
 from support import shared
 
 SIZE = (5, 7)

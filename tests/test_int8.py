@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from sparserefine.cli import main
-from sparserefine.demo import demo_refiner_folder
+from sparserefine.commands.main import main
+from sparserefine.engines.choose import engine_report, get_engine
+from sparserefine.engines.cpu.kernels import Kernels
 from sparserefine.refiner import SparseRefiner
-from sparserefine.sparse import Sites, SparseBatchNorm, SparseConv, SparseUNet, calibrating, engine_report, get_engine
-from sparserefine.sparse.cpu.kernels import Kernels
+from sparserefine.sparse import Sites, SparseBatchNorm, SparseConv, SparseUNet, calibrating
 from sparserefine.sparse.epilogue import Activation, Epilogue
 from sparserefine.sparse.quantisation import quantised_convs, quantised_weight, step_of
+from sparserefine.studies.demo import demo_refiner_folder
 from support import mask_of
 
 
@@ -191,7 +192,7 @@ def refiner(engine: str = "torch") -> SparseRefiner:
 
 def photograph(size: int = 128) -> Tensor:
     from sparserefine import read_image
-    from sparserefine.demo import ASSETS
+    from sparserefine.studies.demo import ASSETS
 
     return read_image(ASSETS / "01_h.webp")[:, 1000 : 1000 + size, 1500 : 1500 + size].contiguous()
 

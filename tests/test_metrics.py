@@ -6,16 +6,9 @@ import torch
 from scipy.ndimage import binary_erosion
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from sparserefine.classes import IGNORE
-from sparserefine.training.metrics import (
-    accuracy,
-    boundary_band,
-    boundary_counts,
-    confusion,
-    dice,
-    foreground,
-    iou,
-)
+from sparserefine.images.classes import IGNORE
+from sparserefine.scores.boundary import band_overlap, boundary_band, boundary_bands
+from sparserefine.scores.confusion import accuracy, confusion, dice, foreground, iou
 
 
 def labels(k, shape=(37, 53), seed=0, ignored=0.1):
@@ -68,11 +61,13 @@ def test_boundary_band_is_mask_less_erosion(width):
     assert np.array_equal(boundary_band(blobs, width).numpy(), blobs.numpy() & ~eroded)
 
 
-def test_boundary_counts_of_a_shifted_square():
+def test_band_overlap_of_a_shifted_square():
     truth, predicted = torch.zeros(20, 20, dtype=torch.uint8), torch.zeros(20, 20, dtype=torch.uint8)
     truth[5:15, 5:15] = 1
     predicted[5:15, 6:16] = 1
-    counts = boundary_counts(predicted, truth, 2, 1)
+    everywhere = torch.ones(20, 20, dtype=torch.bool)
+    bands = (boundary_bands(labels, everywhere, 2, 1) for labels in (predicted, truth))
+    counts = band_overlap(*bands, 2)
     # Rings of 36 px each; they share top and bottom, 9 px each, and nothing of the sides.
     assert counts[:, 1].tolist() == [18, 54]
 
@@ -80,5 +75,7 @@ def test_boundary_counts_of_a_shifted_square():
 def test_published_width_is_two_percent_of_the_diagonal():
     truth = torch.zeros(300, 400, dtype=torch.uint8)  # diagonal 500 px: 10 px
     truth[100:200, 100:200] = 1
-    assert torch.equal(boundary_counts(truth, truth, 2), boundary_counts(truth, truth, 2, 10))
-    assert boundary_counts(truth, truth, 2)[0, 1] == 100**2 - 80**2
+    valid = truth < 2
+    published, ten = (boundary_bands(truth, valid, 2, width) for width in (None, 10))
+    assert torch.equal(band_overlap(published, published, 2), band_overlap(ten, ten, 2))
+    assert published[1].sum() == 100**2 - 80**2

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from sparserefine.info import info_text
-from sparserefine.native import build, library
-from sparserefine.sparse import engine_report, get_engine
-from sparserefine.sparse.cpu.engine import CpuEngine
-from sparserefine.sparse.cpu.kernels import kernels
+from sparserefine.commands.info import info_text
+from sparserefine.engines.choose import engine_report, get_engine
+from sparserefine.engines.cpu.engine import CpuEngine
+from sparserefine.engines.cpu.kernels import kernels
+from sparserefine.engines.cpu.native import build, library
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = "src/sparserefine/native"
+PACKAGE = "src/sparserefine/engines/cpu/native"
 
 
 @pytest.fixture
@@ -311,11 +311,11 @@ def test_wheel_carries_the_objects(tree: Path, tmp_path: Path) -> None:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "unpacked")
     expected = [f"{name}.so" for name in build.instruction_sets()] + [build.NOTE.name, build.DIGEST.name]
-    assert {f"sparserefine/native/objects/{name}" for name in expected} <= names
+    assert {f"sparserefine/engines/cpu/native/objects/{name}" for name in expected} <= names
     code = (
         "import sparserefine, torch\n"
-        "from sparserefine.native.library import available\n"
-        "from sparserefine.sparse.cpu.kernels import kernels\n"
+        "from sparserefine.engines.cpu.native.library import available\n"
+        "from sparserefine.engines.cpu.kernels import kernels\n"
         "from sparserefine.sparse.epilogue import Epilogue\n"
         "kernel, x, y = kernels('generic'), torch.randn(7, 5), torch.empty(7, 3)\n"
         "weight = torch.randn(1, 5, 3)\n"

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparserefine.base import BaseConfig, FrozenBase
-from sparserefine.bases import load_base
-from sparserefine.bases.onnx import OnnxModel, onnx, open_session
+from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.families.onnx import OnnxModel, onnx, open_session
+from sparserefine.bases.load import load_base
 from support import assert_close
 
 onnxlib = pytest.importorskip("onnx", reason="builds the files of these tests")

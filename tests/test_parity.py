@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from parity.weights import tensor, uniform
-from sparserefine.bases import hrnet, segnext
 from sparserefine.bases.checkpoint import Checkpoint
+from sparserefine.bases.families import hrnet, segnext
 
 DATA = Path(__file__).parent / "data" / "parity"
 BASES = "decode_head.hamburger.ham.bases"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sparserefine import Classes
-from sparserefine.pictures import (
+from sparserefine.images.pictures import (
     BROKEN,
     MENDED,
     SITE,

@@ -17,10 +17,10 @@ from sparserefine import (
     read_image,
     read_label,
 )
-from sparserefine.bases.unet import UNet
-from sparserefine.data.images import write_png
-from sparserefine.info import info, info_text
-from sparserefine.predict import Failure, predict
+from sparserefine.bases.families.unet import UNet
+from sparserefine.commands.info import info, info_text
+from sparserefine.files.images import write_png
+from sparserefine.inference.predict import Failure, predict
 
 CLASSES = Classes(("background", "road", "car"), ((0, 0, 0), (128, 64, 128), (0, 0, 142)))
 
@@ -334,7 +334,7 @@ def test_a_failed_write_leaves_neither_of_both_outputs(tmp_path, refiner, monkey
             raise OSError(28, "No space left on device")
         write_png(path, *arguments)
 
-    monkeypatch.setattr("sparserefine.predict.write_png", full_disk)
+    monkeypatch.setattr("sparserefine.inference.predict.write_png", full_disk)
     failure = only(predict([photo(tmp_path / "in" / "a.png")], refiner, tmp_path / "out", overlay=True))
     assert "No space left" in failure.reason
     assert names(tmp_path / "out") == []
@@ -419,6 +419,6 @@ def test_info_says_how_to_get_what_is_missing(monkeypatch):
     def absent(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("sparserefine.info.version", absent)
+    monkeypatch.setattr("sparserefine.commands.info.version", absent)
     assert "pip install 'sparserefine[train]'" in info()["lightning"]
     assert "pip install 'sparserefine[hub]'" in info()["huggingface_hub"]

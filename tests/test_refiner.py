@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, BaseConfig, FrozenBase
-from sparserefine.bases.unet import UNet, save_unet
-from sparserefine.classes import Classes
-from sparserefine.ensembler import EnsemblerConfig
-from sparserefine.extractor import ExtractorConfig
+from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.families.unet import UNet, save_unet
+from sparserefine.images.classes import Classes
+from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from sparserefine.images.upsampling import Window
 from sparserefine.refiner import Refinement, SparseRefiner
-from sparserefine.selector import Selector
-from sparserefine.uncertainty import Window
+from sparserefine.stages.ensembler import EnsemblerConfig
+from sparserefine.stages.extractor import ExtractorConfig
+from sparserefine.stages.selector import Selector
 from support import assert_close, at_sites
 
 K = 3

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparserefine.base import BaseConfig, FrozenBase, tensor_of
-from sparserefine.bases import load_model
-from sparserefine.bases import runtime as module
-from sparserefine.bases.runtime import NEEDS, Runtime
-from sparserefine.bases.segnext import segnext
+from sparserefine.bases import runtimes as module
+from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.families.segnext import segnext
+from sparserefine.bases.load import load_model
+from sparserefine.bases.loaded import tensor_of
+from sparserefine.bases.runtimes import NEEDS, Runtime
 from test_doors_end_to_end import mask2former_folder, segformer_folder
 
 K = 3
@@ -236,7 +237,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_onnx_file(name: Name, file: Path) -> None:
-    from sparserefine.bases.onnx import OnnxModel
+    from sparserefine.bases.families.onnx import OnnxModel
 
     needed(name)
     run = Runtime(name, OnnxModel(file))
@@ -247,7 +248,7 @@ def test_onnx_file(name: Name, file: Path) -> None:
 
 def test_onnx_files_need_no_exporter_and_are_left_to_their_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes any precision, and runs on a GPU where ONNX Runtime can."""
-    from sparserefine.bases.onnx import OnnxModel
+    from sparserefine.bases.families.onnx import OnnxModel
 
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setitem(sys.modules, "onnxscript", None)

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparserefine.base import IMAGENET_MEAN, IMAGENET_STD, count_macs
-from sparserefine.bases.runtime import Runtime
-from sparserefine.bases.segnext import NMF, HamHead, SegNeXt, Size, load_segnext, segnext, segnext_l
-from sparserefine.classes import Classes
+from sparserefine.bases.families.segnext import NMF, HamHead, SegNeXt, Size, load_segnext, segnext, segnext_l
+from sparserefine.bases.macs import count_macs
+from sparserefine.bases.runtimes import Runtime
+from sparserefine.images.classes import Classes
+from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from support import CLASSIFIER, assert_close, numbers, of_mmsegmentation, saved
 
 K = 3

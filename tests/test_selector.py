@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparserefine.selector import Selector
-from sparserefine.sparse import get_engine
-from sparserefine.sparse.torch_engine import TorchEngine
+from sparserefine.engines.choose import get_engine
+from sparserefine.engines.reference.engine import TorchEngine
+from sparserefine.stages.selector import Selector
 from support import ENGINES, device_of, engine_of
 
 SHAPE = (3, 5, 7)

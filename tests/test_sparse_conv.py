@@ -6,19 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparserefine.sparse import (
-    PlanSpec,
-    Sites,
-    SparseBatchNorm,
-    SparseConv,
-    SparseUNet,
-    Stencil,
-    conv,
-    engine_report,
-    get_engine,
-)
-from sparserefine.sparse import torch_engine as engine_module
-from sparserefine.sparse.cpu.convolution import operands as cpu_operands
+from sparserefine.engines.choose import engine_report, get_engine
+from sparserefine.engines.cpu.convolution import operands as cpu_operands
+from sparserefine.engines.reference import convolution as engine_module
+from sparserefine.sparse import PlanSpec, Sites, SparseBatchNorm, SparseConv, SparseUNet, Stencil, conv
 from support import (
     DTYPES,
     ENGINES,
@@ -221,7 +212,7 @@ def test_operators_of_the_cpu_engine_are_well_formed(kind: str, pattern: str) ->
 @pytest.mark.parametrize("engine", TRITON_ENGINES)
 def test_operators_of_the_triton_engine_are_well_formed(engine: str, kind: str) -> None:
     case = Case(kind, mask_of("random", (4, 5)), torch.float32, engine)
-    from sparserefine.sparse.gpu.convolution import operands
+    from sparserefine.engines.triton.convolution import operands
 
     ops = torch.ops.sparserefine
     arguments = operands(case.x.requires_grad_(), case.weight.requires_grad_(), case.stencil)

@@ -1,4 +1,4 @@
-"""The directions of imports: who may know whom."""
+"""The directions of imports: who may know whom. ``ROOMS`` is the order."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ import sparserefine
 
 ROOT = Path(sparserefine.__file__).parent
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
-STAGES = ("base", "selector", "extractor", "ensembler", "refiner")
-USES = (
-    *("training", "predict", "evaluate", "benchmark", "benchmark_records", "benchmark_report"),
-    *("cli", "demo", "data"),
+ROOMS = (
+    *("commands", "studies", "inference", "training", "data", "scores"),
+    *("refiner", "capture", "storage", "stages", "bases"),
+    *("engines", "sparse", "images", "files", "machine"),
 )
+"""From top to bottom: a room, a folder or a file, imports from itself and from rooms below it."""
+EXEMPT = ("__init__", "__main__")
+"""Of the package itself: they open its doors."""
+KNOWN = {
+    ("capture", "refiner"),
+    ("storage", "refiner"),
+    ("sparse/plan", "sparse/interface"),
+    ("engines/auto", "engines/choose"),
+}
+"""Imports, file by file, that break the rules still. Nothing may be added."""
 OPTIONAL = {
     *("torchvision", "timm", "segmentation_models_pytorch"),
     *("transformers", "onnx", "onnxruntime", "openvino", "matplotlib"),
@@ -50,55 +60,101 @@ def imported(path: Path, *, at_import: bool = False) -> set[str]:
     return names
 
 
-def project_parts(path: Path) -> set[str]:
-    """First names inside the package: ``sparserefine.sparse.plan.Plan`` -> ``sparse``."""
-    return {name.split(".")[1] for name in imported(path) if name.startswith("sparserefine.")}
+def file_of(name: str) -> str | None:
+    """The file that an absolute name leads to, by its name in ``FILES``; ``None``: no file of ours, or the package."""
+    parts = name.split(".")
+    for end in (len(parts), len(parts) - 1):
+        path = "/".join(parts[1:end])
+        found = next((file for file in (path, f"{path}/__init__") if file in FILES), None)
+        if parts[0] == "sparserefine" and path and found:
+            return found
+    return None
 
 
-def below(*folders: str) -> list[str]:
-    return [name for name in FILES if name.split("/")[0] in folders]
+def arrows() -> set[tuple[str, str]]:
+    """Who imports whom, file by file; imports in functions and under ``TYPE_CHECKING`` included."""
+    found = {(name, file_of(target)) for name in FILES if name not in EXEMPT for target in imported(FILES[name])}
+    return {(name, target) for name, target in found if target is not None and target != name}
 
 
-@pytest.mark.parametrize("name", below("sparse"))
-def test_sparse_knows_only_itself_uncertainty_and_the_kernels(name: str) -> None:
-    assert project_parts(FILES[name]) <= {"sparse", "uncertainty", "native"}
+def circles(graph: set[tuple[str, str]]) -> list[list[str]]:
+    """Groups of two and more files that reach each other."""
+    ahead: dict[str, set[str]] = {}
+    for name, target in graph:
+        ahead.setdefault(name, set()).add(target)
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = ahead.get(waiting.pop(), set()) - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    reach = {name: reached(name) for name in ahead}
+    groups = {frozenset(b for b in reach[a] if a in reach.get(b, ())) for a in reach if a in reach[a]}
+    return sorted(sorted(group) for group in groups)
+
+
+def room(name: str) -> str:
+    return name.split("/")[0]
+
+
+def test_every_file_is_in_a_room() -> None:
+    assert {room(name) for name in FILES} - set(EXEMPT) == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_rooms_import_from_rooms_below_only(name: str) -> None:
+    place = {other: number for number, other in enumerate(ROOMS)}
+    up = {(a, b) for a, b in arrows() - KNOWN if room(a) == name and place[room(b)] < place[name]}
+    assert not up
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in EXEMPT])
+def test_nothing_is_imported_from_the_package_itself(name: str) -> None:
+    """Its public names lead anywhere; inside, a name is imported from where it is."""
+    short = {found for found in imported(FILES[name]) if found.startswith("sparserefine.") and not file_of(found)}
+    assert short <= {"sparserefine.__version__"}
+
+
+def test_training_and_inference_do_not_know_each_other() -> None:
+    assert not {(a, b) for a, b in arrows() if {room(a), room(b)} == {"training", "inference"}}
+
+
+def test_there_is_no_circle_of_files() -> None:
+    assert circles(arrows() - KNOWN) == []
+
+
+def test_known_exceptions_are_needed() -> None:
+    assert arrows() >= KNOWN
+    place = {other: number for number, other in enumerate(ROOMS)}
+    for a, b in KNOWN:
+        assert place[room(b)] < place[room(a)] or circles((arrows() - KNOWN) | {(a, b)}), (a, b)
+
+
+def test_circles_are_found() -> None:
+    assert circles({("a", "b"), ("b", "c"), ("c", "a"), ("c", "d"), ("e", "f"), ("f", "e")}) == [
+        ["a", "b", "c"],
+        ["e", "f"],
+    ]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_triton_is_imported_for_kernels_on_the_gpu_only(name: str) -> None:
     """It looks for drivers and compilers, which takes its time and may fail."""
-    if name.startswith("sparse/gpu/"):
+    if name.startswith("engines/triton/"):
         return
     modules = imported(FILES[name], at_import=True)
     assert "triton" not in {module.split(".")[0] for module in modules}
-    assert not {module for module in modules if f"{module}.".startswith("sparserefine.sparse.gpu.")}
-
-
-@pytest.mark.parametrize("name", below("native"))
-def test_kernels_know_only_themselves(name: str) -> None:
-    assert project_parts(FILES[name]) <= {"native"}
-
-
-@pytest.mark.parametrize("name", below("uncertainty"))
-def test_uncertainty_knows_only_itself(name: str) -> None:
-    assert project_parts(FILES[name]) <= {"uncertainty"}
-
-
-@pytest.mark.parametrize("name", below(*STAGES))
-def test_stages_do_not_know_their_uses(name: str) -> None:
-    assert not project_parts(FILES[name]) & set(USES)
+    assert not {module for module in modules if f"{module}.".startswith("sparserefine.engines.triton.")}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_optional_packages_are_not_needed_to_import_anything(name: str) -> None:
     top = {module.split(".")[0] for module in imported(FILES[name], at_import=True)}
     assert not top & OPTIONAL
-
-
-def test_the_files_that_these_rules_are_about_exist() -> None:
-    assert set(STAGES) <= set(FILES)
-    assert below("sparse")
-    assert below("uncertainty")
 
 
 def run(code: str) -> str:
@@ -115,8 +171,9 @@ def test_engines_are_imported_when_they_are_asked_for() -> None:
     """Without a GPU nobody asks for the kernels in Triton: not the package, not engine ``auto``."""
     code = (
         "import sys, torch; torch.cuda.is_available = lambda: False\n"
-        "from sparserefine import SparseRefiner; from sparserefine.sparse import get_engine; get_engine('auto')\n"
-        "print([name for name in sys.modules if name.startswith('sparserefine.sparse.gpu')])"
+        "from sparserefine import SparseRefiner\n"
+        "from sparserefine.engines.choose import get_engine; get_engine('auto')\n"
+        "print([name for name in sys.modules if name.startswith('sparserefine.engines.triton')])"
     )
     assert run(code) == "[]"
 

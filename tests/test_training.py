@@ -12,11 +12,11 @@ import yaml
 from PIL import Image, ImageDraw
 
 from sparserefine import BaseConfig, ExtractorConfig, SparseRefiner
-from sparserefine.bases import load_base
-from sparserefine.bases.unet import UNet, load_unet, save_unet
-from sparserefine.cli import main
-from sparserefine.data.stored_logits import StoredLogits
+from sparserefine.bases.families.unet import UNet, load_unet, save_unet
+from sparserefine.bases.load import load_base
+from sparserefine.commands.main import main
 from sparserefine.training.losses import cross_entropy, refinement_loss, soft_dice
+from sparserefine.training.stored_logits import StoredLogits
 
 
 def test_cross_entropy_ignores_255_and_bears_nothing():
@@ -295,7 +295,7 @@ def test_training_loads_its_base_once(project, monkeypatch):
         loads.append(str(path))
         return load_unet(path)
 
-    monkeypatch.setattr("sparserefine.bases.unet.load_unet", counted)
+    monkeypatch.setattr("sparserefine.bases.families.unet.load_unet", counted)
     short = ["--logits.source", "live", "--training.steps", "1", "--training.val_every", "1"]
     assert main(["train", "config.yaml", *short]) == 0
     assert loads.count("base.safetensors") == 1
@@ -313,7 +313,7 @@ def test_a_dense_peer_of_another_kind_has_its_own_normalisation(dense, mean, pro
     monkeypatch.delitem(sys.modules, "dense_peer", raising=False)
     base = load_base(BaseConfig("unet:base.safetensors", ratio=0.25), 2)
     SparseRefiner(base, extractor=ExtractorConfig((8, 16))).save_pretrained("run/best")
-    monkeypatch.setattr("sparserefine.evaluate.evaluate", caught)
+    monkeypatch.setattr("sparserefine.studies.evaluate.evaluate", caught)
     arguments = ["evaluate", "config.yaml", "--refiner", "run/best", "--base.mean", "[0.1, 0.2, 0.3]"]
     with pytest.raises(Seen, match=f"^{mean}$"):
         main([*arguments, "--dense", dense])

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import sparserefine.uncertainty as module
-from sparserefine.uncertainty import Upsampling, Window, dense, entropy, entropy_limit, label_dtype, sample, uncertainty
+import sparserefine.images.uncertainty as module
+from sparserefine.images.uncertainty import dense, entropy, label_dtype, sample, uncertainty
+from sparserefine.images.upsampling import Upsampling, Window, entropy_limit
 from support import assert_close, mask_of
 
 SHAPES = [  # classes, coarse size, full size

@@ -22,7 +22,7 @@ from benchmarks.gpu.run import Options, Run, UncertaintyCase
 from benchmarks.gpu.table import tables
 from benchmarks.gpu.tilings import tilings
 from benchmarks.gpu.unet import unet
-from sparserefine.extractor import PRESETS, ExtractorConfig
+from sparserefine.stages.extractor import PRESETS, ExtractorConfig
 
 RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT_MASKS = "street0_10pct,street0_05pct,street0_20pct,street0_30pct"

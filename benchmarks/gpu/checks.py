@@ -13,10 +13,12 @@ from benchmarks.gpu.layers import Layer, distinct, layers, read_by, stencil_of
 from benchmarks.gpu.records import Check
 from benchmarks.gpu.run import Run, UncertaintyCase, input_sets, network_of, relative_rms
 from benchmarks.gpu.unet import Packed, Replayed, capacities_of
-from sparserefine.extractor import ExtractorConfig
-from sparserefine.sparse import Engine, Plan, Sites, Stencil, conv, get_engine
-from sparserefine.sparse.plan import build_plan
-from sparserefine.uncertainty import Upsampling, sample, uncertainty
+from sparserefine.engines.choose import get_engine
+from sparserefine.engines.reference.geometry import build_plan
+from sparserefine.images.uncertainty import sample, uncertainty
+from sparserefine.images.upsampling import Upsampling
+from sparserefine.sparse import Engine, Plan, Sites, Stencil, conv
+from sparserefine.stages.extractor import ExtractorConfig
 
 ROWS = 2000  # of a convolution that are computed in float64
 BOUNDS = {"float16": 2e-3, "bfloat16": 1e-2, "tf32": 2e-3, "float32": 1e-5}
@@ -140,8 +142,8 @@ def _operands(layer: Layer, stencil: Stencil, dtype: str) -> tuple[Tensor, Tenso
 
 def _value_error(layer: Layer, stencil: Stencil, dtype: str) -> float:
     """The kernel with residual, bias and activation into poisoned memory; rows at random against float64."""
+    from sparserefine.engines.triton import convolution
     from sparserefine.sparse.epilogue import Activation, Epilogue
-    from sparserefine.sparse.gpu import convolution
 
     x, weight = _operands(layer, stencil, dtype)
     device, n, c = x.device, layer.rows_out, layer.c_out

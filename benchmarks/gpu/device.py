@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from sparserefine.timing import PeakMemory
+from sparserefine.machine.memory import PeakMemory
 
 DTYPES = {
     "float16": torch.float16,
@@ -84,7 +84,7 @@ class Gpu:
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise ValueError("there is no CUDA GPU here; `--rehearse` runs the same steps on the CPU, without figures")
-        from sparserefine.sparse.gpu.launch import INTERPRETED
+        from sparserefine.engines.triton.launch import INTERPRETED
 
         if INTERPRETED:
             raise ValueError("TRITON_INTERPRET=1 is set, so kernels would run on the CPU; unset it")
@@ -152,7 +152,7 @@ class Rehearsal:
     cache_bytes = 0
 
     def __init__(self) -> None:
-        from sparserefine.sparse.gpu.launch import INTERPRETED
+        from sparserefine.engines.triton.launch import INTERPRETED
 
         if not INTERPRETED:
             raise ValueError("a rehearsal needs TRITON_INTERPRET=1 in the environment, so that kernels run on the CPU")

@@ -132,7 +132,7 @@ def stencil_of(layer: Layer, plan: Plan) -> Stencil:
 
 
 def read_by(layer: Layer, stencil: Stencil) -> dict[str, Tensor | None]:
-    """Arguments ``table`` and ``order`` of ``sparserefine.sparse.gpu.convolution.convolve``."""
+    """Arguments ``table`` and ``order`` of ``sparserefine.engines.triton.convolution.convolve``."""
     own = layer.kind == "own"
     return {"table": None if own else stencil.table, "order": None if own else getattr(stencil, "order", None)}
 

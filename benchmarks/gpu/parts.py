@@ -14,8 +14,8 @@ from benchmarks.gpu.layers import floor_of, layers
 from benchmarks.gpu.records import Ceiling, TrainingRecord, UncertaintyRecord
 from benchmarks.gpu.run import SETS, Inputs, Run, UncertaintyCase, input_sets, network_of
 from benchmarks.uncertainty import plain
-from sparserefine.sparse import get_engine
-from sparserefine.uncertainty import Upsampling
+from sparserefine.engines.choose import get_engine
+from sparserefine.images.upsampling import Upsampling
 
 MOST_SETS = 16  # of logits and results, to be more than the cache holds
 
@@ -159,8 +159,8 @@ def models(run: Run) -> None:
 
 
 def _model(run: Run, name: str) -> None:
-    from sparserefine.benchmark import benchmark
-    from sparserefine.benchmark_records import BaseEntry, Settings
+    from sparserefine.studies.benchmark.measure import benchmark
+    from sparserefine.studies.benchmark.records import BaseEntry, Settings
 
     sizes = {tuple(mask.shape) for mask in run.options.masks.values()}
     if len(sizes) > 1:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparserefine.data.images import written_whole
+from sparserefine.files.whole import written_whole
 
 PARTS = ("checks", "ceilings", "unet", "uncertainty", "training", "models", "tilings")
 """In order: what is wrong is not timed, and ceilings make floors."""

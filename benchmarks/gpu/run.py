@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.records import Results
 from benchmarks.sparse_unet import CHANNELS, random_network
-from sparserefine.extractor import ExtractorConfig
 from sparserefine.sparse import SparseUNet
+from sparserefine.stages.extractor import ExtractorConfig
 
 SETS = 3  # of inputs, taken in turn
 

@@ -13,10 +13,11 @@ from benchmarks.gpu.device import DTYPES, precision, timed_in_graph
 from benchmarks.gpu.layers import Layer, distinct, floor_of, layers, read_by, stencil_of
 from benchmarks.gpu.records import TilingRecord
 from benchmarks.gpu.run import SETS, Run, input_sets, network_of
-from sparserefine.sparse import Plan, get_engine
+from sparserefine.engines.choose import get_engine
+from sparserefine.sparse import Plan
 
 if TYPE_CHECKING:
-    from sparserefine.sparse.gpu.convolution import Tiling
+    from sparserefine.engines.triton.convolution import Tiling
 
 _BLOCKS = ((32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128))
 """Rows and columns."""
@@ -51,7 +52,7 @@ def tilings(run: Run) -> None:
 
 def candidates(layer: Layer, dtype: str) -> list[Tiling]:
     """A small list of what may be good, for each takes a second to compile: blocks no wider than the channels."""
-    from sparserefine.sparse.gpu.convolution import Tiling
+    from sparserefine.engines.triton.convolution import Tiling
 
     def fitting(count: int, most: int) -> int:
         return min(most, max(16, 1 << (count - 1).bit_length()))
@@ -78,7 +79,7 @@ def candidates(layer: Layer, dtype: str) -> list[Tiling]:
 
 
 def _measure(run: Run, plan: str, dtype: str, layer: Layer, count: int, tables: Plan) -> None:
-    from sparserefine.sparse.gpu import convolution
+    from sparserefine.engines.triton import convolution
 
     device, kind = run.device.device, DTYPES[dtype]
     stencil = stencil_of(layer, tables)
@@ -122,7 +123,7 @@ def _measure(run: Run, plan: str, dtype: str, layer: Layer, count: int, tables: 
 @contextmanager
 def _chosen(choice: Tiling) -> Iterator[None]:
     """Convolutions take this tiling instead of that of the table."""
-    from sparserefine.sparse.gpu import convolution
+    from sparserefine.engines.triton import convolution
 
     def always(*_: Any) -> Tiling:
         return choice

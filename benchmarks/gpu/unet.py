@@ -20,9 +20,10 @@ from benchmarks.gpu.layers import Floor, floor_of, layers
 from benchmarks.gpu.records import UNetRecord
 from benchmarks.gpu.run import SETS, Inputs, Run, cases_of, input_sets, network_of, relative_rms
 from benchmarks.sparse_unet import CHANNELS, CLASSES
-from sparserefine.extractor import ExtractorConfig
-from sparserefine.sparse import Plan, SparseUNet, get_engine
+from sparserefine.engines.choose import get_engine
+from sparserefine.sparse import Plan, SparseUNet
 from sparserefine.sparse.plan import PlanSpec, coarser_size
+from sparserefine.stages.extractor import ExtractorConfig
 
 HEADROOM = 1.25  # rows that a graph has room for, over what the inputs need
 PEER_DTYPES = {

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from sparserefine import BaseConfig, SparseRefiner
-from sparserefine.bases import load_base
-from sparserefine.data.datasets import hrf
-from sparserefine.ensembler import MeanEnsembler, MinimumEntropyEnsembler
-from sparserefine.training.metrics import confusion, dice
-from sparserefine.uncertainty import uncertainty
+from sparserefine.bases.load import load_base
+from sparserefine.data.readers.hrf import hrf
+from sparserefine.images.uncertainty import uncertainty
+from sparserefine.scores.confusion import confusion, dice
+from sparserefine.stages.ensembler import MeanEnsembler, MinimumEntropyEnsembler
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from sparserefine import SparseRefiner
-from sparserefine.bases.unet import load_unet, save_unet
-from sparserefine.demo import ASSETS, IMAGE, demo_refiner_folder
+from sparserefine.bases.families.unet import load_unet, save_unet
+from sparserefine.studies.demo import ASSETS, IMAGE, demo_refiner_folder
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparserefine.bases.unet import UNet, load_unet, save_unet
-from sparserefine.data.datasets import hrf
-from sparserefine.training.metrics import confusion, dice
+from sparserefine.bases.families.unet import UNet, load_unet, save_unet
+from sparserefine.data.readers.hrf import hrf
+from sparserefine.scores.confusion import confusion, dice
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -8,32 +8,42 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sparserefine.base import BaseConfig as BaseConfig
-    from sparserefine.base import FrozenBase as FrozenBase
-    from sparserefine.classes import Classes as Classes
-    from sparserefine.data.images import read_image as read_image
-    from sparserefine.data.images import read_label as read_label
-    from sparserefine.ensembler import EnsemblerConfig as EnsemblerConfig
-    from sparserefine.extractor import PRESETS as PRESETS
-    from sparserefine.extractor import ExtractorConfig as ExtractorConfig
+    from sparserefine.bases.base import BaseConfig as BaseConfig
+    from sparserefine.bases.base import FrozenBase as FrozenBase
+    from sparserefine.bases.load import load_base as load_base
+    from sparserefine.files.images import read_image as read_image
+    from sparserefine.files.images import read_label as read_label
+    from sparserefine.images.classes import Classes as Classes
+    from sparserefine.inference.predict import predict as predict
     from sparserefine.refiner import Refinement as Refinement
     from sparserefine.refiner import SparseRefiner as SparseRefiner
-    from sparserefine.selector import Selector as Selector
     from sparserefine.sparse import SparseUNet as SparseUNet
+    from sparserefine.stages.ensembler import EnsemblerConfig as EnsemblerConfig
+    from sparserefine.stages.extractor import PRESETS as PRESETS
+    from sparserefine.stages.extractor import ExtractorConfig as ExtractorConfig
+    from sparserefine.stages.selector import Selector as Selector
+    from sparserefine.studies.evaluate import evaluate as evaluate
+    from sparserefine.training.config import Config as Config
+    from sparserefine.training.loop import train as train
 
 _HOMES = {
-    "BaseConfig": "base",
-    "FrozenBase": "base",
-    "Classes": "classes",
-    "read_image": "data.images",
-    "read_label": "data.images",
-    "EnsemblerConfig": "ensembler",
-    "PRESETS": "extractor",
-    "ExtractorConfig": "extractor",
+    "BaseConfig": "bases.base",
+    "FrozenBase": "bases.base",
+    "load_base": "bases.load",
+    "Classes": "images.classes",
+    "read_image": "files.images",
+    "read_label": "files.images",
+    "EnsemblerConfig": "stages.ensembler",
+    "PRESETS": "stages.extractor",
+    "ExtractorConfig": "stages.extractor",
+    "Selector": "stages.selector",
     "SparseUNet": "sparse",
     "Refinement": "refiner",
     "SparseRefiner": "refiner",
-    "Selector": "selector",
+    "predict": "inference.predict",
+    "train": "training.loop",
+    "Config": "training.config",
+    "evaluate": "studies.evaluate",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

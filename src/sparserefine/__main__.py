@@ -2,7 +2,7 @@
 
 import sys
 
-from sparserefine.cli import main
+from sparserefine.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

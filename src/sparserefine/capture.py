@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from sparserefine.base import check_image
+from sparserefine.images.normalisation import check_image
+from sparserefine.machine.timing import StageTimer
 from sparserefine.sparse import Engine, Plan, Sites
 from sparserefine.sparse.plan import coarser_size
-from sparserefine.timing import StageTimer
 
 if TYPE_CHECKING:
+    from sparserefine.engines.triton.engine import TritonEngine
+    from sparserefine.engines.triton.geometry import PaddedPlan
     from sparserefine.refiner import Refinement, SparseRefiner
-    from sparserefine.sparse.gpu.engine import TritonEngine
-    from sparserefine.sparse.gpu.geometry import PaddedPlan
 
 _WARM_UP = 3  # runs before the recording: kernels are compiled, and libraries take the memory that they keep
 

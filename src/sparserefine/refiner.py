@@ -13,21 +13,17 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from sparserefine.base import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    FrozenBase,
-    check_image,
-    check_normalisation,
-    constant,
-)
-from sparserefine.classes import Classes
-from sparserefine.ensembler import EnsemblerConfig, build_ensembler
-from sparserefine.extractor import PRESETS, ExtractorConfig
-from sparserefine.selector import Selector
-from sparserefine.sparse import Engine, Plan, Sites, calibrating, get_engine
-from sparserefine.timing import StageTimer
-from sparserefine.uncertainty import Upsampling, Window, dense, entropy
+from sparserefine.bases.base import FrozenBase
+from sparserefine.engines.choose import get_engine
+from sparserefine.images.classes import Classes
+from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, check_image, check_normalisation, constant
+from sparserefine.images.uncertainty import dense, entropy
+from sparserefine.images.upsampling import Upsampling, Window
+from sparserefine.machine.timing import StageTimer
+from sparserefine.sparse import Engine, Plan, Sites, calibrating
+from sparserefine.stages.ensembler import EnsemblerConfig, build_ensembler
+from sparserefine.stages.extractor import PRESETS, ExtractorConfig
+from sparserefine.stages.selector import Selector
 
 if TYPE_CHECKING:
     from sparserefine.capture import CapturedRefiner

@@ -13,16 +13,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sparserefine.base import BaseConfig, FrozenBase
-from sparserefine.bases import load_base
-from sparserefine.bases.checkpoint import read_json
-from sparserefine.bases.unet import UNet, save_unet
-from sparserefine.classes import Classes
-from sparserefine.data.images import written_whole
-from sparserefine.ensembler import EnsemblerConfig
-from sparserefine.extractor import ExtractorConfig
+from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.families.unet import UNet, save_unet
+from sparserefine.bases.load import load_base
+from sparserefine.files.json import read_json
+from sparserefine.files.whole import written_whole
+from sparserefine.images.classes import Classes
 from sparserefine.refiner import SparseRefiner
-from sparserefine.selector import Selector
+from sparserefine.stages.ensembler import EnsemblerConfig
+from sparserefine.stages.extractor import ExtractorConfig
+from sparserefine.stages.selector import Selector
 
 FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS, _BASE = "config.json", "model.safetensors", "base.safetensors"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 import zipfile
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparserefine.classes import Classes, wheel
+from sparserefine.images.classes import Classes, wheel
 
 _STOOD_IN = (  # what mmengine saves beside the weights: its log of the training, in arrays of old and new numpy
     "mmengine.logging.history_buffer.HistoryBuffer",
@@ -39,7 +38,7 @@ class Checkpoint:
     Attributes:
         tensors: by the names of the file, in its dtypes; some may be mapped from the file rather than read.
         classes: of the model, where the file tells; colours that it does not tell are those of
-            :func:`sparserefine.classes.wheel`.
+            :func:`sparserefine.images.classes.wheel`.
     """
 
     tensors: dict[str, Tensor]
@@ -214,21 +213,6 @@ def load_renamed(
     with torch.no_grad():
         for name, value in given.items():
             own[name].copy_(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, as configurations beside weights are.
-
-    Raises:
-        ValueError: not readable as JSON, or no object.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds {type(found).__name__}, expected an object")
-    return found
 
 
 def first_line(error: BaseException) -> str:

@@ -1,1 +1,1 @@
-"""Images, datasets, augmentation and stored coarse logits."""
+"""Labelled images on disk, and training crops of them."""

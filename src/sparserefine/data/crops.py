@@ -12,13 +12,41 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from sparserefine.base import resize
-from sparserefine.classes import IGNORE
-from sparserefine.config import AugmentConfig
-from sparserefine.data.datasets import Dataset
-from sparserefine.uncertainty import Window
+from sparserefine.data.readers.dataset import Dataset
+from sparserefine.images.classes import IGNORE
+from sparserefine.images.resize import resize
+from sparserefine.images.upsampling import Window
 
 _TRIES = 10  # for a crop without a class that covers too much
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random crops for training (paper, section 4.1).
+
+    Attributes:
+        crop: height and width [px]; smaller images are padded, and padding is never selected.
+        scale: range of the random resize.
+        max_class_share: a crop whose largest class covers more is drawn again, up to ten times.
+        flip: mirror left and right with probability 1/2.
+        flip_vertical: also upside down; for images without an "up".
+        photometric: random brightness, contrast, saturation and hue.
+    """
+
+    crop: tuple[int, int] = (512, 1024)
+    scale: tuple[float, float] = (0.5, 2.0)
+    max_class_share: float = 0.75
+    flip: bool = True
+    flip_vertical: bool = False
+    photometric: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.crop) < 1:
+            raise ValueError(f"augment.crop = {self.crop}, expected at least 1 pixel each way")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"augment.scale = {self.scale}, expected 0 < low <= high")
+        if not 0 < self.max_class_share <= 1:
+            raise ValueError(f"augment.max_class_share = {self.max_class_share}, expected more than 0 and at most 1")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Sparse convolution on image sites; knows nothing of segmentation models."""
 
-from sparserefine.sparse.engine import Engine, Perceptron, engine_report, get_engine
-from sparserefine.sparse.modules import ResidualBlock, SparseBatchNorm, SparseConv, conv
+from sparserefine.sparse.interface import Engine, Perceptron
+from sparserefine.sparse.layers import ResidualBlock, SparseBatchNorm, SparseConv, conv
 from sparserefine.sparse.plan import DownKind, Level, Plan, PlanSpec, Stencil
 from sparserefine.sparse.quantisation import calibrating
 from sparserefine.sparse.sites import Sites
@@ -22,6 +22,4 @@ __all__ = [
     "Stencil",
     "calibrating",
     "conv",
-    "engine_report",
-    "get_engine",
 ]

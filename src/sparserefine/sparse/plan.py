@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
 from sparserefine.sparse.sites import Sites
 
 if TYPE_CHECKING:
-    from sparserefine.sparse.engine import Engine
+    from sparserefine.sparse.interface import Engine
+
 
 DownKind = Literal["paper", "cell"]
 """``paper``: 3x3, stride 2, no padding. ``cell``: 2x2, stride 2, every site has exactly one parent."""
@@ -101,69 +100,6 @@ class Plan:
     spec: PlanSpec
 
 
-def build_plan(sites: Sites, spec: PlanSpec, engine: Engine) -> Plan:
-    """The reference geometry, on any device: index images, no hash map.
-
-    An image is a grid: a padded int32 image holds each active cell's row, so that a neighbour costs one read.
-    """
-    levels: list[Level] = []
-    index = _index_image(sites)
-    for depth in range(spec.levels):
-        table = _neighbour_table(sites, index)
-        around = Stencil(table, table, True, engine)
-        if depth == spec.levels - 1:
-            levels.append(Level(sites, around, None))
-            break
-        coarser = _coarser_sites(sites, spec.down)
-        coarser_index = _index_image(coarser)
-        parents, single = _parents_table(sites, coarser, coarser_index, spec.down)
-        children = _children_table(coarser, index, spec.down)
-        down = Stencil(children, parents, False, engine, reverse_single=single)
-        levels.append(Level(sites, around, down))
-        sites, index = coarser, coarser_index
-    return Plan(tuple(levels), spec)
-
-
-_READ_ROWS = 1 << 18
-_PAD = 1  # cells around the image that read as "no site": the reach of every stencil here
-
-
-def _index_image(sites: Sites) -> Tensor:
-    """``int32 [B, H+2, W+2]``: the row of each site, N where there is none."""
-    image = torch.full(
-        (sites.batch_size, sites.height + 2 * _PAD, sites.width + 2 * _PAD),
-        len(sites),
-        dtype=torch.int32,
-        device=sites.coords.device,
-    )
-    rows = torch.arange(len(sites), dtype=torch.int32, device=image.device)
-    image.view(-1)[_position(sites.coords.long(), image)] = rows
-    return image
-
-
-def _position(coords: Tensor, index: Tensor) -> Tensor:
-    """Flat position of ``int64 [N, 3]`` unpadded coordinates in a padded index image."""
-    _, h, w = index.shape
-    batch, row, column = coords.unbind(1)
-    return (batch * h + row + _PAD) * w + column + _PAD
-
-
-def _read(index: Tensor, base: Tensor, offsets: list[int]) -> Tensor:
-    """``int32 [N, T]``: the index image at ``base + offset`` for each offset."""
-    table = torch.empty(len(base), len(offsets), dtype=torch.int32, device=index.device)
-    shift = torch.tensor(offsets, device=base.device)
-    # In parts, because positions are int64: of 10 million sites they would take 720 MB beside a table of 360 MB.
-    for part, rows in zip(torch.split(base, _READ_ROWS), torch.split(table, _READ_ROWS), strict=True):
-        torch.index_select(index.view(-1), 0, (part[:, None] + shift).view(-1), out=rows.view(-1))
-    return table
-
-
-def _neighbour_table(sites: Sites, index: Tensor) -> Tensor:
-    w = index.shape[2]
-    offsets = [dr * w + dc for dr in (-1, 0, 1) for dc in (-1, 0, 1)]
-    return _read(index, _position(sites.coords.long(), index), offsets)
-
-
 def kernel_size(down: DownKind) -> int:
     """Width of the convolution between two levels."""
     return 3 if down == "paper" else 2
@@ -172,50 +108,3 @@ def kernel_size(down: DownKind) -> int:
 def coarser_size(size: int, down: DownKind) -> int:
     """Height or width of the next level."""
     return max(0, (size - 3) // 2 + 1) if down == "paper" else (size + 1) // 2
-
-
-def _parents(sites: Sites, down: DownKind) -> Iterator[tuple[Tensor, Tensor]]:
-    """Coordinates ``[N, 3]`` of coarse cells ``o`` with ``2 o + tap`` = the site, and that tap, ``[N]``.
-
-    A window of 3 reaches one cell further than one of 2, so an even row 2o also belongs to cell o - 1; an odd one comes
-    twice. A cell -1, or one past the last, is in the padding: no such cell.
-    """
-    coords = sites.coords.long()
-    reaches = (0, 1) if down == "paper" else (0,)
-    for row_reach in reaches:
-        for column_reach in reaches:
-            cells = coords - coords.new_tensor([0, row_reach, column_reach])
-            cells[:, 1:] >>= 1
-            _, row, column = (coords - 2 * cells).unbind(1)
-            yield cells, row * kernel_size(down) + column
-
-
-def _coarser_sites(sites: Sites, down: DownKind) -> Sites:
-    """Cells of the next level that have a site in their window."""
-    h, w = coarser_size(sites.height, down), coarser_size(sites.width, down)
-    active = torch.zeros(sites.batch_size, h + 2 * _PAD, w + 2 * _PAD, dtype=torch.bool, device=sites.coords.device)
-    for cells, _ in _parents(sites, down):
-        active.view(-1)[_position(cells, active)] = True
-    return Sites.from_mask(active[:, _PAD:-_PAD, _PAD:-_PAD])
-
-
-def _children_table(coarser: Sites, index: Tensor, down: DownKind) -> Tensor:
-    """``int32 [N_coarse, T]``: site ``2 o + tap`` of each coarse cell ``o``."""
-    width, size = index.shape[2], kernel_size(down)
-    coords = coarser.coords.long()
-    coords[:, 1:] *= 2
-    # `cell` on odd sizes reads one row or column past the image: that is the padding, so "no site".
-    return _read(index, _position(coords, index), [r * width + c for r in range(size) for c in range(size)])
-
-
-def _parents_table(sites: Sites, coarser: Sites, coarser_index: Tensor, down: DownKind) -> tuple[Tensor, Tensor | None]:
-    """``int32 [N, T]``: the coarse cell ``o`` with ``2 o + tap`` = the site, for each tap; and ``Stencil.single``."""
-    taps = kernel_size(down) ** 2
-    table = torch.full((len(sites), taps), len(coarser), dtype=torch.int32, device=sites.coords.device)
-    single = None
-    for cells, tap in _parents(sites, down):
-        parent = coarser_index.view(-1).index_select(0, _position(cells, coarser_index))
-        table.scatter_(1, tap[:, None], parent[:, None])
-        if down == "cell":
-            single = parent * taps + tap.to(torch.int32)
-    return table, single

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparserefine.sparse.modules import SparseConv
+from sparserefine.sparse.layers import SparseConv
 from sparserefine.sparse.unet import SparseUNet
 
 

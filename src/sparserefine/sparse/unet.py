@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparserefine.sparse.modules import ResidualBlock, SparseBatchNorm, SparseConv
+from sparserefine.sparse.layers import ResidualBlock, SparseBatchNorm, SparseConv
 from sparserefine.sparse.plan import DownKind, Plan, PlanSpec, Stencil
 
 
@@ -74,7 +74,7 @@ class SparseUNet(nn.Module):
                 total += sum(_rows(module, n) for module in self.ascend[depth].modules())
                 coarser = sites[depth + 1]
                 total += _rows(self.down_convs[depth], coarser)
-                # `cell`: every site has one parent, so only the parents are multiplied; see torch_engine.gemm_gather.
+                # `cell`: every site has one parent, so only the parents are multiplied; see gemm_gather.
                 total += _rows(self.up_convs[depth], n if self.spec.down == "paper" else coarser)
         return total
 

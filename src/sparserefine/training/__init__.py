@@ -1,1 +1,1 @@
-"""Losses, scores and the Lightning module."""
+"""Training a refiner: configuration, coarse logits, losses, the loop."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparserefine.classes import IGNORE
+from sparserefine.images.classes import IGNORE
 
 
 def cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from sparserefine.config import Config
 from sparserefine.data.crops import CropBatch
 from sparserefine.refiner import SparseRefiner
+from sparserefine.scores.confusion import confusion, dice, foreground, iou
+from sparserefine.training.config import Config
 from sparserefine.training.losses import refinement_loss
-from sparserefine.training.metrics import confusion, dice, foreground, iou
 
 ValidationItem = tuple[Tensor, Tensor, Tensor]
 """Image ``uint8 [3, H, W]``, label ``[H, W]``, coarse logits ``[K, h, w]``."""

@@ -1,0 +1,293 @@
+"""FrozenBase: whatever segments images, as one thing that maps full-size images to coarse logits."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparserefine.bases.class_map import check_class_map, merged, read_class_map
+from sparserefine.bases.loaded import LoadedModel, tensor_of
+from sparserefine.bases.macs import count_macs
+from sparserefine.images.classes import Classes
+from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, check_image, check_normalisation, constant
+from sparserefine.images.resize import resize
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Which base, and how it wants its input.
+
+    Attributes:
+        name: one of :data:`sparserefine.bases.load.BASE_NAMES`, as ``hf:<folder or hub id>``; empty: a base given in
+            Python.
+        ratio: input size relative to the image; give this or ``size``.
+        size: fixed input height and width [px].
+        mean: subtracted from pixels in 0..1, per channel; ``None``: what the model's files say, else ImageNet's.
+        std: divided by, per channel; likewise.
+        outputs: ``logits``, or ``scores`` >= 0 that are proportional to probabilities; ``None``: what the model gives
+            by its kind, else logits.
+        class_map: for a model of other classes than the data: a YAML file (see :mod:`sparserefine.bases.class_map`), or
+            for each class of the model the class of the data, -1 for none.
+        runtime: what runs a torch model on the CPU: ``onnxruntime`` or ``openvino``; ``None``: the model is called.
+    """
+
+    name: str = ""
+    ratio: float | None = None
+    size: tuple[int, int] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    outputs: Literal["logits", "scores"] | None = None
+    class_map: tuple[int, ...] | str | None = None
+    runtime: Literal["onnxruntime", "openvino"] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.size is None):
+            raise ValueError(f"base: give either ratio or size of its input, got ratio={self.ratio}, size={self.size}")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"base.ratio = {self.ratio}, expected more than 0 and at most 1")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"base.size = {self.size}, expected at least 1 pixel each way")
+        check_normalisation("base", self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD)
+        if self.outputs not in ("logits", "scores", None):
+            raise ValueError(f"base.outputs = {self.outputs!r}, expected 'logits' or 'scores'")
+        if self.runtime not in ("onnxruntime", "openvino", None):
+            raise ValueError(f"base.runtime = {self.runtime!r}, expected 'onnxruntime' or 'openvino', or nothing")
+
+
+class FrozenBase(nn.Module):
+    """A frozen segmentation model: image at full size in, coarse logits out.
+
+    The model is put into evaluation mode and its parameters stop requiring gradients; calling ``.train()`` on a module
+    that contains this one changes neither. It runs without recording gradients.
+
+    Args:
+        model: a module or any callable, ``float32 [B, 3, h, w]`` -> coarse outputs: a tensor, a tuple or list that
+            starts with it, a mapping with ``logits`` or ``out``, or an object with ``.logits``; or what a door
+            returned, with its classes and normalisation.
+        num_classes: K of the data; ``None``: the model's own. Checked against every output.
+        config: input size, normalisation and meaning of the outputs.
+        classes: names and colours of the data's classes; ``None``: the model's own, where it has as many.
+
+    Raises:
+        ValueError: the model has another class count than the data and no class map makes up for it.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | LoadedModel,
+        num_classes: int | None = None,
+        config: BaseConfig | None = None,
+        *,
+        classes: Classes | None = None,
+    ) -> None:
+        super().__init__()
+        if config is None:
+            raise ValueError("config is missing; give the size of the base's input as config=BaseConfig(ratio=0.5)")
+        loaded = model if isinstance(model, LoadedModel) else LoadedModel(model)
+        self.model = loaded.model
+        self.mean, self.std = config.mean or loaded.mean, config.std or loaded.std
+        self.outputs = config.outputs or loaded.outputs
+        label = config.name or _name_of(self.model)
+        self.class_map = _class_map(config, loaded, classes or num_classes, label)
+        self.num_classes = _class_count(loaded, num_classes, classes, self.class_map, label)
+        if self.class_map is None:
+            _check_order(loaded.classes, classes, label)
+        self.classes = classes or (loaded.classes if self.class_map is None else None)
+        self.config = replace(config, mean=self.mean, std=self.std, outputs=self.outputs, class_map=self.class_map)
+        if isinstance(self.model, nn.Module):
+            self.model.requires_grad_(False)
+        self._runtime: Callable[[Tensor], Tensor] | None = None
+        if config.runtime is not None:
+            from sparserefine.bases.runtimes import Runtime
+
+            self._runtime = Runtime(config.runtime, self.model)
+        self._warned = False
+        self._macs: dict[tuple[int, ...], int | None] = {}
+        self.train(False)
+
+    def train(self, mode: bool = True) -> FrozenBase:
+        """Stays in evaluation mode, whatever ``mode`` says."""
+        return super().train(False)
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size of the model's input for an image of ``height`` x ``width`` [px]."""
+        if self.config.size is not None:
+            return self.config.size
+        assert self.config.ratio is not None  # BaseConfig has one of the two
+        return max(1, round(height * self.config.ratio)), max(1, round(width * self.config.ratio))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Coarse outputs of images.
+
+        Args:
+            image: ``[B, 3, H, W]``, uint8, or floating point in 0..1.
+
+        Returns:
+            ``[B, K, h, w]`` at the model's own output size.
+
+        Raises:
+            ValueError: wrong shape or class count, or values that are not finite (NaN, infinity).
+            TypeError: the model returned something else than the forms above.
+        """
+        return self._forward(image, self._check_values)
+
+    def unchecked(self, image: Tensor) -> Tensor:
+        """As a call, but values are not looked at: for that the host waits for a GPU. :meth:`checked` does it later."""
+        return self._forward(image, lambda logits: None)
+
+    @torch.no_grad()
+    def _forward(self, image: Tensor, check: Callable[[Tensor], None]) -> Tensor:
+        check_image(image)
+        x = resize(image, self.input_size(*image.shape[-2:]))
+        scale = 255.0 if image.dtype == torch.uint8 else 1.0
+        mean, std = (constant(v, x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        x = ((x / scale - mean) / std).contiguous()
+        if isinstance(self.model, nn.Module):  # a model in half precision takes its input so
+            x = x.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype))
+        output = tensor_of((self._runtime or self.model)(x), self.label)
+        self._check_form(output, len(image), self.num_classes if self.class_map is None else len(self.class_map))
+        check(output)
+        return output if self.class_map is None else merged(output, self.class_map, self.outputs)
+
+    @property
+    def label(self) -> str:
+        """What messages call this base."""
+        return self.config.name or _name_of(self.model)
+
+    def checked(self, logits: Tensor, batch: int) -> Tensor:
+        """Returns ``logits [B, K, h, w]``, or raises ``ValueError`` if shape, class count or values are wrong."""
+        self._check_form(logits, batch, self.num_classes)
+        self._check_values(logits)
+        return logits
+
+    def _check_form(self, logits: Tensor, batch: int, classes: int) -> None:
+        if logits.dim() != 4 or logits.shape[0] != batch:
+            raise ValueError(f"base {self.label}: output is {tuple(logits.shape)}, expected [{batch}, K, h, w]")
+        if logits.shape[1] != classes:
+            cure = f"; {_CURE}" if self.class_map is None else ""
+            raise ValueError(f"base {self.label}: {logits.shape[1]} classes, expected {classes}{cure}")
+        if not logits.is_floating_point():
+            raise ValueError(f"base {self.label}: output is {logits.dtype}, expected floating-point logits, not labels")
+
+    def _check_values(self, logits: Tensor) -> None:
+        few = logits[:1, :, :1, :8].float()  # most logits cannot be probabilities: a few pixels tell
+        found = [
+            logits.numel() - logits.isfinite().sum(),
+            (few.min() >= 0) & ((few.sum(1) - 1).abs().max() <= 1e-3),
+            *([logits.min()] if self.outputs == "scores" else []),
+        ]
+        # One read: the host would wait for a GPU for each of them.
+        bad, maybe, *smallest = torch.stack([value.float() for value in found]).tolist()
+        if bad:
+            raise ValueError(
+                f"base {self.label}: {bad:.0f} of {logits.numel()} coarse logits are NaN or infinite; check its "
+                "weights, its normalisation, and the precision it runs in"
+            )
+        if smallest and smallest[0] < 0:
+            raise ValueError(
+                f"base {self.label}: outputs='scores' but the smallest is {smallest[0]:.4g}, expected >= 0; "
+                "say outputs='logits' if these are logits"
+            )
+        if self.outputs == "logits" and not self._warned and maybe and _are_probabilities(logits):
+            self._warned = True
+            _log.warning("base %s: its outputs look like probabilities; if so, set base.outputs: scores", self.label)
+
+    def macs(self, height: int, width: int) -> int | None:
+        """Multiply-accumulates for one image of that size; ``None`` where torch cannot see them (not a torch model)."""
+        size = self.input_size(height, width)
+        if size not in self._macs:
+            self._macs[size] = count_macs(self.model, (1, 3, *size))
+        return self._macs[size]
+
+    @property
+    def identity(self) -> str:
+        """Changes with the weights and with anything that changes the outputs; stored beside coarse logits."""
+        digest = hashlib.sha256()
+        settings = getattr(self.model, "settings", None)  # of a door's wrapper: what is no weight
+        if isinstance(settings, str):
+            digest.update(settings.encode())
+        if isinstance(self.model, nn.Module):
+            state = {**self.model.state_dict(), **dict(self.model.named_buffers())}  # also those that are not stored
+            for name, tensor in sorted(state.items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(getattr(self.model, "digest", "").encode())  # of the file behind it, where a door knows one
+        c = self.config
+        digest.update(repr((c.ratio, c.size, c.mean, c.std, c.outputs, self.num_classes, c.class_map)).encode())
+        return f"{_name_of(self.model)}:{digest.hexdigest()[:16]}"
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    return bool(logits.min() >= 0) and bool(((logits.float().sum(1) - 1).abs() < 1e-3).all())
+
+
+def _name_of(model: Callable[..., Any]) -> str:
+    """The same in every process, which the repr of a function is not."""
+    name = getattr(model, "__qualname__", None)
+    return f"{model.__module__}.{name}" if name else type(model).__name__
+
+
+def _class_map(
+    config: BaseConfig, loaded: LoadedModel, data: Classes | int | None, label: str
+) -> tuple[int, ...] | None:
+    """The map of a configuration, read and checked."""
+    if config.class_map is None:
+        return None
+    if isinstance(config.class_map, str):
+        return read_class_map(config.class_map, loaded.classes or loaded.num_classes, data)
+    where = f"base {label}: class_map"
+    if loaded.num_classes not in (None, len(config.class_map)):
+        raise ValueError(f"{where} has {len(config.class_map)} entries, the model {loaded.num_classes} classes")
+    check_class_map(config.class_map, data, where)
+    return config.class_map
+
+
+def _check_order(model: Classes | None, data: Classes | None, label: str) -> None:
+    """Raises ``ValueError`` where a model has the classes of the data in another order; warns of other names."""
+    if model is None or data is None:
+        return
+    theirs, ours = ([name.strip().lower() for name in classes.names] for classes in (model, data))
+    first = next((k for k, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b), None)
+    if first is None:
+        return
+    pair = f"class {first} is {model.names[first]!r} in the model and {data.names[first]!r} in the data"
+    if sorted(theirs) == sorted(ours):
+        raise ValueError(f"base {label}: the classes of the data in another order ({pair}); {_CURE}")
+    _log.warning("base %s: other class names than the data's (%s); if they mean something else, %s", label, pair, _CURE)
+
+
+def _class_count(
+    loaded: LoadedModel,
+    num_classes: int | None,
+    classes: Classes | None,
+    class_map: tuple[int, ...] | None,
+    label: str,
+) -> int:
+    """K of the data: what was given, else what the class map reaches, else the model's own."""
+    if classes is not None and num_classes not in (None, len(classes)):
+        raise ValueError(f"base {label}: num_classes = {num_classes}, but {len(classes)} class names")
+    count = num_classes if classes is None else len(classes)
+    if count is None:
+        count = loaded.num_classes if class_map is None else max(class_map) + 1
+    if count is None:
+        raise ValueError(f"base {label}: num_classes is missing, and the model does not tell how many it has")
+    if count < 2:
+        raise ValueError(
+            f"base {label}: num_classes = {count}, expected at least 2; a model with one foreground channel z becomes "
+            "one of two with torch.cat([torch.zeros_like(z), z], 1)"
+        )
+    if class_map is None and loaded.num_classes not in (None, count):
+        raise ValueError(f"base {label}: {loaded.num_classes} classes, the data has {count}; {_CURE}")
+    return count
+
+
+_CURE = "a class map (base.class_map) says which class of the model counts as which of the data"

@@ -1,0 +1,1 @@
+"""Kinds of models, one file each, with a function that loads it."""

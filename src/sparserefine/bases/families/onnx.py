@@ -1,0 +1,214 @@
+"""A base in an ONNX file, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import mmap
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparserefine.bases.checkpoint import first_line
+from sparserefine.bases.loaded import LoadedModel
+
+_log = logging.getLogger(__name__)
+
+_FLOATS: dict[str, type[np.floating[Any]]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+}
+_EXPECTED = "expected one input of float pixels, [B, 3, h, w]"
+
+
+def onnx(path: str | Path) -> LoadedModel:
+    """The model in an ONNX file, with the class count where the file tells it; see :class:`OnnxModel`."""
+    model = OnnxModel(path)
+    return LoadedModel(model, model.num_classes)
+
+
+class OnnxModel:
+    """An ONNX file as a base: ``float32 [B, 3, h, w]``, normalised -> ``float32 [B, K, h', w']``.
+
+    The file has one input, ``[B, 3, h, w]`` of float32, float16 or float64. Its sizes may be dynamic or fixed; a batch
+    fixed at 1 runs image by image. Of several outputs the first one that is 4-D and floating point counts.
+
+    It runs with as many threads as torch has at the first image, which do not spin between images: the refiner uses the
+    same cores. An image on a GPU is run there if ONNX Runtime has its CUDA provider (``onnxruntime-gpu``), else on the
+    CPU; the result comes back to the image's device. The file stays where it is: it is opened at the first image, and
+    again by copies of this object and in other processes.
+
+    Attributes:
+        path: of the file.
+        digest: SHA-256 of the file and of the files that hold its weights, where it has such; in hexadecimal.
+        num_classes: K where the file tells it, else ``None``.
+
+    Raises:
+        FileNotFoundError: there is no such file, or one with its weights is missing.
+        ValueError: not an ONNX file, cut short, or inputs and outputs are others than said above.
+        ImportError: without ``pip install 'sparserefine[onnx]'``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such ONNX file")
+        described = open_session(self.path, optimize=False)
+        self._input, self._shape, self._dtype = _input_of(described, self.path)
+        self._output, self._output_index, self.num_classes = _output_of(described, self.path)
+        self.digest = _digest(self.path)
+        self._sessions: dict[torch.device, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sessions": {}}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Coarse outputs of ``[B, 3, h, w]``; raises ``ValueError`` for a size that the file does not take."""
+        session = self._session(x.device)
+        return torch.cat([self._run(session, part) for part in self.parts(x)]).to(x.device)
+
+    def parts(self, x: Tensor) -> Iterator[np.ndarray[Any, Any]]:
+        """The input in pieces that the file takes: all of it, or image by image.
+
+        Raises:
+            ValueError: the file has another size than ``x``.
+        """
+        if x.dim() != 4 or not x.is_floating_point():
+            raise ValueError(f"{self.path}: input is {x.dtype} {tuple(x.shape)}, {_EXPECTED}")
+        batch, *fixed = self._shape
+        if any(isinstance(n, int) and n != m for n, m in zip(fixed, x.shape[1:], strict=True)):
+            height, width = (n if isinstance(n, int) else "any" for n in fixed[1:])
+            size = [n if isinstance(n, int) else m for n, m in zip(fixed[1:], x.shape[2:], strict=True)]
+            raise ValueError(
+                f"{self.path}: takes images of {height} x {width}, got {x.shape[2]} x {x.shape[3]}; set base.size: "
+                f"{size}, or export the model with dynamic height and width"
+            )
+        if isinstance(batch, int) and batch not in (1, len(x)):
+            raise ValueError(
+                f"{self.path}: takes batches of {batch}, got {len(x)}; export the model with a dynamic batch, or of 1"
+            )
+        array = x.detach().cpu().contiguous().numpy().astype(self._dtype, copy=False)
+        return (array[i : i + 1] for i in range(len(x))) if batch == 1 else iter((array,))
+
+    @property
+    def output_index(self) -> int:
+        """Which of the file's outputs counts."""
+        return self._output_index
+
+    def _session(self, device: torch.device) -> Any:
+        import onnxruntime
+
+        if device.type != "cuda" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            device = torch.device("cpu")
+        if device not in self._sessions:
+            self._sessions[device] = open_session(self.path, device)
+        return self._sessions[device]
+
+    def _run(self, session: Any, part: np.ndarray[Any, Any]) -> Tensor:
+        try:
+            (output,) = session.run([self._output], {self._input: part})
+        except Exception as error:  # the library has an exception class of its own for each of its failures
+            raise ValueError(f"{self.path}: failed for an input of {part.shape} ({first_line(error)})") from error
+        return torch.from_numpy(output).float()
+
+
+def open_session(path: Path, device: torch.device | None = None, *, optimize: bool = True) -> Any:
+    """A session of ONNX Runtime, with torch's number of threads; not optimized: quick to make, to look at.
+
+    Raises:
+        ValueError: the file is not ONNX, is cut short, or needs what this ONNX Runtime does not have.
+        FileNotFoundError: a file with weights is missing.
+        ImportError: without ``pip install 'sparserefine[onnx]'``.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(f"{path}: ONNX files need ONNX Runtime; pip install 'sparserefine[onnx]'") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; its warnings are about what it could have folded
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that spin while they wait take the cores from the refiner: with two threads on two cores, torch's
+    # convolutions right after a network of 110 ms took 93 ms instead of 62; the network itself took as long.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device is not None and device.type == "cuda":
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # the library has an exception class of its own for each of its failures
+        missing = [file.name for file in _weight_files(path) if file.name in str(error) and not file.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{path}: its weights are in {', '.join(missing)}, which is not there") from error
+        raise ValueError(f"{path}: not an ONNX file that can be run, or cut short ({first_line(error)})") from error
+    if len(providers) > 1 and session.get_providers()[0] != "CUDAExecutionProvider":
+        _log.warning(
+            "%s: runs on the CPU: ONNX Runtime cannot load its CUDA provider; install the CUDA and cuDNN that this "
+            "onnxruntime-gpu was built for",
+            path,
+        )
+    return session
+
+
+def _input_of(session: Any, path: Path) -> tuple[str, tuple[int | str | None, ...], type[np.floating[Any]]]:
+    """Name, shape (dynamic sizes as a name or ``None``) and dtype of the one input."""
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        names = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs) or "none"
+        raise ValueError(f"{path}: {len(inputs)} inputs ({names}), {_EXPECTED}")
+    (found,) = inputs
+    seen = f"{path}: input {found.name} is {found.type} {found.shape}"
+    if found.type not in _FLOATS:
+        raise ValueError(f"{seen}, {_EXPECTED}; export the model without the steps that turn bytes into floats")
+    if len(found.shape) == 4 and found.shape[3] == 3 and found.shape[1] != 3:
+        raise ValueError(f"{seen}: channels come last, {_EXPECTED}; export the model with channels first (NCHW)")
+    if len(found.shape) != 4 or (isinstance(found.shape[1], int) and found.shape[1] != 3):
+        raise ValueError(f"{seen}, {_EXPECTED}")
+    return found.name, tuple(found.shape), _FLOATS[found.type]
+
+
+def _output_of(session: Any, path: Path) -> tuple[str, int, int | None]:
+    """Name and place of the first 4-D output of floats, and its number of classes."""
+    outputs = session.get_outputs()
+    for index, output in enumerate(outputs):
+        if output.type in _FLOATS and len(output.shape) == 4:
+            classes = output.shape[1]
+            return output.name, index, classes if isinstance(classes, int) else None
+    seen = ", ".join(f"{o.name} {o.type} {o.shape}" for o in outputs) or "none"
+    raise ValueError(f"{path}: no output is 4-D and floating point, got {seen}; expected logits [B, K, h, w]")
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in (path, *filter(Path.is_file, _weight_files(path))):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files beside ``path`` that hold its weights.
+
+    A tensor outside of the file says so by a pair of strings, "location" and the file's name, which as protocol buffers
+    are: tag, length, text, tag, length (seven bits a byte), text. Notes that the exporter left in the file may look the
+    same, so that not all that is found need be there; names that lead elsewhere are left out.
+    """
+    with path.open("rb") as stream:
+        if not path.stat().st_size:
+            return []
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            names = set()
+            for match in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", data):
+                length = sum((byte & 127) << 7 * i for i, byte in enumerate(match[1]))
+                if 0 < length <= 255:  # no file has a longer name
+                    names.add(data[match.end() : match.end() + length].decode(errors="replace"))
+    inside = (name for name in map(Path, sorted(names)) if not name.is_absolute() and ".." not in name.parts)
+    return [path.parent / name for name in inside]

@@ -1,0 +1,31 @@
+"""HRF: 45 fundus photographs and their vessels."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sparserefine.data.readers.dataset import Dataset, checked, existing, pairs
+from sparserefine.images.classes import Classes
+
+HRF_CLASSES = Classes(("background", "vessel"), ((0, 0, 0), (0, 230, 110)))
+
+
+def hrf(root: str | Path, split: str) -> Dataset:
+    """The High-Resolution Fundus database (Budai et al. 2013): 15 subjects of each of dr, g and h.
+
+    Args:
+        root: folder with ``images/`` and ``labels/`` (or ``manual1/``, as published).
+        split: subject numbers, as ``"06-13"``, ``"14"`` or ``"06-09,14"``.
+    """
+    root = Path(root)
+    subjects: set[str] = set()
+    for part in split.split(","):
+        match = re.fullmatch(r"(\d\d)(?:-(\d\d))?", part.strip())
+        if not match:
+            raise ValueError(f"HRF split {split!r}: expected subject numbers such as '06-13' or '06-09,14'")
+        first, last = int(match[1]), int(match[2] or match[1])
+        subjects |= {f"{subject:02d}" for subject in range(first, last + 1)}
+    labels = existing(root, "labels", "manual1")
+    samples = [s for s in pairs(existing(root, "images"), labels) if s.name[:2] in subjects]
+    return checked(samples, HRF_CLASSES, root, split, labels.name == "manual1")

@@ -1,0 +1,1 @@
+"""What executes the sparse network: the reference defines results, the others are only faster."""

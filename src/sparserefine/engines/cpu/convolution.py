@@ -1,0 +1,116 @@
+"""The primitive on compiled kernels, with gradients: operators of ``torch.library``, as those of the torch engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparserefine.engines.cpu.geometry import Across, Around, parity_taps
+from sparserefine.engines.cpu.kernels import kernels
+from sparserefine.sparse.epilogue import Epilogue
+
+# A relation is (table, rows, counts). Without counts: `table [N_out, T]`. With them the outputs are `rows`, parity by
+# parity, and `table` is flat, one [count, taps] after the other: the transposed convolution, see `Between.parities`.
+Relation = tuple[Tensor, Tensor, list[int]]
+
+
+@torch.library.custom_op("sparserefine::cpu_conv", mutates_args=())
+def cpu_conv(
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    counts: list[int],
+    back_table: Tensor,
+    back_rows: Tensor,
+    back_counts: list[int],
+    mirrored: bool,
+    instruction_set: str,
+) -> Tensor:
+    """``y[n] = sum_t x[table[n, t]] @ weight[t]``; ``back_*`` is the transposed relation, for the gradients."""
+    kernel, x, weight = kernels(instruction_set), x.contiguous(), weight.contiguous()
+    n = len(rows) if counts else len(table)
+    y = x.new_empty(n, weight.shape[2])
+    if not counts:
+        kernel.convolve(x, table, kernel.pack(weight), Epilogue(raw=y), n)
+        return y
+    first_row = first = 0
+    for count, taps in zip(counts, parity_taps(weight.shape[0]), strict=True):
+        part = table[first : first + count * len(taps)].view(count, len(taps))
+        packed = kernel.pack(weight[taps].contiguous())
+        kernel.convolve(x, part, packed, Epilogue(raw=y), n, rows=rows[first_row : first_row + count])
+        first_row, first = first_row + count, first + count * len(taps)
+    return y
+
+
+@cpu_conv.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    counts: list[int],
+    back_table: Tensor,
+    back_rows: Tensor,
+    back_counts: list[int],
+    mirrored: bool,
+    instruction_set: str,
+) -> Tensor:
+    return x.new_empty((rows if counts else table).shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("sparserefine::cpu_conv_weight", mutates_args=())
+def cpu_conv_weight(x: Tensor, grad: Tensor, table: Tensor, instruction_set: str) -> Tensor:
+    """Gradient of the weight: ``dW[t] = sum_n outer(x[table[n, t]], grad[n])``, ``[T, C_in, C_out]``."""
+    return kernels(instruction_set).weight_gradient(x.contiguous(), grad.contiguous(), table)
+
+
+@cpu_conv_weight.register_fake
+def _(x: Tensor, grad: Tensor, table: Tensor, instruction_set: str) -> Tensor:
+    return x.new_empty(table.shape[1], x.shape[1], grad.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, table, rows, ctx.counts, back_table, back_rows, ctx.back_counts, ctx.mirrored, ctx.isa = inputs
+    ctx.save_for_backward(x, weight, table, rows, back_table, back_rows)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, table, rows, back_table, back_rows = ctx.saved_tensors
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        flipped = weight.flip(0) if ctx.mirrored else weight
+        forth, back = (table, rows, ctx.counts), (back_table, back_rows, ctx.back_counts)
+        grad_x = cpu_conv(grad, flipped.transpose(1, 2), *back, *forth, ctx.mirrored, ctx.isa)
+    if ctx.needs_input_grad[1]:
+        if ctx.counts:  # seen from the inputs, which have all taps, it is the gradient of the transposed weight
+            grad_weight = cpu_conv_weight(grad, x, back_table, ctx.isa).transpose(1, 2)
+        else:
+            grad_weight = cpu_conv_weight(x, grad, table, ctx.isa)
+    return grad_x, grad_weight, *(None,) * 8
+
+
+cpu_conv.register_autograd(_backward, setup_context=_save)
+
+
+def convolve(x: Tensor, weight: Tensor, stencil: Around | Across, instruction_set: str) -> Tensor:
+    """The primitive, differentiable in ``x`` and ``weight``: ``float32 [N_in, C_in]``, ``[T, C_in, C_out]``."""
+    y: Tensor = cpu_conv(*operands(x, weight, stencil, instruction_set))
+    return y
+
+
+def operands(x: Tensor, weight: Tensor, stencil: Around | Across, instruction_set: str) -> tuple[Any, ...]:
+    """Arguments of :func:`cpu_conv`: the stencil as a relation and its transpose."""
+    if isinstance(stencil, Around):
+        relation = _plain(stencil.table)
+        return (x, weight, *relation, *relation, True, instruction_set)
+    rows, counts, parents = stencil.between.parities
+    up, down = (parents, rows, counts), _plain(stencil.between.children)
+    forth, back = (up, down) if stencil.up else (down, up)
+    return (x, weight, *forth, *back, False, instruction_set)
+
+
+def _plain(table: Tensor) -> Relation:
+    return table, table.new_empty(0), []

@@ -1,0 +1,99 @@
+"""The gated ensembler, compiled; :class:`sparserefine.stages.ensembler.GatedEnsembler` defines the results."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparserefine.engines.cpu.native.library import Library, pointer
+from sparserefine.sparse.interface import Perceptron
+
+_ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Mlp(ctypes.Structure):
+    """Weights of a :data:`Perceptron`."""
+
+    _fields_ = (
+        *(("weight1", _ADDRESS), ("bias1", _ADDRESS), ("weight2", _ADDRESS), ("bias2", _ADDRESS)),
+        ("hidden", _INT),
+    )
+
+
+_MLP = ctypes.POINTER(_Mlp)
+_PROTOTYPES: dict[str, tuple[type, ...]] = {
+    "sr_gate_scratch": (_INT,),
+    "sr_gate_packed": (_INT, _INT, _INT),
+    "sr_gate": (_ADDRESS, _ADDRESS, _INT, _INT, _MLP, _MLP, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+}
+
+
+def gated(
+    library: Library, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
+) -> Tensor:
+    """Refined logits, without gradients.
+
+    Args:
+        library: the kernels.
+        coarse: ``float32 [N, K]``, contiguous.
+        sparse: ``float32 [N, K]``, contiguous.
+        gate: 2 (K + 1) -> hidden -> 1.
+        fuser: K -> hidden -> K; the width of its hidden layer may be another one.
+        residual: whether the blend is added to what the fuser makes of it.
+
+    Returns:
+        ``float32 [N, K]``.
+
+    Raises:
+        ValueError: another dtype, shape or device than promised, or a gradient is wanted.
+    """
+    if coarse.dim() != 2 or coarse.shape != sparse.shape or coarse.shape[1] < 1:
+        raise ValueError(
+            f"coarse logits are {tuple(coarse.shape)}, sparse ones {tuple(sparse.shape)}; "
+            "expected [N, K] of both, K of at least 1"
+        )
+    sites, classes = coarse.shape
+    of_gate = _mlp(gate, "gate", 2 * (classes + 1), 1)
+    of_fuser = _mlp(fuser, "fuser", classes, classes)
+    addresses = [_address(coarse, "coarse logits"), _address(sparse, "sparse logits")]
+    threads = torch.get_num_threads()
+    refined = torch.empty(sites, classes, dtype=torch.float32)
+    packed = _function(library, "sr_gate_packed")(classes, of_gate.hidden, of_fuser.hidden)
+    each = _function(library, "sr_gate_scratch")(classes)
+    weights, scratch = (torch.empty(floats, dtype=torch.float32) for floats in (packed, threads * each))
+    _function(library, "sr_gate")(
+        *(*addresses, sites, classes, of_gate, of_fuser, int(residual)),
+        *(pointer(tensor, torch.float32, "result") for tensor in (refined, weights, scratch)),
+        threads,
+    )
+    return refined
+
+
+@cache
+def _function(library: Library, name: str) -> ctypes._NamedFuncPointer:
+    return library.function(name, *_PROTOTYPES[name])
+
+
+def _mlp(weights: Perceptron, name: str, inputs: int, outputs: int) -> _Mlp:
+    hidden = len(weights[0]) if weights[0].dim() else 0
+    names = ("first weight", "first bias", "second weight", "second bias")
+    shapes = ((hidden, inputs), (hidden,), (outputs, hidden), (outputs,))
+    for tensor, which, shape in zip(weights, names, shapes, strict=True):
+        if tensor.shape != shape or hidden < 1:
+            raise ValueError(
+                f"{which} of the {name} is {tuple(tensor.shape)}, expected {list(shape)}, "
+                f"that of a perceptron {inputs} -> hidden -> {outputs}"
+            )
+    return _Mlp(*(_address(t, f"{which} of the {name}") for t, which in zip(weights, names, strict=True)), hidden)
+
+
+def _address(tensor: Tensor, name: str) -> int | None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} want a gradient, which the compiled kernel does not have; "
+            "call under torch.inference_mode() or use the module, GatedEnsembler"
+        )
+    return pointer(tensor, torch.float32, name)

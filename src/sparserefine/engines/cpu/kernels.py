@@ -1,0 +1,452 @@
+"""The compiled kernels as Python functions: structures as in the C++ sources, and checks before each call."""
+
+from __future__ import annotations
+
+from ctypes import POINTER, Structure, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sparserefine.engines.cpu.native.library import Library, load, pointer
+from sparserefine.sparse.epilogue import Epilogue
+
+
+class _Activated(Structure):
+    _fields_ = (
+        ("out", c_void_p),
+        ("stride", c_int64),
+        ("scale", c_void_p),
+        ("shift", c_void_p),
+        ("quantised", c_int64),
+    )
+
+
+class _Epilogue(Structure):
+    _fields_ = (
+        ("residual", c_void_p),
+        ("residual_stride", c_int64),
+        ("bias", c_void_p),
+        ("raw", c_void_p),
+        ("raw_stride", c_int64),
+        ("activated", _Activated * 2),
+    )
+
+
+class _Convolution(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("n_in", c_int64),
+        ("cin", c_int64),
+        ("table", c_void_p),
+        ("n", c_int64),
+        ("taps", c_int64),
+        ("weight", c_void_p),
+        ("cout", c_int64),
+        ("rows", c_void_p),
+        ("n_out", c_int64),
+        ("epilogue", _Epilogue),
+        ("zeros", c_void_p),
+        ("scratch", c_void_p),
+        ("threads", c_int64),
+    )
+
+
+class _Winograd(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("n", c_int64),
+        ("cin", c_int64),
+        ("tiles", c_void_p),
+        ("quarters", c_void_p),
+        ("n_tiles", c_int64),
+        ("count", c_int64),
+        ("m", c_int64),
+        ("weight", c_void_p),
+        ("cout", c_int64),
+        ("epilogue", _Epilogue),
+        ("zeros", c_void_p),
+        ("scratch", c_void_p),
+        ("threads", c_int64),
+    )
+
+
+class _Int8Convolution(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("n_in", c_int64),
+        ("cin", c_int64),
+        ("table", c_void_p),
+        ("n", c_int64),
+        ("taps", c_int64),
+        ("weight", c_void_p),
+        ("cout", c_int64),
+        ("rows", c_void_p),
+        ("n_out", c_int64),
+        ("scale", c_void_p),
+        ("epilogue", _Epilogue),
+        ("threads", c_int64),
+    )
+
+
+class _WeightGradient(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("n_in", c_int64),
+        ("cin", c_int64),
+        ("grad", c_void_p),
+        ("cout", c_int64),
+        ("table", c_void_p),
+        ("n", c_int64),
+        ("taps", c_int64),
+        ("result", c_void_p),
+        ("scratch", c_void_p),
+        ("threads", c_int64),
+    )
+
+
+class Grid(Structure):
+    """A level of the geometry, see ``geometry.cpp``."""
+
+    _fields_ = (
+        ("bits", c_void_p),
+        ("rank", c_void_p),
+        ("batch", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of Winograd's convolution: ``int32 [tiles, 36]``, and the non-empty quarters, ``int32``, if asked for."""
+
+    table: Tensor
+    quarters: Tensor | None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights as a kernel reads them.
+
+    Attributes:
+        data: ``float32``, an order of the kernel's own.
+        taps: T; of Winograd's convolution 9.
+        c_in: input channels.
+        c_out: output channels.
+        tile: 4 or 2 for Winograd's F(4x4) or F(2x2), 0 for the indirect GEMM.
+        instruction_set: whose order it is.
+    """
+
+    data: Tensor
+    taps: int
+    c_in: int
+    c_out: int
+    tile: int
+    instruction_set: str
+
+
+@dataclass(frozen=True)
+class Int8Packed:
+    """Weights of 8 bits as the kernel reads them.
+
+    Attributes:
+        data: ``int8``, an order of the kernel's own.
+        scale: ``float32 [C_out]``: what a sum of one is worth.
+        taps: T.
+        c_in: input channels.
+        c_out: output channels.
+    """
+
+    data: Tensor
+    scale: Tensor
+    taps: int
+    c_in: int
+    c_out: int
+
+
+class Kernels:
+    """The entry points of one loaded object."""
+
+    def __init__(self, library: Library) -> None:
+        self.library, i, p = library, c_int64, c_void_p
+        function = library.function
+        self._packed_floats = function("sr_packed_floats", i, i, i)
+        self._pack = function("sr_pack", p, i, i, i, p)
+        self._convolution_scratch = function("sr_convolution_scratch", i)
+        self._convolve = function("sr_convolve", POINTER(_Convolution))
+        self._packed_winograd_floats = function("sr_packed_winograd_floats", i, i, i)
+        self._pack_winograd = function("sr_pack_winograd", p, i, i, i, p, i)
+        self._winograd_scratch = function("sr_winograd_scratch", i, i, i, i, i)
+        self._winograd = function("sr_winograd", POINTER(_Winograd))
+        self._gradient_scratch = function("sr_weight_gradient_scratch", i)
+        self._gradient = function("sr_weight_gradient", POINTER(_WeightGradient))
+        self.has_int8 = library.lanes == 16 and bool(function("sr_int8_runs")())
+        if self.has_int8:
+            self._packed_int8_bytes = function("sr_packed_int8_bytes", i, i, i)
+            self._pack_int8 = function("sr_pack_int8", p, i, i, i, p)
+            self._convolve_int8 = function("sr_convolve_int8", POINTER(_Int8Convolution))
+        g = POINTER(Grid)
+        self.grid_words = function("sr_grid_words", i, i, i)
+        self.grid_from_sites = function("sr_grid_from_sites", g, p, i)
+        self.grid_coarser = function("sr_grid_coarser", g, g, i, i)
+        self.grid_sites = function("sr_grid_sites", g, p, i)
+        self.grid_around = function("sr_grid_around", g, i, p, i)
+        self.grid_children = function("sr_grid_children", g, g, i, i, p, i)
+        self.grid_parents = function("sr_grid_parents", g, g, i, i, p, i)
+        self.grid_parities = function("sr_grid_parities", g, g, i, i, p, p, p, p, i)
+        self.grid_tiles = function("sr_grid_tiles", g, i, p, p, p, p, i)
+
+    def pack(self, weight: Tensor, tile: int = 0) -> Packed:
+        """``float32 [T, C_in, C_out]`` as :meth:`convolve` reads it; ``tile`` 4 or 2: as :meth:`winograd` does."""
+        if weight.dim() != 3 or min(weight.shape) < 1 or (tile and weight.shape[0] != 9) or tile not in (0, 2, 4):
+            raise ValueError(
+                f"weight is {tuple(weight.shape)}, tile {tile}; expected [T, C_in, C_out], T = 9 for tile 4 or 2"
+            )
+        taps, c_in, c_out = weight.shape
+        source = pointer(weight, torch.float32, "weight")
+        if tile:
+            data = torch.empty(self._packed_winograd_floats(tile, c_in, c_out))
+            self._pack_winograd(source, tile, c_in, c_out, data.data_ptr(), torch.get_num_threads())
+        else:
+            data = torch.empty(self._packed_floats(taps, c_in, c_out))
+            self._pack(source, taps, c_in, c_out, data.data_ptr())
+        return Packed(data, taps, c_in, c_out, tile, self.library.name)
+
+    def scratch_floats(self, packed: Packed, count: int) -> int:
+        """Floats that a convolution of ``count`` rows, tiles or quarters needs besides its operands."""
+        threads = torch.get_num_threads()
+        if packed.tile:
+            return threads * int(self._winograd_scratch(packed.tile, count, packed.c_in, packed.c_out, threads))
+        return threads * int(self._convolution_scratch(packed.taps))
+
+    def convolve(
+        self,
+        x: Tensor,
+        table: Tensor | None,
+        packed: Packed,
+        epilogue: Epilogue,
+        num_outputs: int,
+        *,
+        rows: Tensor | None = None,
+        scratch: Tensor | None = None,
+    ) -> None:
+        """Indirect GEMM: ``v[n] = sum_t x[table[n, t]] @ W[t]``, finished by ``epilogue``.
+
+        Args:
+            x: ``float32 [N_in, C_in]``, rows may lie apart.
+            table: ``int32 [n, T]``, ``N_in`` where there is none; ``None``: row n reads row n.
+            packed: of :meth:`pack`, ``tile`` 0.
+            epilogue: where results go.
+            num_outputs: rows of the results' tensors.
+            rows: ``int32 [n]``: where in them results go; ``None``: row n.
+            scratch: at least :meth:`scratch_floats`.
+
+        Raises:
+            IndexError: a table or ``rows`` points outside.
+        """
+        n = len(x) if table is None else table.shape[0]
+        if table is not None and tuple(table.shape) != (n, packed.taps):
+            raise ValueError(f"table is {tuple(table.shape)}, expected [n, {packed.taps}] for these weights")
+        if packed.tile or (table is None and packed.taps != 1):
+            raise ValueError(
+                f"weights of {packed.taps} taps packed for tile {packed.tile}; expected tile 0, and 1 tap without table"
+            )
+        if (rows is None and n != num_outputs) or (rows is not None and tuple(rows.shape) != (n,)):
+            raise ValueError(
+                f"rows are {None if rows is None else tuple(rows.shape)}, {num_outputs} outputs; expected [{n}]"
+            )
+        threads = torch.get_num_threads()
+        zeros, scratch = self._check(x, packed, epilogue, num_outputs, self.scratch_floats(packed, n), scratch)
+        call = _Convolution(
+            x.data_ptr(), x.stride(0), len(x), packed.c_in, pointer(table, torch.int32, "table"), n, packed.taps,
+            packed.data.data_ptr(), packed.c_out, pointer(rows, torch.int32, "rows"), num_outputs, _bind(epilogue),
+            zeros.data_ptr(), scratch.data_ptr(), threads,
+        )  # fmt: skip
+        _raise(self._convolve(call), "table")
+
+    def winograd(
+        self, x: Tensor, tiles: Tiles, packed: Packed, epilogue: Epilogue, *, scratch: Tensor | None = None
+    ) -> None:
+        """Submanifold 3x3 convolution on tiles: F(4x4, 3x3), or F(2x2, 3x3) on their quarters, as ``packed`` says.
+
+        Raises:
+            IndexError: a table points outside.
+        """
+        if tiles.table.dim() != 2 or tiles.table.shape[1] != 36:
+            raise ValueError(f"tiles are {tuple(tiles.table.shape)}, expected [tiles, 36]")
+        if packed.tile not in (2, 4) or (packed.tile == 2 and tiles.quarters is None):
+            raise ValueError(f"weights packed for tile {packed.tile}; expected 4, or 2 with quarters")
+        quarters = tiles.quarters if packed.tile == 2 else None
+        count = len(tiles.table) if quarters is None else len(quarters)
+        threads = torch.get_num_threads()
+        zeros, scratch = self._check(x, packed, epilogue, len(x), self.scratch_floats(packed, count), scratch)
+        call = _Winograd(
+            x.data_ptr(), x.stride(0), len(x), packed.c_in, pointer(tiles.table, torch.int32, "tiles"),
+            pointer(quarters, torch.int32, "quarters"), len(tiles.table), count, packed.tile, packed.data.data_ptr(),
+            packed.c_out, _bind(epilogue), zeros.data_ptr(), scratch.data_ptr(), threads,
+        )  # fmt: skip
+        _raise(self._winograd(call), "tiles")
+
+    def pack_int8(self, weight: Tensor, scale: Tensor) -> Int8Packed:
+        """``int8 [T, C_in, C_out]`` and the outputs' ``float32 [C_out]`` as :meth:`convolve_int8` reads them.
+
+        Raises:
+            ValueError: shapes do not fit, or this processor lacks the instructions.
+        """
+        if not self.has_int8:
+            raise ValueError(f"{self.library.name} on this processor has no 8-bit products (AVX-512 VNNI)")
+        if weight.dim() != 3 or not 1 <= weight.shape[0] <= 9 or min(weight.shape) < 1:
+            raise ValueError(f"weight is {tuple(weight.shape)}, expected [T, C_in, C_out] with T of 1..9")
+        taps, c_in, c_out = weight.shape
+        if scale.shape != (c_out,):
+            raise ValueError(f"scale is {tuple(scale.shape)}, expected [{c_out}]")
+        pointer(scale, torch.float32, "scale")
+        data = torch.empty(self._packed_int8_bytes(taps, c_in, c_out), dtype=torch.int8)
+        self._pack_int8(pointer(weight, torch.int8, "weight"), taps, c_in, c_out, data.data_ptr())
+        return Int8Packed(data, scale, taps, c_in, c_out)
+
+    def convolve_int8(
+        self,
+        x: Tensor,
+        table: Tensor,
+        packed: Int8Packed,
+        epilogue: Epilogue,
+        num_outputs: int,
+        *,
+        rows: Tensor | None = None,
+    ) -> None:
+        """:meth:`convolve` in 8 bits: ``v[n] = scale * sum_t x[table[n, t]] @ W[t]``.
+
+        Args:
+            x: ``uint8 [N_in + 1, C_in]``, rows a multiple of 4 bytes long; the last one zero.
+            table: ``int32 [n, T]``, ``N_in`` where there is none.
+            packed: of :meth:`pack_int8`.
+            epilogue: where results go.
+            num_outputs: rows of the results' tensors.
+            rows: ``int32 [n]``: where in them results go; ``None``: row n.
+
+        Raises:
+            IndexError: a table or ``rows`` points outside.
+        """
+        n = len(table)
+        if x.dim() != 2 or x.dtype != torch.uint8 or x.shape[1] != packed.c_in or not len(x) or x.device.type != "cpu":
+            raise ValueError(
+                f"features are {x.dtype} {tuple(x.shape)}, expected uint8 [N + 1, {packed.c_in}] on the CPU"
+            )
+        padded = -(-packed.c_in // 4) * 4
+        if (x.stride(1) != 1 and packed.c_in > 1) or x.stride(0) < padded or len(x) * x.stride(0) >= 1 << 32:
+            raise ValueError(
+                f"features have strides {x.stride()}, expected rows of at least {padded} bytes, channels side by side, "
+                "and less than 4 GiB in all; refine fewer pixels at a time (a budget), or use engine 'cpu'"
+            )
+        if x.untyped_storage().nbytes() < x.storage_offset() + (len(x) - 1) * x.stride(0) + padded:
+            raise ValueError(
+                f"the last row of the features ends before {padded} bytes; expected whole fours of channels"
+            )
+        if tuple(table.shape) != (n, packed.taps):
+            raise ValueError(f"table is {tuple(table.shape)}, expected [n, {packed.taps}] for these weights")
+        if (rows is None and n != num_outputs) or (rows is not None and tuple(rows.shape) != (n,)):
+            raise ValueError(
+                f"rows are {None if rows is None else tuple(rows.shape)}, {num_outputs} outputs; expected [{n}]"
+            )
+        _check_epilogue(epilogue, num_outputs, packed.c_out)
+        call = _Int8Convolution(
+            x.data_ptr(), x.stride(0), len(x) - 1, packed.c_in, pointer(table, torch.int32, "table"), n, packed.taps,
+            packed.data.data_ptr(), packed.c_out, pointer(rows, torch.int32, "rows"), num_outputs,
+            packed.scale.data_ptr(), _bind(epilogue), torch.get_num_threads(),
+        )  # fmt: skip
+        _raise(self._convolve_int8(call), "table")
+
+    def weight_gradient(self, x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
+        """``dW[t] = sum_n outer(x[table[n, t]], grad[n])``: ``float32 [T, C_in, C_out]``.
+
+        Raises:
+            IndexError: the table points outside.
+        """
+        if x.dim() != 2 or grad.dim() != 2 or table.dim() != 2 or len(grad) != len(table):
+            shapes = [tuple(t.shape) for t in (x, grad, table)]
+            raise ValueError(f"x, grad, table are {shapes}; expected [N_in, C_in], [n, C_out], [n, T]")
+        result = torch.empty(table.shape[1], x.shape[1], grad.shape[1])
+        threads = torch.get_num_threads()
+        scratch = torch.empty(threads * self._gradient_scratch(grad.shape[1]))
+        call = _WeightGradient(
+            pointer(x, torch.float32, "x"), len(x), x.shape[1], pointer(grad, torch.float32, "grad"), grad.shape[1],
+            pointer(table, torch.int32, "table"), len(table), table.shape[1], result.data_ptr(), scratch.data_ptr(),
+            threads,
+        )  # fmt: skip
+        _raise(self._gradient(call), "table")
+        return result
+
+    def _check(
+        self, x: Tensor, packed: Packed, epilogue: Epilogue, num_outputs: int, floats: int, scratch: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Refuses operands that would be read or written out of bounds; the row of zeros and the scratch memory."""
+        if packed.instruction_set != self.library.name:
+            raise ValueError(f"weights packed for {packed.instruction_set}, expected {self.library.name}")
+        _check_rows(x, "features", None, packed.c_in)
+        _check_epilogue(epilogue, num_outputs, packed.c_out)
+        if scratch is None:
+            scratch = torch.empty(floats)
+        elif scratch.numel() < floats:
+            raise ValueError(f"scratch of {scratch.numel()} floats, expected at least {floats}")
+        pointer(scratch, torch.float32, "scratch")
+        return torch.zeros(packed.c_in), scratch
+
+
+def _check_epilogue(epilogue: Epilogue, n: int, channels: int) -> None:
+    for name, tensor in (("residual", epilogue.residual), ("raw", epilogue.raw)):
+        if tensor is not None:
+            _check_rows(tensor, name, n, channels)
+    vectors = [("bias", epilogue.bias)]
+    for activation in epilogue.activated:
+        _check_rows(activation.out, "activated", n, channels, (torch.float32, torch.uint8))
+        vectors += [("scale", activation.scale), ("shift", activation.shift)]
+    for name, vector in vectors:
+        if vector is not None and (vector.shape != (channels,) or vector.dtype != torch.float32):
+            raise ValueError(f"{name} is {vector.dtype} {tuple(vector.shape)}, expected float32 [{channels}]")
+
+
+def _check_rows(
+    tensor: Tensor, name: str, n: int | None, channels: int, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> None:
+    fits = tensor.dim() == 2 and tensor.shape[1] == channels and (n is None or len(tensor) == n)
+    kind = tensor.dtype in dtypes and tensor.device.type == "cpu"
+    if not fits or not kind or (tensor.stride(1) != 1 and channels > 1 and tensor.numel()):
+        wanted = f"[{'N' if n is None else n}, {channels}]"
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)} of strides {tensor.stride()} on {tensor.device}; "
+            f"expected float32 {wanted} on the CPU, channels side by side"
+        )
+
+
+def _bind(epilogue: Epilogue) -> _Epilogue:
+    bound = _Epilogue()
+    if epilogue.residual is not None:
+        bound.residual, bound.residual_stride = epilogue.residual.data_ptr(), epilogue.residual.stride(0)
+    if epilogue.raw is not None:
+        bound.raw, bound.raw_stride = epilogue.raw.data_ptr(), epilogue.raw.stride(0)
+    bound.bias = pointer(epilogue.bias, torch.float32, "bias")
+    if len(epilogue.activated) > 2:
+        raise ValueError(f"{len(epilogue.activated)} activated outputs, expected at most 2")
+    for target, activation in zip(bound.activated, epilogue.activated, strict=False):
+        target.out, target.stride = activation.out.data_ptr(), activation.out.stride(0)
+        target.scale = pointer(activation.scale, torch.float32, "scale")
+        target.shift = pointer(activation.shift, torch.float32, "shift")
+        target.quantised = activation.out.dtype == torch.uint8
+    return bound
+
+
+def _raise(status: int, what: str) -> None:
+    if status:
+        raise IndexError(f"{what} points outside of its rows; expected 0..N, N for none: was it made for other sites?")
+
+
+@lru_cache
+def kernels(name: str | None = None) -> Kernels:
+    """The kernels of the best instruction set, or of ``name``; see :mod:`sparserefine.engines.cpu.native.library`."""
+    return Kernels(load(name))

@@ -1,0 +1,1 @@
+"""Engine ``torch``: it defines each result, on any device."""

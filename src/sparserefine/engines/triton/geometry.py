@@ -1,0 +1,318 @@
+"""Plans made on the GPU: from a mask of the sites to the tables of all levels, with one read by the host or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparserefine.engines.triton.kernels import geometry as kernels
+from sparserefine.engines.triton.launch import blocks, launch
+from sparserefine.sparse.plan import DownKind, Level, Plan, PlanSpec, Stencil, coarser_size, kernel_size
+from sparserefine.sparse.sites import Sites
+
+if TYPE_CHECKING:
+    from sparserefine.sparse.interface import Engine
+
+_BLOCK = 1024  # cells of a program, at most; even, so that the first of a block is in an even column
+_CHUNK = 2048  # blocks that are summed at once
+_ROWS = 256  # of a program that makes tables
+_LARGEST = 2**31 - 1
+_ALIGNED = 16  # bytes and entries: kernels are compiled anew for pointers that are less aligned
+
+
+@dataclass(frozen=True)
+class Order:
+    """Outputs of an up-sampling by the parity of their row and column, which tells the taps that each can have.
+
+    Attributes:
+        rows: ``int32 [N]``: the rows of parity (even, even) first, then (even, odd), (odd, even), (odd, odd); ascending
+            within each.
+        counts: ``int32 [4]`` on the device: how many of each.
+    """
+
+    rows: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class GpuStencil(Stencil):
+    """A stencil with what kernels for GPUs need. Its tables lie tap by tap in memory: strides ``(1, at least N)``.
+
+    Attributes:
+        order: of the outputs, where each is read by few taps (up-sampling).
+        reverse_order: of the inputs, for the transposed relation.
+        count: ``int32 [1]`` on the device: outputs in use, the rest is padding; ``None``: all of them.
+        reverse_count: the same of the inputs.
+    """
+
+    order: Order | None = None
+    reverse_order: Order | None = None
+    count: Tensor | None = None
+    reverse_count: Tensor | None = None
+
+    def transposed(self) -> GpuStencil:
+        """The stencil of the transposed convolution."""
+        return GpuStencil(
+            self.reverse,
+            self.table,
+            self.mirrored,
+            self.engine,
+            self.reverse_single,
+            self.single,
+            self.reverse_order,
+            self.order,
+            self.reverse_count,
+            self.count,
+        )
+
+
+@dataclass(frozen=True)
+class PaddedPlan(Plan):
+    """A plan whose levels have room for ``capacities`` rows, whatever the image: for CUDA graphs.
+
+    Rows past a level's ``count`` are padding: their coordinates are 0, their entries in tables and orders undefined.
+    Sites past a capacity are left out, and read as missing by their neighbours.
+
+    Attributes:
+        totals: ``int32 [levels]`` on the device: the sites there are, which may be more than the capacities.
+        capacities: rows of each level.
+    """
+
+    totals: Tensor
+    capacities: tuple[int, ...]
+
+
+def build_plan(mask: Tensor, spec: PlanSpec, engine: Engine) -> Plan:
+    """What :mod:`sparserefine.engines.reference` makes of the sites, with one wait of the host: for their number.
+
+    Args:
+        mask: ``bool [B, H, W]``, true at the sites.
+        spec: levels and kind of down-sampling.
+        engine: what executes convolutions; its stencils are :class:`GpuStencil` without ``single``, with orders.
+
+    Raises:
+        ValueError: shape or dtype of the mask, or more cells than int32 can number.
+    """
+    cells = _count(mask, spec, None)
+    return Plan(_levels(cells, spec, engine, cells.totals.tolist(), padded=False), spec)
+
+
+def build_padded_plan(mask: Tensor, spec: PlanSpec, engine: Engine, capacities: Sequence[int]) -> PaddedPlan:
+    """:func:`build_plan` into memory of given size, without a wait of the host; may be captured in a CUDA graph.
+
+    Args:
+        mask: ``bool [B, H, W]``, true at the sites.
+        spec: levels and kind of down-sampling.
+        engine: what executes convolutions.
+        capacities: rows of each level.
+
+    Raises:
+        ValueError: as :func:`build_plan`; or the capacities do not fit the levels.
+    """
+    if len(capacities) != spec.levels or not all(0 <= rows <= _LARGEST for rows in capacities):
+        raise ValueError(f"capacities = {tuple(capacities)}, expected {spec.levels} numbers from 0 to {_LARGEST}")
+    cells = _count(mask, spec, capacities)
+    return PaddedPlan(_levels(cells, spec, engine, capacities, padded=True), spec, cells.totals, tuple(capacities))
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Cells of all levels and how many are active.
+
+    Attributes:
+        active: ``uint8 [B, h, w]`` of each level, 0 or 1.
+        block: neighbours in a row that one program takes.
+        before: ``int64 [levels, 2, blocks]``: active cells before each block, see the kernels.
+        totals: ``int32 [levels]``.
+        kept: ``int32 [levels, 4]``, the first: of the totals what there is room for.
+        parities: ``int32 [levels, 4]``: ``kept`` by parity of row and column.
+    """
+
+    active: list[Tensor]
+    block: int
+    before: Tensor
+    totals: Tensor
+    kept: Tensor
+    parities: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.totals.device
+
+    @property
+    def warps(self) -> int:
+        """Of a program: 4 cells a thread, with more of them registers would not do."""
+        return max(1, self.block // 128)
+
+    def segments(self, level: int) -> int:
+        """Blocks a row; at least one, which writes the border of images without columns."""
+        return max(1, blocks(self.active[level].shape[2], self.block))
+
+
+def _count(mask: Tensor, spec: PlanSpec, capacities: Sequence[int] | None) -> _Cells:
+    cells, storage, offsets = _allocate(mask, spec.levels, spec.down)
+    device, stride = cells.device, cells.before.shape[2]
+    counts = torch.empty_like(cells.before)
+    shapes = torch.empty(spec.levels, 6, dtype=torch.int32, device=device)
+    for level, active in enumerate(cells.active):
+        finer = cells.active[max(0, level - 1)]
+        count = max(1, active.shape[0] * active.shape[1] * cells.segments(level))
+        size = active.shape[1:] if len(active) else (0, 0)  # of no image, the one program must read nothing
+        launch(
+            kernels.activity,
+            (count,),
+            device,
+            *(finer, active, counts, shapes, *finer.shape[1:], *size, cells.segments(level), count),
+            *(capacities[level] if capacities else _LARGEST, offsets[level], level, stride),
+            warps=cells.warps,
+            WINDOW=kernel_size(spec.down) if level else 1,
+            BLOCK=cells.block,
+        )
+    launch(
+        kernels.scan,
+        (spec.levels,),
+        device,
+        *(cells.active[0], storage, shapes, counts, cells.before, cells.totals, cells.kept, cells.parities, stride),
+        warps=8,
+        CAPPED=capacities is not None,
+        BLOCK=cells.block,
+        CHUNK=_CHUNK,
+    )
+    return cells
+
+
+def _allocate(mask: Tensor, levels: int, down: DownKind) -> tuple[_Cells, Tensor, list[int]]:
+    """Cells to be filled, but for those of level 0; the storage of the others, and where in it each level begins."""
+    if mask.dim() != 3 or mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, expected bool [B, H, W]")
+    batch, height, width = mask.shape
+    places = batch * (height + 2) * (width + 2)
+    if places > _LARGEST:
+        raise ValueError(
+            f"{batch} images of {height} x {width} pixels have {places} cells with their borders, "
+            f"more than {_LARGEST}; use smaller batches or smaller images"
+        )
+    sizes = [(height, width)]
+    for _ in range(levels - 1):
+        sizes.append((coarser_size(sizes[-1][0], down), coarser_size(sizes[-1][1], down)))
+    offsets = [0, 0]
+    for h, w in sizes[1:]:
+        offsets.append(offsets[-1] + _aligned(batch * h * w))
+    device = mask.device
+    storage = torch.empty(offsets[levels], dtype=torch.uint8, device=device)
+    active = [mask.contiguous().view(torch.uint8)]
+    for offset, (h, w) in zip(offsets[1:], sizes[1:], strict=False):
+        active.append(storage[offset : offset + batch * h * w].view(batch, h, w))
+    # A block of a narrow image is no wider than it must be: 32 cells are one for each lane of a warp.
+    block = min(_BLOCK, max(32, 1 << (width - 1).bit_length()))
+    stride = _aligned(batch * height * max(1, blocks(width, block)))
+    cells = _Cells(
+        active,
+        block,
+        torch.empty(levels, 2, stride, dtype=torch.int64, device=device),
+        torch.empty(levels, dtype=torch.int32, device=device),
+        torch.empty(levels, 4, dtype=torch.int32, device=device),
+        torch.empty(levels, 4, dtype=torch.int32, device=device),
+    )
+    return cells, storage, offsets
+
+
+def _aligned(count: int) -> int:
+    return max(1, blocks(count, _ALIGNED)) * _ALIGNED
+
+
+def _levels(
+    cells: _Cells, spec: PlanSpec, engine: Engine, capacities: Sequence[int], *, padded: bool
+) -> tuple[Level, ...]:
+    """Levels of so many rows each, of which ``cells.kept`` are in use."""
+    numbered = [_number(cells, level, rows, level < spec.levels - 1, padded) for level, rows in enumerate(capacities)]
+    found = [_tables(cells, level, numbered, spec.down) for level in range(spec.levels)]
+    counts = [cells.kept[level, :1] if padded else None for level in range(spec.levels)]
+    levels = []
+    for level, (number, made) in enumerate(zip(numbered, found, strict=True)):
+        count = counts[level]
+        batch, height, width = cells.active[level].shape
+        sites = Sites(number.coords, batch, height, width, count)
+        around = GpuStencil(made.around, made.around, True, engine, count=count, reverse_count=count)
+        down = None
+        if made.parents is not None:
+            children = found[level + 1].children
+            assert children is not None
+            down = GpuStencil(
+                *(children, made.parents, False, engine),
+                reverse_order=number.order,
+                count=counts[level + 1],
+                reverse_count=count,
+            )
+        levels.append(Level(sites, around, down))
+    return tuple(levels)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """A level's index image ``int32 [B, h + 2, w + 2]``, coordinates ``int32 [N, 3]``, and order but for the last."""
+
+    index: Tensor
+    coords: Tensor
+    order: Order | None
+
+
+def _number(cells: _Cells, level: int, rows: int, ordered: bool, padded: bool) -> _Numbered:
+    active, device = cells.active[level], cells.device
+    batch, height, width = active.shape
+    index = torch.empty(batch, height + 2, width + 2, dtype=torch.int32, device=device)
+    coords = (torch.zeros if padded else torch.empty)(rows, 3, dtype=torch.int32, device=device)
+    order = Order(torch.empty(rows, dtype=torch.int32, device=device), cells.parities[level]) if ordered else None
+    segments = cells.segments(level)
+    launch(
+        kernels.rows,
+        (batch * (height + 2) * segments,),
+        device,
+        *(active, cells.before, cells.parities, index, coords, order.rows if order else None),
+        *(height, width, segments, rows, level, cells.before.shape[2]),
+        warps=cells.warps,
+        BLOCK=cells.block,
+    )
+    return _Numbered(index, coords, order)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Of one level, by its rows: 9 neighbours, cells of the finer level, cells of the coarser level."""
+
+    around: Tensor
+    children: Tensor | None
+    parents: Tensor | None
+
+
+def _tables(cells: _Cells, level: int, numbered: Sequence[_Numbered], down: DownKind) -> _Tables:
+    own = numbered[level]
+    finer = numbered[level - 1].index if level else None
+    coarser = numbered[level + 1] if level + 1 < len(numbered) else None
+    rows, taps = len(own.coords), kernel_size(down) ** 2
+    found = _Tables(
+        _table(rows, 9, cells.device),
+        None if finer is None else _table(rows, taps, cells.device),
+        None if coarser is None else _table(rows, taps, cells.device),
+    )
+    sizes = [size for at in (0, -1, 1) for size in cells.active[min(max(0, level + at), len(numbered) - 1)].shape[1:]]
+    launch(
+        kernels.tables,
+        (blocks(rows, _ROWS),),
+        cells.device,
+        *(own.coords, cells.kept, own.index, found.around, finer, found.children),
+        *(coarser.index if coarser else None, found.parents),
+        *(level, *sizes, len(coarser.coords) if coarser else 0, found.around.stride(1)),
+        KERNEL=kernel_size(down),
+        BLOCK=_ROWS,
+    )
+    return found
+
+
+def _table(rows: int, taps: int, device: torch.device) -> Tensor:
+    """``int32 [rows, taps]``, tap by tap in memory, not filled."""
+    return torch.empty(taps, _aligned(rows), dtype=torch.int32, device=device)[:, :rows].t()

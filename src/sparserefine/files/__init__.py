@@ -1,0 +1,1 @@
+"""Reading and writing images, labels and settings; files are either whole or absent."""

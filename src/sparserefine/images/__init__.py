@@ -1,0 +1,1 @@
+"""Images, labels and coarse logits as tensors: no files, no models."""

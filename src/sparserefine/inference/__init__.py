@@ -1,0 +1,1 @@
+"""Refiners at work on files."""

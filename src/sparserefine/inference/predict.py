@@ -1,0 +1,310 @@
+"""Predicting files: images in, index PNGs out, and a report that leaves nothing unsaid."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparserefine.files.images import IMAGE_SUFFIXES, read_image, write_png
+from sparserefine.images.pictures import overlay as overlay_picture
+from sparserefine.refiner import SparseRefiner
+
+_log = logging.getLogger(__name__)
+_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An input that gave no output.
+
+    Attributes:
+        name: the file, or the input as it was given.
+        reason: why, and what would help.
+    """
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One image that was done.
+
+    Attributes:
+        image: the file read.
+        outputs: the files written: the labels, then the overlay if asked for.
+        size: height and width [px].
+        density: share of the pixels that were looked at again.
+        ms: duration of the base and of all stages after it [ms], without reading and writing files.
+    """
+
+    image: Path
+    outputs: tuple[Path, ...]
+    size: tuple[int, int]
+    density: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class PredictReport:
+    """What :func:`predict` did: each image it found is either in ``images`` or in ``failures``."""
+
+    images: tuple[Predicted, ...]
+    failures: tuple[Failure, ...]
+
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """All files written, in order."""
+        return tuple(path for image in self.images for path in image.outputs)
+
+    def summary(self) -> str:
+        """One line.
+
+        >>> PredictReport((Predicted(Path("a.jpg"), (Path("a.png"),), (8, 8), 0.1, 250.0),), ()).summary()
+        '1 image predicted (density 10.0 %, 250 ms an image)'
+        """
+        parts = [f"{_count(len(self.images), 'image')} predicted"]
+        if self.images:
+            density, ms = median(i.density for i in self.images), median(i.ms for i in self.images)
+            kind = "" if len(self.images) == 1 else "median "
+            parts[0] += f" ({kind}density {100 * density:.1f} %, {ms:.0f} ms an image)"
+        if self.failures:
+            parts.append(_count(len(self.failures), "failure"))
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An image file and where it lies below the folder, or below the fixed part of the pattern, it was found by."""
+
+    image: Path
+    relative: Path
+
+    def outputs(self, with_suffix: bool, overlay: bool) -> tuple[Path, ...]:
+        """Paths below the output folder."""
+        suffix = self.relative.suffix[1:]
+        stem = f"{self.relative.stem}_{suffix}" if with_suffix and suffix else self.relative.stem
+        names = (f"{stem}.png", f"{stem}_overlay.png") if overlay else (f"{stem}.png",)
+        return tuple(self.relative.parent / name for name in names)
+
+
+def predict(
+    inputs: Sequence[str | Path],
+    refiner: SparseRefiner,
+    out: str | Path,
+    *,
+    overlay: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> PredictReport:
+    """Predicts image files and writes their labels as PNG index images in the classes' colours.
+
+    An image ``a/b.jpg`` below an input folder gives ``out/a/b.png``; a file named directly, ``out/<name>.png``; below a
+    pattern's first wildcard sub-folders are kept likewise (``photos/*/x.tif`` gives ``out/<folder>/x.png``).
+    Where two inputs would write the same file, the suffix joins the name of both (``a_jpg.png`` and ``a_tif.png``);
+    where even that does not part them, neither is done. A file that is named twice is done once.
+
+    One bad file stops nothing: whatever goes wrong with an image is a failure in the report, and the image then leaves
+    no output. Input files are never changed, not even with ``overwrite``. ``out`` is made with the first output.
+
+    Args:
+        inputs: files, folders (walked recursively; files that are hidden or have no image suffix are skipped) and glob
+            patterns, of which ``**`` matches any folders. Where ``out`` lies below one, its content is skipped.
+        refiner: runs on the device it is on, in evaluation mode.
+        out: folder of the outputs.
+        overlay: also writes ``<name>_overlay.png``, the class colours blended over the image.
+        overwrite: replaces outputs that exist; otherwise they are failures.
+        progress: shows a bar on stderr, if that is a terminal, once it has taken 2 s.
+
+    Raises:
+        ValueError: no inputs at all, or ``out`` is not a folder.
+    """
+    inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
+    out = Path(out)
+    if not inputs:
+        raise ValueError("nothing to predict; give image files, folders or glob patterns")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file, expected a folder (or a new name) for the outputs")
+    images: list[Predicted] = []
+    failures: list[Failure] = []
+    found = _find(inputs, out, failures)
+    jobs = _name_outputs(found, out, overlay, failures)
+    sources = {_identity(f.image) for f in found}
+    was_training = refiner.training
+    refiner.eval()
+    try:
+        bar = tqdm(jobs, unit="image", delay=2, leave=False, disable=None if progress else True)
+        for image, outputs in bar:
+            refusal = _refusal(outputs, sources, overwrite)
+            result = refusal or _predict_one(image, outputs, refiner)
+            if isinstance(result, Predicted):
+                images.append(result)
+            else:
+                failures.append(Failure(str(image), result))
+    finally:
+        refiner.train(was_training)
+    return PredictReport(tuple(images), tuple(failures))
+
+
+def _find(inputs: Sequence[str | Path], out: Path, failures: list[Failure]) -> list[_Found]:
+    """Image files of all inputs, each file once; inputs that give none become failures."""
+    found: dict[Path, _Found] = {}
+    for given in inputs:
+        failed_before = len(failures)
+        try:
+            images = list(_images_of(Path(given), out.resolve(), failures))
+        except OSError as error:
+            failures.append(Failure(str(given), error.strerror or str(error)))
+            continue
+        if not images and len(failures) == failed_before:
+            failures.append(Failure(str(given), f"no image found (files ending in {', '.join(IMAGE_SUFFIXES)})"))
+        for item in images:
+            found.setdefault(item.image.absolute(), item)
+    return list(found.values())
+
+
+def _images_of(given: Path, out: Path, failures: list[Failure]) -> Iterator[_Found]:
+    if given.is_dir():
+        if given.resolve() == out:
+            reason = "is also the output folder, where images and outputs could not be told apart; choose another"
+            failures.append(Failure(str(given), reason))
+            return
+        yield from (_Found(file, file.relative_to(given)) for file in _walk(given, out, failures) if _is_image(file))
+    elif given.is_file():
+        yield _Found(given, Path(given.name))
+    elif not glob.has_magic(str(given)):
+        failures.append(Failure(str(given), "no such file or folder"))
+    else:
+        fixed = next(i for i, part in enumerate(given.parts) if glob.has_magic(part))
+        root, pattern = Path(*given.parts[:fixed]), Path(*given.parts[fixed:])
+        skip_out = out != root.resolve() and out.is_relative_to(root.resolve())
+        # Path.glob would also match hidden files.
+        for name in sorted(glob.glob(str(pattern), root_dir=root, recursive=True)):  # noqa: PTH207
+            file, relative = root / name, Path(name)
+            if file.is_file() and _is_image(file) and not (skip_out and file.parent.resolve().is_relative_to(out)):
+                # A pattern with '..' in it must not lead out of the output folder.
+                yield _Found(file, Path(relative.name) if ".." in relative.parts else relative)
+
+
+def _walk(folder: Path, out: Path, failures: list[Failure]) -> Iterator[Path]:
+    """Files below ``folder`` in order, but for hidden ones and those in ``out``; follows links, each folder once."""
+    seen = {out}
+
+    def unreadable(error: OSError) -> None:
+        failures.append(Failure(str(error.filename), error.strerror or str(error)))
+
+    for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        here = Path(parent).resolve()
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent) / name for name in sorted(files) if not name.startswith("."))
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _name_outputs(
+    found: list[_Found], out: Path, overlay: bool, failures: list[Failure]
+) -> list[tuple[Path, tuple[Path, ...]]]:
+    """Image and outputs of each file; those that cannot be told apart become failures."""
+    with_suffix: set[int] = set()
+    while True:
+        names = [item.outputs(i in with_suffix, overlay) for i, item in enumerate(found)]
+        claims: dict[Path, list[int]] = defaultdict(list)
+        for i, paths in enumerate(names):
+            for path in paths:
+                claims[path].append(i)
+        clashes = {i: path for path, claimants in claims.items() if len(claimants) > 1 for i in claimants}
+        if clashes.keys() <= with_suffix:
+            break
+        with_suffix |= clashes.keys()  # may clash with a third one, which then gets its suffix too
+    for i, path in clashes.items():
+        others = ", ".join(str(found[j].image) for j in claims[path] if j != i)
+        failures.append(
+            Failure(str(found[i].image), f"would write {out / path}, as would {others}; predict them into two folders")
+        )
+    return [
+        (item.image, tuple(out / path for path in paths))
+        for i, (item, paths) in enumerate(zip(found, names, strict=True))
+        if i not in clashes
+    ]
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """The same for all names of one file: through links, and where a file system ignores case."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def _refusal(outputs: tuple[Path, ...], sources: set[tuple[int, int] | None], overwrite: bool) -> str | None:
+    """Why these outputs may not be written."""
+    for path in outputs:
+        identity = _identity(path)
+        if identity is None:
+            continue
+        if identity in sources:
+            return f"its output {path} is one of the input files, which are never overwritten; choose another folder"
+        if not overwrite:
+            return f"{path} exists; --overwrite (overwrite=True) replaces it"
+    return None
+
+
+def _predict_one(image: Path, outputs: tuple[Path, ...], refiner: SparseRefiner) -> Predicted | str:
+    """What was done with one image, or why it failed."""
+    written: list[Path] = []
+    try:
+        pixels = read_image(image)
+        labels, density, ms = _refine(pixels, refiner)
+        pictures = [labels]
+        if len(outputs) > 1:
+            pictures.append(overlay_picture(pixels, labels, refiner.classes))
+        for path, picture in zip(outputs, pictures, strict=True):
+            write_png(path, picture, list(refiner.classes.palette))
+            written.append(path)
+    except Exception as error:  # a foreign base may raise anything, and the next image may be fine
+        _log.debug("predicting %s", image, exc_info=True)
+        for path in written:
+            path.unlink(missing_ok=True)
+        return _reason(error, image)
+    return Predicted(image, outputs, (pixels.shape[1], pixels.shape[2]), density, ms)
+
+
+@torch.no_grad()
+def _refine(pixels: Tensor, refiner: SparseRefiner) -> tuple[Tensor, float, float]:
+    """Labels ``[H, W]`` on the CPU, density and milliseconds of one image ``uint8 [3, H, W]``."""
+    device = next(refiner.trained_parameters()).device
+    refinement = refiner(pixels[None].to(device))
+    return refinement.labels()[0].cpu(), refinement.density, sum(refinement.timings_ms.values())
+
+
+def _reason(error: Exception, image: Path) -> str:
+    text = str(error).partition("\n")[0].removeprefix(f"{image}: ")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _OUT_OF_MEMORY.search(text):
+        cure = "a smaller budget of the selector or a smaller input of the base needs less"
+        return f"out of memory ({text}); {cure}" if text else f"out of memory; {cure}"
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,44 @@
+"""Peak memory, on CPU and GPU."""
+
+from __future__ import annotations
+
+import threading
+
+import psutil
+import torch
+
+
+class PeakMemory:
+    """Most memory that the body of a ``with`` used beyond what was in use before [MB = 1e6 bytes].
+
+    On a GPU torch's own high-water mark; otherwise the resident size of the process, sampled every 2 ms.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.megabytes = 0.0
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            self._process = psutil.Process()
+            self._before = self._peak = self._process.memory_info().rss
+            self._done = threading.Event()
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.002):
+            self._peak = max(self._peak, self._process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self._done.set()
+            self._thread.join()
+            peak = max(self._peak, self._process.memory_info().rss)
+        self.megabytes = (peak - self._before) / 1e6

@@ -1,0 +1,119 @@
+"""Ensembler: coarse and sparse logits at the sites -> refined logits at the sites (paper, section 3.3)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparserefine.images.uncertainty import entropy
+from sparserefine.sparse import Engine, Perceptron
+
+# Of the hidden layers at inference: 8 MiB on the CPU, not N x 64 floats.
+_CHUNK_ROWS = {"cpu": 1 << 15, "other": 1 << 20}
+
+
+@dataclass(frozen=True)
+class EnsemblerConfig:
+    """Which ensembler.
+
+    Attributes:
+        name: ``gated`` (learnt), ``minimum_entropy`` or ``mean``.
+        fuser: of the gated one: ``residual``, blend + f(blend) that starts as the plain blend, or ``paper``, f(blend).
+    """
+
+    name: Literal["gated", "minimum_entropy", "mean"] = "gated"
+    fuser: Literal["residual", "paper"] = "residual"
+
+    def __post_init__(self) -> None:
+        if self.name not in ("gated", "minimum_entropy", "mean"):
+            raise ValueError(f"ensembler {self.name!r}, expected 'gated', 'minimum_entropy' or 'mean'")
+        if self.fuser not in ("residual", "paper"):
+            raise ValueError(f"fuser {self.fuser!r}, expected 'residual' or 'paper'")
+
+
+class Ensembler(nn.Module):
+    """What all ensemblers are: ``(coarse [N, K], sparse [N, K]) -> refined [N, K]``, all logits."""
+
+    def forward(self, coarse: Tensor, sparse: Tensor, engine: Engine | None = None) -> Tensor:
+        """Refined logits ``[N, K]``; an engine may do what it has a kernel for."""
+        raise TypeError(f"{type(self).__name__} must define forward")
+
+    def macs(self, sites: int) -> int:
+        """Multiply-accumulates for that many sites."""
+        return sites * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+
+
+class GatedEnsembler(Ensembler):
+    """Paper, section 3.3: w = sigmoid(MLP[p1, p2, H1, H2]); blend = w y1 + (1 - w) y2; a fuser MLP on the blend.
+
+    Args:
+        num_classes: K.
+        fuser: ``residual``: blend + f(blend), the last layer of f zero at the start; ``paper``: f(blend).
+        hidden: width of both MLPs.
+    """
+
+    def __init__(self, num_classes: int, fuser: Literal["residual", "paper"] = "residual", hidden: int = 64) -> None:
+        super().__init__()
+        self.residual = fuser == "residual"
+        self.gate = nn.Sequential(nn.Linear(2 * (num_classes + 1), hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 1))
+        last = nn.Linear(hidden, num_classes)
+        self.fuser = nn.Sequential(nn.Linear(num_classes, hidden), nn.ReLU(inplace=True), last)
+        if self.residual:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, coarse: Tensor, sparse: Tensor, engine: Engine | None = None) -> Tensor:
+        """Refined logits ``[N, K]``; by the engine's kernel if it has one."""
+        if engine is not None:
+            refined = engine.gated(coarse, sparse, _perceptron(self.gate), _perceptron(self.fuser), self.residual)
+            if refined is not None:
+                return refined
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._refined(coarse, sparse)
+        rows = _CHUNK_ROWS.get(coarse.device.type, _CHUNK_ROWS["other"])
+        chunks = zip(torch.split(coarse, rows), torch.split(sparse, rows), strict=True)
+        return torch.cat([self._refined(c, s) for c, s in chunks])
+
+    def _refined(self, coarse: Tensor, sparse: Tensor) -> Tensor:
+        # One row per class: softmax and entropy over the few values of a short row are slow.
+        c, s = coarse.t().contiguous(), sparse.t().contiguous()
+        seen = torch.cat([c.softmax(0), s.softmax(0), entropy(c, 0)[None], entropy(s, 0)[None]])
+        w = torch.sigmoid(self.gate(seen.t()))
+        blend = w * coarse + (1 - w) * sparse
+        refined: Tensor = blend + self.fuser(blend) if self.residual else self.fuser(blend)
+        return refined
+
+
+class MinimumEntropyEnsembler(Ensembler):
+    """At each site the logits of whichever prediction is more certain (the sparse one where they are equal)."""
+
+    def forward(self, coarse: Tensor, sparse: Tensor, engine: Engine | None = None) -> Tensor:
+        """Refined logits ``[N, K]``."""
+        return torch.where((entropy(coarse, 1) < entropy(sparse, 1))[:, None], coarse, sparse)
+
+
+class MeanEnsembler(Ensembler):
+    """Logarithm of the mean of both probability vectors."""
+
+    def forward(self, coarse: Tensor, sparse: Tensor, engine: Engine | None = None) -> Tensor:
+        """Refined logits ``[N, K]``."""
+        both = torch.stack([coarse.log_softmax(1), sparse.log_softmax(1)])
+        return both.logsumexp(0) - math.log(2)
+
+
+def _perceptron(network: nn.Sequential) -> Perceptron:
+    weight1, bias1, weight2, bias2 = network.parameters()
+    return weight1, bias1, weight2, bias2
+
+
+def build_ensembler(config: EnsemblerConfig, num_classes: int) -> Ensembler:
+    """The ensembler that ``config`` names."""
+    if config.name == "gated":
+        return GatedEnsembler(num_classes, config.fuser)
+    if config.name == "minimum_entropy":
+        return MinimumEntropyEnsembler()
+    return MeanEnsembler()

@@ -1,0 +1,1 @@
+"""What refinement is worth and costs: scores, timings, the demo."""

@@ -1,0 +1,1 @@
+"""``sparserefine benchmark``: inputs, measuring, records, tables and charts."""

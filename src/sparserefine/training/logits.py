@@ -1,0 +1,129 @@
+"""``sparserefine logits``: stores the base's coarse logits, so that training does not run the base again and again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.load import load_base
+from sparserefine.data.readers.dataset import Dataset
+from sparserefine.images.classes import Classes
+from sparserefine.training.config import Config
+from sparserefine.training.stored_logits import LiveSplit, StoredLogits, StoredSplit, quantised
+
+
+@dataclass(frozen=True)
+class LogitsReport:
+    """What :func:`store_logits` did: images computed now, and images that were there already."""
+
+    computed: int
+    present: int
+
+
+class Bases:
+    """The bases that a configuration names, each loaded and digested once, when it is first asked for.
+
+    Args:
+        config: input and normalisation of all of them.
+        device: to run them on.
+        loaded: one that is there already.
+    """
+
+    def __init__(self, config: BaseConfig, device: torch.device, loaded: FrozenBase | None = None) -> None:
+        self._config, self._device = config, device
+        self._bases = {} if loaded is None else {config.name: loaded.to(device)}
+        self._identities: dict[str, str] = {}
+
+    def base(self, name: str, classes: Classes) -> FrozenBase:
+        """The base of that name, for data of those classes."""
+        if name not in self._bases:
+            self._bases[name] = load_base(replace(self._config, name=name), classes).to(self._device)
+        return self._bases[name]
+
+    def identity(self, name: str, classes: Classes) -> str:
+        """Identity of :meth:`base`."""
+        if name not in self._identities:
+            self._identities[name] = self.base(name, classes).identity
+        return self._identities[name]
+
+
+class CoarseLogits:
+    """Coarse logits of the images of one split, each from the base that may judge it (see ``logits.crossfit``).
+
+    Args:
+        config: names the bases.
+        data: the split; cross-fit bases apply to the images that their own splits share with it.
+        device: where the bases run.
+        bases: those of several splits.
+    """
+
+    def __init__(self, config: Config, data: Dataset, device: torch.device, bases: Bases) -> None:
+        self.config, self.data, self.device, self._bases = config, data, device, bases
+        self._fold_of = {
+            sample.name: fold.base for fold in config.logits.crossfit for sample in config.data.read(fold.split).samples
+        }
+
+    def _source(self, name: str) -> str:
+        """Name of the base for the sample of that name."""
+        return self._fold_of.get(name, self.config.base.name)
+
+    def base(self, name: str) -> FrozenBase:
+        """The base for the sample of that name."""
+        return self._bases.base(self._source(name), self.data.classes)
+
+    def identity(self, name: str) -> str:
+        """Identity of :meth:`base`."""
+        return self._bases.identity(self._source(name), self.data.classes)
+
+    def compute(self, index: int) -> tuple[Tensor, tuple[int, int]]:
+        """Coarse logits ``[K, h, w]`` of image ``index`` and the image's size."""
+        image, _ = self.data.read(index)
+        logits = self.base(self.data.samples[index].name)(image[None].to(self.device))
+        return logits[0].cpu(), (image.shape[1], image.shape[2])
+
+    def stored(self) -> StoredSplit:
+        """All of them, to be read from ``logits.folder``; refused if another base made them."""
+        names = tuple(sample.name for sample in self.data.samples)
+        split = StoredSplit(Path(self.config.logits.folder), names, tuple(map(self.identity, names)))
+        split.check()
+        return split
+
+    def live(self) -> LiveSplit:
+        """All of them, computed now and kept in memory."""
+        steps = tqdm(range(len(self.data)), desc="coarse logits", unit="image", delay=2)
+        return LiveSplit([quantised(self.compute(index)[0]) for index in steps])
+
+
+def store_logits(config: Config, *, device: torch.device, overwrite: bool = False) -> LogitsReport:
+    """Stores the coarse logits of the training and validation split; goes on where an interrupted run stopped.
+
+    Raises:
+        ValueError: no ``logits.folder``, or it holds logits of another base and ``overwrite`` is false.
+    """
+    if not config.logits.folder:
+        raise ValueError("logits.folder is empty; say where to store them")
+    store = StoredLogits(config.logits.folder)
+    computed = present = 0
+    splits = {split: config.data.read(split) for split in (config.data.train, config.data.val)}
+    bases = Bases(config.base, device)
+    for split, data in splits.items():
+        source = CoarseLogits(config, data, device, bases)
+        for index, sample in enumerate(tqdm(data.samples, desc=f"logits of {split}", unit="image")):
+            there, wanted = store.base_of(sample.name), source.identity(sample.name)
+            if there == wanted:
+                present += 1
+                continue
+            if there is not None and not overwrite:
+                raise ValueError(
+                    f"{store.path(sample.name)}: holds logits of base {there}, this configuration's is {wanted}; "
+                    "choose another logits.folder, or pass --overwrite"
+                )
+            logits, size = source.compute(index)
+            store.write(sample.name, logits, base=wanted, image_size=size)
+            computed += 1
+    return LogitsReport(computed, present)

@@ -1,0 +1,118 @@
+"""Coarse logits on disk: one safetensors file an image, float16, at the base's own output size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparserefine.files.whole import written_whole
+
+FORMAT_VERSION = "1"
+_HALF_MAX = 65504.0
+
+
+class StoredLogits:
+    """A folder of coarse logits; ``<folder>/<sample name>.safetensors``."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, name: str) -> Path:
+        """File of the sample of that name."""
+        return self.folder / f"{name}.safetensors"
+
+    def write(self, name: str, logits: Tensor, *, base: str, image_size: tuple[int, int]) -> None:
+        """Stores ``[K, h, w]`` with the identity of the base and the size of the image [px]."""
+        header = {"format_version": FORMAT_VERSION, "base": base, "image": f"{image_size[0]}x{image_size[1]}"}
+        half = quantised(logits).cpu().contiguous()
+        with written_whole(self.path(name)) as temporary:
+            save_file({"logits": half}, temporary, metadata=header)
+
+    def base_of(self, name: str) -> str | None:
+        """Identity of the base that made the stored logits; ``None`` where there are none."""
+        return self._header(name).get("base") if self.path(name).is_file() else None
+
+    def read(self, name: str, *, base: str, image_size: tuple[int, int]) -> Tensor:
+        """``float16 [K, h, w]``.
+
+        Raises:
+            ValueError: none stored, unreadable, of another base, or of another image.
+        """
+        self.check(name, base=base)
+        path, header = self.path(name), self._header(name)
+        expected = f"{image_size[0]}x{image_size[1]}"
+        if header.get("image") != expected:
+            raise ValueError(f"{path}: logits of an image of {header.get('image')} pixels, this image has {expected}")
+        with safe_open(path, framework="pt") as file:
+            logits: Tensor = file.get_tensor("logits")
+        return logits
+
+    def check(self, name: str, *, base: str) -> None:
+        """Raises ``ValueError`` unless there are logits of the sample, made by ``base``."""
+        there = self.base_of(name)
+        if there is None:
+            raise ValueError(
+                f"{self.path(name)}: no stored logits; run `sparserefine logits` with this configuration first"
+            )
+        if there != base:
+            raise ValueError(
+                f"{self.path(name)}: logits of base {there}, this configuration's is {base}; "
+                "store them in another folder, or run `sparserefine logits --overwrite`"
+            )
+
+    def _header(self, name: str) -> dict[str, str]:
+        try:
+            with safe_open(self.path(name), framework="pt") as file:
+                header: dict[str, str] = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{self.path(name)}: unreadable ({error}); delete it and store it again") from error
+        if header.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{self.path(name)}: format_version {header.get('format_version')!r}, expected {FORMAT_VERSION!r}"
+            )
+        return header
+
+
+def quantised(logits: Tensor) -> Tensor:
+    """The precision that logits are stored and trained with: float16, within its range."""
+    return logits.clamp(-_HALF_MAX, _HALF_MAX).half()
+
+
+@dataclass(frozen=True)
+class StoredSplit:
+    """Stored logits of the samples of one split; plain values, so that loader processes can have it.
+
+    Attributes:
+        folder: of the stored logits.
+        names: of the samples.
+        bases: identity of the base that must have made each.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    bases: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raises ``ValueError`` unless all are there, made by their bases."""
+        for name, base in zip(self.names, self.bases, strict=True):
+            StoredLogits(self.folder).check(name, base=base)
+
+    def __call__(self, index: int, image_size: tuple[int, int]) -> Tensor:
+        """``float32 [K, h, w]`` of sample ``index``."""
+        store = StoredLogits(self.folder)
+        return store.read(self.names[index], base=self.bases[index], image_size=image_size).float()
+
+
+@dataclass(frozen=True)
+class LiveSplit:
+    """Logits of the samples of one split in memory, in the precision of stored ones."""
+
+    items: list[Tensor]
+
+    def __call__(self, index: int, image_size: tuple[int, int]) -> Tensor:
+        """``float32 [K, h, w]`` of sample ``index``."""
+        return self.items[index].float()
