@@ -38,8 +38,8 @@ def by_parity(table: Tensor) -> Tensor:
 def test_shared_sums(
     device: torch.device, dtype: torch.dtype, counted: bool, ordered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparserefine.sparse.gpu import convolution
-    from sparserefine.sparse.gpu.geometry import Order
+    from sparserefine.engines.triton import convolution
+    from sparserefine.engines.triton.geometry import Order
 
     c_in, used = 40, N_OUT - 6 if counted else N_OUT
     table = torch.randint(0, N_IN + 1, (N_OUT, 9), dtype=torch.int32)
@@ -71,7 +71,7 @@ def test_shared_sums(
 def test_which_sums_are_shared() -> None:
     """Few rows and long sums, in half precision; a network of many sites stays as it is."""
     pytest.importorskip("triton")
-    from sparserefine.sparse.gpu.convolution import tiling
+    from sparserefine.engines.triton.convolution import tiling
 
     deep, half = (806, 1024, 1024), torch.float16
     assert tiling(*deep, half, "ieee", 9).shares == 4
