@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,10 @@ PACKAGE = "src/sparserefine/engines/cpu/native"
 
 
 class KernelsHook(BuildHookInterface):
-    """A wheel with kernels is for one kind of machine and any Python 3; one without a compiler for any machine."""
+    """A wheel with kernels is for Linux on one kind of processor and any Python 3; one without them for any machine.
+
+    Without them: on other systems, without a C++ compiler, and with ``SPARSEREFINE_PURE=1`` in the environment.
+    """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Builds; runs for wheels and editable installs."""
@@ -27,6 +28,5 @@ class KernelsHook(BuildHookInterface):
         self.app.display_info(f"CPU kernels: {build.NOTE.read_text(encoding='utf-8').strip()}")
         build_data["artifacts"].append(f"{PACKAGE}/objects/*")
         if built:
-            system = sys.platform if sys.platform == "linux" else platform.system().lower()
             build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-{system}_{platform.machine()}"
+            build_data["tag"] = build.wheel_tag()

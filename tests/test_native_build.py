@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -12,9 +13,13 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from packaging.tags import sys_tags
+from packaging.utils import parse_wheel_filename
 
+import wheels
 from sparserefine.commands.info import info_text
 from sparserefine.engines.choose import engine_report, get_engine
 from sparserefine.engines.cpu.engine import CpuEngine
@@ -133,6 +138,60 @@ def test_digest_is_of_all_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         path.write_text(text + "\n")
         assert build.sources_digest() != before, path.name
         path.write_text(text)
+
+
+def test_the_pure_package_has_no_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On purpose, though there may be a compiler; the note tells those who install it where kernels are."""
+    monkeypatch.setenv(build.PURE, "1")
+    assert build.build() is False
+    assert "without compiled kernels; on Linux, install the manylinux wheel" in note_of(folder)
+
+
+@pytest.mark.parametrize("value", ["yes", "2"])
+def test_a_switch_that_is_neither_on_nor_off(folder: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv(build.PURE, value)
+    with pytest.raises(ValueError, match=rf"SPARSEREFINE_PURE is '{value}'; expected 1 .* or 0, or unset it"):
+        build.build()
+    assert (folder / "generic.so").is_file(), "what was there is gone"
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_other_systems_get_the_pure_package(folder: Path, monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    """A compiler there would make objects that nobody can load, and a tag that pip refuses."""
+    monkeypatch.setattr(build, "sys", SimpleNamespace(platform=system))
+    monkeypatch.setattr(build, "_run", lambda command: pytest.fail(f"compiled: {command}"))
+    assert build.build() is False
+    assert f"the compiled kernels are for Linux, this is {system}" in note_of(folder)
+
+
+@pytest.mark.parametrize("name", build.INSTRUCTION_SETS)
+def test_needed_c_library_is_what_the_object_says(name: str) -> None:
+    path = build.OBJECTS / f"{name}.so"
+    if not path.is_file() or not shutil.which("readelf"):
+        pytest.skip(f"needs {path.name} and readelf")
+    lines = subprocess.run(["readelf", "-V", "-W", str(path)], capture_output=True, text=True, check=True).stdout
+    versions = re.findall(r"Name: GLIBC_(\d+)\.(\d+)", lines)
+    assert versions
+    assert build.needed_glibc(path) == max((int(major), int(minor)) for major, minor in versions)
+
+
+@pytest.mark.parametrize(
+    ("objects", "tag"),
+    [
+        ([b"\0memcpy\0GLIBC_2.14\0GLIBC_2.2.5\0"], "py3-none-manylinux_2_17_m"),
+        ([b"\0GLIBC_2.17\0", b"\0GLIBC_2.4\0GLIBC_2.34\0"], "py3-none-manylinux_2_34_m"),
+        ([b"\0GLIBC_3.0\0"], "py3-none-manylinux_3_0_m"),
+        ([b"\0GLIBC_2.14\0", b"\0memcpy\0"], "py3-none-linux_m"),
+        ([b"\0GLIBC_2.14\0GLIBC_ABI_DT_RELR\0"], "py3-none-linux_m"),
+        ([b"\0GLIBC_PRIVATE\0"], "py3-none-linux_m"),
+    ],
+    ids=["older than any policy", "the newest counts", "another major", "musl", "no number", "private"],
+)
+def test_tag_tells_the_c_library(folder: Path, monkeypatch: pytest.MonkeyPatch, objects: list[bytes], tag: str) -> None:
+    for number, content in enumerate(objects):
+        (folder / f"{('generic', 'avx2')[number]}.so").write_bytes(content)
+    monkeypatch.setattr(build.platform, "machine", lambda: "m")
+    assert build.wheel_tag() == tag
 
 
 @pytest.mark.parametrize("name", build.INSTRUCTION_SETS)
@@ -296,17 +355,21 @@ def test_wheel_carries_the_objects(tree: Path, tmp_path: Path) -> None:
     if build.compiler() is None or not sys.platform.startswith("linux"):
         pytest.skip("needs Linux and a C++ compiler")
     command = " ".join(build.compiler() or [])
-    # Quickly: the object that is called below without optimisation, the others without their sources.
+    # Quickly: the object that is called below without optimisation, the others of one function of the C library.
+    other = tmp_path / "other.cpp"
+    other.write_text("#include <stdlib.h>\n__attribute__((used)) static void* get(size_t n) { return malloc(n); }\n")
     script = f"""
         arguments="$*"
         case "$arguments" in
             *-DVL=4*) exec {command} "$@" -O0;;
-            *-DVL=*) exec {command} ${{arguments% *}} -x c++ /dev/null;;
+            *-DVL=*) exec {command} ${{arguments% *}} {other};;
             *) exec {command} "$@";;
         esac"""
     quick = program(tmp_path / "quick", script)
     wheel = packages(tree, "wheel", tmp_path / "out", CXX=str(quick))
-    assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
+    kind = "manylinux_2_1[7-9]|manylinux_2_[2-9][0-9]" if build.platform.libc_ver()[0] == "glibc" else "linux"
+    assert re.search(rf"-py3-none-({kind})_{build.platform.machine()}\.whl$", wheel.name)
+    assert parse_wheel_filename(wheel.name)[3] <= set(sys_tags()), "pip would refuse it here"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "unpacked")
@@ -333,10 +396,39 @@ def test_wheel_carries_the_objects(tree: Path, tmp_path: Path) -> None:
     assert "generic" in result.stdout
 
 
-def test_wheel_without_a_compiler_is_for_any_machine(tree: Path, tmp_path: Path) -> None:
-    wheel = packages(tree, "wheel", tmp_path, CXX="no-such-compiler")
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [({"CXX": "no-such-compiler"}, b"no C++ compiler"), ({build.PURE: "1"}, b"comes without compiled kernels")],
+    ids=["no compiler", "on purpose"],
+)
+def test_wheel_without_kernels_is_for_any_machine(
+    tree: Path, tmp_path: Path, environment: dict[str, str], why: bytes
+) -> None:
+    wheel = packages(tree, "wheel", tmp_path, **environment)
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         objects = [name for name in archive.namelist() if "/native/objects/" in name]
         assert [Path(name).name for name in objects] == [build.NOTE.name]
-        assert b"no C++ compiler" in archive.read(objects[0])
+        assert why in archive.read(objects[0])
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_wheel_of_another_system_is_pure(tree: Path, monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    """The hook leaves hatchling's own tag alone, ``py3-none-any``: a tag for macOS has to name its version."""
+    monkeypatch.syspath_prepend(str(tree))
+    hook = importlib.import_module("hatch_build").KernelsHook
+    told: list[str] = []
+    here = SimpleNamespace(root=str(tree), app=SimpleNamespace(display_info=told.append))
+    monkeypatch.setattr(sys, "platform", system)
+    build_data: dict = {"artifacts": []}
+    hook.initialize(here, "standard", build_data)
+    assert set(build_data) == {"artifacts"}
+    assert told == [f"CPU kernels: not built: the compiled kernels are for Linux, this is {system}"]
+
+
+@pytest.mark.slow
+def test_both_wheels_run_in_environments_of_their_own(tmp_path: Path) -> None:
+    """As ``make wheels``, with the dependencies of this environment instead of freshly installed ones."""
+    if build.compiler() is None or build.platform.libc_ver()[0] != "glibc":
+        pytest.skip("needs Linux with the GNU C library, and a C++ compiler")
+    wheels.check(wheels.build(ROOT, tmp_path / "dist"), tmp_path, borrow=True)

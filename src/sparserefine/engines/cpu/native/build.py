@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +25,12 @@ NOTE = OBJECTS / "build.txt"
 
 DIGEST = OBJECTS / "sources.sha256"
 """Of the sources that the objects were built from: objects of others would be called with wrong arguments."""
+
+PURE = "SPARSEREFINE_PURE"
+"""Environment variable: ``1`` leaves the kernels out, for a wheel that runs on any machine."""
+
+_OLDEST_GLIBC = 17
+"""Of the C library 2.x: what the oldest manylinux policy still in use (2014) names, and where 64-bit Arm begins."""
 
 _X86 = "-mavx2 -mfma -mbmi -mbmi2 -mlzcnt -mpopcnt"
 _AVX512 = f"{_X86} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
@@ -51,6 +59,45 @@ def instruction_sets() -> list[str]:
     """Those that this kind of machine may have."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return [name for name in INSTRUCTION_SETS if x86 or name == "generic"]
+
+
+def pure_wanted() -> bool:
+    """Whether ``$SPARSEREFINE_PURE`` asks for a package without kernels.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    value = os.environ.get(PURE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{PURE} is {value!r}; expected 1 (leave the compiled kernels out) or 0, or unset it")
+    return value == "1"
+
+
+def needed_glibc(path: Path) -> tuple[int, int] | None:
+    """The oldest version of the GNU C library that has all symbols of an object; ``None`` if no version is enough.
+
+    Symbol versions stand in the object as strings between zero bytes. ``None``: it was linked with another C library
+    (musl), which names no versions, or it needs a version that is no number, as ``GLIBC_ABI_DT_RELR``.
+    """
+    names = set(re.findall(rb"\0GLIBC_([^\0]+)(?=\0)", path.read_bytes()))
+    versions = [re.fullmatch(rb"(\d+)\.(\d+)(?:\.\d+)?", name) for name in names]
+    if not versions or None in versions:
+        return None
+    return max((int(found[1]), int(found[2])) for found in versions if found)
+
+
+def wheel_tag() -> str:
+    """What the name of a wheel with the built objects has to say of the machines it is for.
+
+    ``py3-none-manylinux_2_X_ARCH``: any Python 3 on Linux whose C library is 2.X or newer. Where the C library's
+    version is not known: ``py3-none-linux_ARCH``, which installs here and which package indexes refuse.
+    """
+    needed = [needed_glibc(path) for path in OBJECTS.glob("*.so")]
+    known = [version for version in needed if version is not None]
+    if not known or len(known) < len(needed):
+        return f"py3-none-linux_{platform.machine()}"
+    major, minor = max(*known, (2, _OLDEST_GLIBC))
+    return f"py3-none-manylinux_{major}_{minor}_{platform.machine()}"
 
 
 def sources_digest() -> str:
@@ -88,9 +135,20 @@ def compile_object(command: list[str], name: str, out: Path, extra: str = "") ->
 
 
 def build() -> bool:
-    """Compiles all objects of this machine into :data:`OBJECTS` and writes :data:`NOTE`; false if there are none."""
+    """Compiles all objects of this machine into :data:`OBJECTS` and writes :data:`NOTE`; false if there are none.
+
+    Raises:
+        ValueError: ``$SPARSEREFINE_PURE`` is neither 0 nor 1.
+    """
+    pure = pure_wanted()
     shutil.rmtree(OBJECTS, ignore_errors=True)
     OBJECTS.mkdir()
+    if pure:
+        _note("not built: this package comes without compiled kernels; on Linux, install the manylinux wheel for them")
+        return False
+    if not sys.platform.startswith("linux"):
+        _note(f"not built: the compiled kernels are for Linux, this is {sys.platform}")
+        return False
     command = compiler()
     if command is None or not shutil.which(command[0]):
         missing = f"$CXX = {shlex.join(command)}" if command else "g++, clang++, c++"
