@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -12,12 +13,26 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
+import sparserefine
 from sparserefine import SparseRefiner
 from sparserefine.bases.load import BASE_NAMES
 from sparserefine.commands.main import COMMANDS
+from sparserefine.files.images import write_png
+from sparserefine.studies.demo import demo_refiner_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+FOLDERS = ("docs", "examples", "benchmarks")
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(page for f in FOLDERS for page in sorted((ROOT / f).rglob("*.md"))),
+]
+ELSEWHERE = ("../shared/", "runs/", "demo/", "dist/", "masks/", "photos/", "my_data/", "images/", "labels/", "manual1/")
+"""Paths that a checkout does not have."""
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -36,7 +51,7 @@ def test_bring_your_own_model_in_three_lines(page: str) -> None:
     assert refiner(torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)).labels().shape == (1, 64, 96)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_options_exist(page: Path) -> None:
     """Of every `sparserefine ...` in a block or a line."""
     text = page.read_text(encoding="utf-8")
@@ -53,11 +68,69 @@ def test_commands_and_options_exist(page: Path) -> None:
             assert used <= known, line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_ten_lines_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Those of README.md, with a refiner and an image where it says they are."""
+    (code,) = [code for code in blocks(ROOT / "README.md", "python") if "read_image" in code]
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/best").symlink_to(demo_refiner_folder())
+    write_png(tmp_path / "photo.png", torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8))
+    (tmp_path / "photo.png").rename(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert names["labels"].shape == (1, 64, 96)
+    assert "of the pixels refined, {" in capsys.readouterr().out
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them of headings."""
+    lines = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL).splitlines()
+    titles = [line.lstrip("#").strip().lower() for line in lines if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
-    assert not missing
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))
+    for file, anchor in links:
+        if "://" not in file:
+            target = page.parent / file if file else page
+            assert target.exists(), file
+            assert not anchor or anchor in headings(target), f"{file}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_and_modules_exist(page: Path) -> None:
+    """Of each path in backquotes, from the root, the package or the page's folder; and of each `python -m`."""
+    text = page.read_text(encoding="utf-8")
+    quoted = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for path in quoted:
+        if re.fullmatch(r"[\w.*-]+(/[\w.*-]*)+", path) and not path.startswith(ELSEWHERE):
+            places = (ROOT, ROOT / "src/sparserefine", page.parent)
+            assert any(list(place.glob(path.rstrip("/"))) for place in places), path
+    for module in re.findall(r"python -m (benchmarks[\w.]*)", text):
+        assert importlib.util.find_spec(module), module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_targets_of_make_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    used = re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(used) <= targets
+
+
+def test_make_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.*)", makefile, flags=re.MULTILINE)
+    assert set(phony.split()) == set(re.findall(r"^([a-z-]+):.* ## .", makefile, flags=re.MULTILINE))
+
+
+def test_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == sparserefine.__version__
+    assert citation["license"] == "MIT"
+    (paper,) = citation["references"]
+    assert len(paper["authors"]) == 8
 
 
 def test_models_page_names_every_kind() -> None:
@@ -67,7 +140,7 @@ def test_models_page_names_every_kind() -> None:
         assert f"`{'segnext_t' if kind.startswith('segnext') else kind}:" in text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_yaml_is_yaml(page: Path) -> None:
     for block in blocks(page, "yaml"):
         assert isinstance(yaml.safe_load(block), dict)

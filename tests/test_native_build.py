@@ -431,4 +431,4 @@ def test_both_wheels_run_in_environments_of_their_own(tmp_path: Path) -> None:
     """As ``make wheels``, with the dependencies of this environment instead of freshly installed ones."""
     if build.compiler() is None or build.platform.libc_ver()[0] != "glibc":
         pytest.skip("needs Linux with the GNU C library, and a C++ compiler")
-    wheels.check(wheels.build(ROOT, tmp_path / "dist"), tmp_path, borrow=True)
+    wheels.check(wheels.build(ROOT, tmp_path / "dist"), tmp_path)

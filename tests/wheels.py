@@ -1,10 +1,10 @@
 """Builds the source package and both wheels, installs each wheel into an environment of its own and runs it there.
 
-    python tests/wheels.py dist
+    python tests/wheels.py dist [constraints.txt]
 
 The wheels are built from the source package alone. The native one carries the compiled kernels and is for Linux, the
-pure one is for any machine. Each goes into a fresh virtual environment with its dependencies, in the versions of
-constraints.txt, and has to label a piece of the embedded photograph; both must come to the same labels.
+pure one is for any machine. Each goes into a fresh virtual environment with its dependencies, in the versions of the
+constraints, and has to label a piece of the embedded photograph; both must come to the same labels.
 """
 
 from __future__ import annotations
@@ -78,14 +78,15 @@ def build(root: Path, out: Path) -> dict[str, Path]:
     return wheels
 
 
-def environment(folder: Path, wheel: Path, *, borrow: bool = False) -> Path:
+def environment(folder: Path, wheel: Path, constraints: Path | None) -> Path:
     """A new virtual environment with the wheel installed; its folder of programs.
 
     Args:
         folder: where it goes; must not exist.
         wheel: pip looks at its tag and installs it.
-        borrow: take the dependencies from the environment that runs this, instead of installing them. An editable
-            installation of sparserefine there stays out of sight: it is found by a ``.pth`` file, which is not read.
+        constraints: versions of the dependencies. ``None``: nothing but the wheel is installed, and the dependencies
+            are those of the environment that runs this. An editable installation of sparserefine there stays out of
+            sight, for it is found by a ``.pth`` file, which is not read.
 
     Raises:
         SystemExit: pip refused.
@@ -93,12 +94,12 @@ def environment(folder: Path, wheel: Path, *, borrow: bool = False) -> Path:
     venv.create(folder, with_pip=True, symlinks=True)
     programs = folder / "bin"
     install: list[str | Path] = [programs / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    if borrow:
+    if constraints is None:
         run([*install, "--no-deps", "--no-index", wheel], folder)
         (packages,) = folder.glob("lib/python*/site-packages")
         (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     else:
-        run([*install, "--constraint", ROOT / "constraints.txt", wheel], folder)
+        run([*install, "--constraint", constraints, wheel], folder)
         run([programs / "python", "-m", "pip", "check"], folder)
     return programs
 
@@ -138,11 +139,11 @@ def expect(holds: bool, what: str, seen: str) -> None:
         raise SystemExit(f"not as expected: {what}\n{seen}")
 
 
-def check(wheels: dict[str, Path], folder: Path, *, borrow: bool = False) -> None:
-    """Installs and runs each wheel below ``folder``, and compares the labels."""
+def check(wheels: dict[str, Path], folder: Path, constraints: Path | None = None) -> None:
+    """Installs and runs each wheel below ``folder``, and compares the labels; see :func:`environment`."""
     found = {}
     for kind, wheel in wheels.items():
-        programs = environment(folder / kind, wheel, borrow=borrow)
+        programs = environment(folder / kind, wheel, constraints)
         found[kind] = labels(programs, kind, folder / f"{kind}-run")
     same = float((found["native"] == found["pure"]).mean())
     expect(same >= SAME, f"both wheels give the same labels on {SAME:.1%} of the pixels", f"{same:.4%}")
@@ -152,9 +153,10 @@ def check(wheels: dict[str, Path], folder: Path, *, borrow: bool = False) -> Non
 def main(arguments: list[str]) -> int:
     """Builds and checks; 0, or a message of what was wrong."""
     out = Path(arguments[0] if arguments else "dist").resolve()
+    constraints = Path(arguments[1]).resolve() if len(arguments) > 1 else ROOT / "constraints.txt"
     wheels = build(ROOT, out)
     with tempfile.TemporaryDirectory() as folder:
-        check(wheels, Path(folder).resolve())
+        check(wheels, Path(folder).resolve(), constraints)
     print(*(f"{out / wheel.name}" for wheel in wheels.values()), sep="\n")
     return 0
 
