@@ -27,7 +27,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *(page for f in FOLDERS for page in sorted((ROOT / f).rglob("*.md"))),
 ]
-ELSEWHERE = ("../shared/", "runs/", "demo/", "dist/", "masks/", "photos/", "my_data/", "images/", "labels/", "manual1/")
+ELSEWHERE = ("../shared/", "runs/", "images/", "labels/", "manual1/", "best/", "dist/", ".venv")
 """Paths that a checkout does not have."""
 
 
