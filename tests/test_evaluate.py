@@ -9,6 +9,7 @@ from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.unet import UNet
 from sparserefine.refiner import SparseRefiner
 from sparserefine.scores.confusion import confusion, dice
+from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.extractor import ExtractorConfig
 from sparserefine.stages.selector import Selector
 from sparserefine.studies.evaluate import evaluate
@@ -18,7 +19,8 @@ from sparserefine.studies.evaluate import evaluate
 def refiner():
     torch.manual_seed(0)
     base = FrozenBase(UNet(2, (4, 8)), 2, BaseConfig(ratio=0.5))
-    return SparseRefiner(base, selector=Selector(budget=300), extractor=ExtractorConfig((4, 8))).eval()
+    config = RefinerConfig(selector=Selector(budget=300), extractor=ExtractorConfig((4, 8)))
+    return SparseRefiner(base, config).eval()
 
 
 @pytest.fixture

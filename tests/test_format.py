@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparserefine import Classes, EnsemblerConfig, ExtractorConfig, Selector, SparseRefiner
+from sparserefine import Classes, EnsemblerConfig, ExtractorConfig, RefinerConfig, Selector, SparseRefiner
 from sparserefine.sparse.quantisation import is_calibrated
 
 FOLDER = Path(__file__).parent / "data" / "refiner_0_1_0"
@@ -33,10 +33,14 @@ def test_it_predicts_what_it_predicted(engine: str) -> None:
 
 def test_it_is_what_it_was() -> None:
     refiner = SparseRefiner.from_pretrained(FOLDER)
-    assert refiner.selector == Selector(0.814, 116)
-    assert refiner.extractor_config == ExtractorConfig((4, 6), 1, "cell", ("rgb", "coords", "entropy"))
-    assert refiner.ensembler_config == EnsemblerConfig(fuser="paper")
-    assert (refiner.upsampling, refiner.mean, refiner.std) == ("nearest", (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    assert refiner.config == RefinerConfig(
+        selector=Selector(0.814, 116),
+        extractor=ExtractorConfig((4, 6), 1, "cell", ("rgb", "coords", "entropy")),
+        ensembler=EnsemblerConfig(fuser="paper"),
+        upsampling="nearest",
+        mean=(0.1, 0.2, 0.3),
+        std=(0.5, 0.6, 0.7),
+    )
     assert refiner.classes == Classes(("void", "road", "sky"), ((1, 2, 3), (4, 5, 6), (7, 8, 255)))
     assert refiner.base.config.ratio == 0.5
     assert (refiner.base.mean, refiner.base.std) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))

@@ -200,7 +200,7 @@ def photograph(size: int = 128) -> Tensor:
 def test_calibration_keeps_the_largest_input(tmp_path: Path) -> None:
     stored, images = refiner(), [photograph(), photograph().flip(-1)]
     names = set(stored.state_dict())
-    assert stored.calibrate(iter(images)) == 2
+    assert stored.quantize(iter(images)) == 2
     convs = quantised_convs(stored.extractor)
     assert len(set(stored.state_dict()) - names) == len(convs)
     largest: list[Tensor] = []
@@ -221,7 +221,7 @@ def test_calibration_keeps_the_largest_input(tmp_path: Path) -> None:
 
 def test_training_forgets_the_calibration() -> None:
     stored = refiner()
-    stored.calibrate([photograph()])
+    stored.quantize([photograph()])
     stored.train()(photograph()[None])
     assert all(conv.input_max is None for conv in stored.extractor.modules() if isinstance(conv, SparseConv))
 
@@ -229,7 +229,7 @@ def test_training_forgets_the_calibration() -> None:
 def test_calibration_needs_sites() -> None:
     stored = refiner()
     with pytest.raises(ValueError, match="saw no site"):
-        stored.calibrate([])
+        stored.quantize([])
     assert not stored.training
 
 
@@ -238,7 +238,7 @@ def test_labels_are_those_of_float() -> None:
     stored, image = refiner("cpu-int8"), photograph(256)
     with pytest.raises(ValueError, match="sparserefine calibrate"), torch.inference_mode():
         stored(image[None])
-    stored.calibrate([image])
+    stored.quantize([image])
     with torch.inference_mode():
         labels = stored(image[None]).labels()
         stored.engine = get_engine("torch")

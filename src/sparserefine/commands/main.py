@@ -338,7 +338,7 @@ def _run_calibrate(parser: ArgumentParser, arguments: Namespace) -> int:
             f"no image in {', '.join(arguments.inputs)}; expected {', '.join(sorted(IMAGE_SUFFIXES))} files"
         )
     device = next(refiner.extractor.parameters()).device
-    count = refiner.calibrate(read_image(file).to(device) for file in tqdm(files, desc="calibrate", unit="image"))
+    count = refiner.quantize(read_image(file).to(device) for file in tqdm(files, desc="calibrate", unit="image"))
     refiner.save_pretrained(out)
     print(f"calibrated on {count} images, stored in {out}; --engine cpu-int8 runs it in 8 bits")
     return 0

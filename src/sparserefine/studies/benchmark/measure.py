@@ -39,6 +39,7 @@ from sparserefine.machine.device import device_named, on_gpu_in
 from sparserefine.machine.memory import PeakMemory
 from sparserefine.refiner import Refinement, SparseRefiner
 from sparserefine.sparse import Engine, calibrating
+from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.extractor import PRESETS
 from sparserefine.studies.benchmark.inputs import RANDOM_MODELS, GivenSites, random_model, read_mask, synthetic_mask
 from sparserefine.studies.benchmark.records import DENSITIES, BaseEntry, Record, Report, Settings, size_text
@@ -277,7 +278,7 @@ class _Base:
         for plan in settings.plans:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                refiner = SparseRefiner(coarse, extractor=PRESETS[plan], engine=settings.engine)
+                refiner = SparseRefiner(coarse, RefinerConfig(extractor=PRESETS[plan]), engine=settings.engine)
             self._refiners[plan] = refiner.eval().to(self._device)
 
     def _count_classes(self) -> int:
