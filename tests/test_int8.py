@@ -233,10 +233,15 @@ def test_calibration_needs_sites() -> None:
     assert not stored.training
 
 
+def test_calibrate_is_called_quantize_now() -> None:
+    with pytest.raises(AttributeError, match=r"called SparseRefiner\.quantize now"):
+        refiner().calibrate([photograph()])
+
+
 def test_labels_are_those_of_float() -> None:
     engine()
     stored, image = refiner("cpu-int8"), photograph(256)
-    with pytest.raises(ValueError, match="sparserefine calibrate"), torch.inference_mode():
+    with pytest.raises(ValueError, match="sparserefine quantize"), torch.inference_mode():
         stored(image[None])
     stored.quantize([image])
     with torch.inference_mode():
@@ -250,14 +255,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     Image.fromarray(photograph(160).permute(1, 2, 0).numpy()).save(tmp_path / "in" / "a.png")
     out, labels = str(tmp_path / "refiner"), str(tmp_path / "labels")
-    assert main(["calibrate", str(tmp_path / "in"), "--refiner", "demo", "--out", out]) == 0
-    assert "calibrated on 1 images" in capsys.readouterr().out
+    assert main(["quantize", str(tmp_path / "in"), "--refiner", "demo", "--out", out]) == 0
+    assert "quantized with 1 image," in capsys.readouterr().out
     assert main(["predict", str(tmp_path / "in"), "--refiner", out, "--engine", "cpu-int8", "--out", labels]) == 0
     assert (tmp_path / "labels" / "a.png").is_file()
-    assert main(["calibrate", str(tmp_path / "in"), "--refiner", out, "--out", out]) == 1
+    assert main(["quantize", str(tmp_path / "in"), "--refiner", out, "--out", out]) == 1
     assert "give another one" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert main(["calibrate", str(tmp_path / "empty"), "--refiner", "demo", "--out", out + "2"]) == 1
+    assert main(["quantize", str(tmp_path / "empty"), "--refiner", "demo", "--out", out + "2"]) == 1
     assert "no image in" in capsys.readouterr().err
 
 
