@@ -13,16 +13,22 @@ if TYPE_CHECKING:
     from sparserefine.studies.benchmark.records import Report, Settings
 
 
+RENAMED = {"--plans": "--presets"}
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """What to measure, see :class:`sparserefine.studies.benchmark.records.Settings`, and where to write it."""
     bases = "comma-separated: hrnet_w48, segformer_b5, ... with random weights, or any base as unet:FILE; NAME@HxW "
     parser.add_argument("--bases", required=True, help=bases + "gives one its own coarse size")
     parser.add_argument("--size", default="1024x2048", help="height x width of the image in pixels")
     parser.add_argument("--coarse", help="size of the base's low-resolution input; default: half of --size")
-    parser.add_argument("--plans", default="paper,slim16", help="extractors: paper, slim, slim16")
-    parser.add_argument("--densities", help="of synthetic masks; without --masks 0.05,0.1,0.2,0.3; 1: all pixels")
+    parser.add_argument("--presets", default="paper,slim16", help="extractors, comma-separated: paper, slim, slim16")
+    parser.add_argument(
+        "--densities",
+        help="densities of synthetic masks, comma-separated, 1: all pixels; default without --masks: 0.05,0.1,0.2,0.3",
+    )
     parser.add_argument("--masks", nargs="+", default=[], help="image files; pixels that are not black are refined")
-    parser.add_argument("--runtimes", default="torch", help="what runs the base: torch, onnxruntime, openvino")
+    parser.add_argument("--runtimes", default="torch", help="what runs the base, comma-separated: torch, onnxruntime, openvino")
     parser.add_argument("--classes", type=int, default=19, help="number of classes of models with random weights")
     parser.add_argument("--threads", type=int, help="threads of the CPU; default: as many as torch uses")
     parser.add_argument(
@@ -73,7 +79,7 @@ def _settings(arguments: Namespace) -> Settings:
         bases=tuple(map(parse_base, parts(arguments.bases))),
         size=parse_size(arguments.size),
         coarse=None if arguments.coarse is None else parse_size(arguments.coarse, "coarse size"),
-        plans=parts(arguments.plans),
+        presets=parts(arguments.presets),
         densities=None if arguments.densities is None else tuple(map(parse_density, parts(arguments.densities))),
         masks=tuple(arguments.masks),
         runtimes=parts(arguments.runtimes),

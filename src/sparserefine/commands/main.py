@@ -1,7 +1,8 @@
 """The command line: finds the command, parses its arguments, turns errors into one line and an exit code.
 
-A command is the file of its name in this folder, with ``add_arguments(parser)`` and ``run(arguments) -> exit code``. It
-is imported when it is asked for; this file imports nothing heavy, so that ``sparserefine --help`` is quick.
+A command is the file of its name in this folder, with ``add_arguments(parser)`` and ``run(arguments) -> exit code``, and
+maybe ``RENAMED``, its old options and what they are called now. It is imported when it is asked for; this file imports
+nothing heavy, so that ``sparserefine --help`` is quick.
 """
 
 from __future__ import annotations
@@ -47,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refused(f"sparserefine: {_unknown(name)}")
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=f"sparserefine {name}", description=COMMANDS[name], exit_on_error=False)
     command = command_named(name)
+    for option in (argument.partition("=")[0] for argument in rest):
+        if option in getattr(command, "RENAMED", {}):
+            return _refused(f"sparserefine {name}: option {option} is called {command.RENAMED[option]} now")
+    parser = ArgumentParser(prog=f"sparserefine {name}", description=COMMANDS[name], exit_on_error=False)
     command.add_arguments(parser)
     sys.path.insert(0, str(Path.cwd()))  # where `python:my_module:load` is looked for first, as `python -m` does
     try:

@@ -275,11 +275,11 @@ class _Base:
         elif settings.precision != "float32":
             raise ValueError(f"precision {settings.precision} needs a torch module, this is {type(loaded.model)}")
         self._refiners: dict[str, SparseRefiner] = {}
-        for plan in settings.plans:
+        for preset in settings.presets:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                refiner = SparseRefiner(coarse, RefinerConfig(extractor=PRESETS[plan]), engine=settings.engine)
-            self._refiners[plan] = refiner.eval().to(self._device)
+                refiner = SparseRefiner(coarse, RefinerConfig(extractor=PRESETS[preset]), engine=settings.engine)
+            self._refiners[preset] = refiner.eval().to(self._device)
 
     def _count_classes(self) -> int:
         """K of a model that does not tell, by what it returns."""
@@ -336,29 +336,29 @@ class _Base:
             clock.watch_memory(device, keeps=runtime != "torch")
         refined: dict[tuple[str, int], _Clock] = {}
         packed_mb: dict[str, float | None] = {}
-        for plan, refiner in self._refiners.items():
-            self._tell(f"{name}, {runtime}: refinement with {plan}, untimed run and memory")
+        for preset, refiner in self._refiners.items():
+            self._tell(f"{name}, {runtime}: refinement with {preset}, untimed run and memory")
             if self._engine.name == "cpu-int8":
                 self._calibrate(refiner, logits[0])
             packed = refiner.engine.on(device).prepare(refiner.extractor)
-            packed_mb[plan] = getattr(packed, "megabytes", None)
+            packed_mb[preset] = getattr(packed, "megabytes", None)
             for number, mask in enumerate(self._masks):
                 selector = GivenSites(threshold=0.5, entropy=mask.entropy.to(device))
                 if settings.graph:
-                    refined[plan, number] = self._recorded(refiner, selector, logits[0])
+                    refined[preset, number] = self._recorded(refiner, selector, logits[0])
                     continue
-                refined[plan, number] = _Clock(lambda refiner=refiner, selector=selector: refine(refiner, selector))  # type: ignore[misc]
+                refined[preset, number] = _Clock(lambda refiner=refiner, selector=selector: refine(refiner, selector))  # type: ignore[misc]
             # The densest mask last: it leaves memory that is large enough for all, which the timed rounds find.
             for number in sorted(range(len(self._masks)), key=lambda number: self._masks[number].sites):
                 if not settings.graph:
-                    refined[plan, number].watch_memory(device, clear=getattr(packed, "clear", None))
+                    refined[preset, number].watch_memory(device, clear=getattr(packed, "clear", None))
         for number in range(settings.rounds):
             self._tell(f"{name}, {runtime}: round {number + 1} of {settings.rounds}")
             for clock in (*clocks.values(), *refined.values()):
                 clock.round()
         return [
-            self._record(runtime, plan, self._masks[number], clocks, clock, packed_mb[plan])
-            for (plan, number), clock in refined.items()
+            self._record(runtime, preset, self._masks[number], clocks, clock, packed_mb[preset])
+            for (preset, number), clock in refined.items()
         ]
 
     def _recorded(self, refiner: SparseRefiner, selector: GivenSites, logits: Tensor) -> _Clock:
@@ -389,7 +389,7 @@ class _Base:
     def _record(
         self,
         runtime: str,
-        plan: str,
+        preset: str,
         mask: _Mask,
         base: dict[str, _Clock],
         refine: _Clock,
@@ -404,7 +404,7 @@ class _Base:
             model=self._entry.name,
             size=size_text(settings.size),
             density=mask.sites / (height * width),
-            plan=plan,
+            preset=preset,
             engine=self._engine.name,
             threads=torch.get_num_threads(),
             dense_ms=dense_ms,
