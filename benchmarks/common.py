@@ -298,6 +298,7 @@ class Renamed(argparse.Action):
     """An option that has another name now, which is its ``const``."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Ends the program with a line that says so."""
         sys.exit(f"error: option {option_string} is called {self.const} now")
 
 

@@ -21,6 +21,7 @@ from benchmarks.common import (
     ROOT,
     Job,
     Measurement,
+    Renamed,
     WorkerError,
     check_run,
     chosen,

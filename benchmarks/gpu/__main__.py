@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import MASKS, ROOT, chosen, find_mask, read_mask
+from benchmarks.common import MASKS, ROOT, Renamed, chosen, find_mask, read_mask
 from benchmarks.gpu.checks import checks
 from benchmarks.gpu.device import DTYPES, Device, Gpu, Rehearsal
 from benchmarks.gpu.parts import ceilings, models, training, uncertainty

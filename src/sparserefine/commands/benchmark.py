@@ -28,7 +28,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="densities of synthetic masks, comma-separated, 1: all pixels; default without --masks: 0.05,0.1,0.2,0.3",
     )
     parser.add_argument("--masks", nargs="+", default=[], help="image files; pixels that are not black are refined")
-    parser.add_argument("--runtimes", default="torch", help="what runs the base, comma-separated: torch, onnxruntime, openvino")
+    parser.add_argument(
+        "--runtimes", default="torch", help="what runs the base, comma-separated: torch, onnxruntime, openvino"
+    )
     parser.add_argument("--classes", type=int, default=19, help="number of classes of models with random weights")
     parser.add_argument("--threads", type=int, help="threads of the CPU; default: as many as torch uses")
     parser.add_argument(

@@ -1,8 +1,8 @@
 """The command line: finds the command, parses its arguments, turns errors into one line and an exit code.
 
-A command is the file of its name in this folder, with ``add_arguments(parser)`` and ``run(arguments) -> exit code``, and
-maybe ``RENAMED``, its old options and what they are called now. It is imported when it is asked for; this file imports
-nothing heavy, so that ``sparserefine --help`` is quick.
+A command is the file of its name in this folder, with ``add_arguments(parser)`` and ``run(arguments) -> exit code``; it
+may have ``RENAMED``, its old options and what they are called now. It is imported when it is asked for; this file
+imports nothing heavy, so that ``sparserefine --help`` is quick.
 """
 
 from __future__ import annotations
