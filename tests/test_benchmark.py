@@ -323,7 +323,7 @@ def test_records_belong_together(report):
 def test_times_are_those_of_the_runs(monkeypatch):
     """By a clock that ticks once a second, whenever it is read."""
     ticks = iter(range(1_000_000))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
     (record,) = benchmark(small("python:benchmarked:tiny", densities=(0.2,), rounds=3)).records
     assert (record.dense_ms, record.coarse_ms) == (1000, 1000)
     assert record.refine_ms > sum(record.stages_ms.values()) >= 1000 * len(STAGES)
