@@ -7,6 +7,7 @@ Imported by the interpreter of spconv too, so nothing but the standard library, 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -291,6 +292,14 @@ def machine() -> str:
         lines = information.read_text(encoding="utf-8").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {CORES} cores, torch {torch.__version__}"
+
+
+class Renamed(argparse.Action):
+    """An option that has another name now, which is its ``const``."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Ends the program with a line that says so."""
+        sys.exit(f"error: option {option_string} is called {self.const} now")
 
 
 def chosen(text: str, known: Sequence[str], what: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Times the sparse U-Net: engines of this package and spconv, plans, masks, threads. See README.md.
+"""Times the sparse U-Net: engines of this package and spconv, presets, masks, threads. See README.md.
 
 python -m benchmarks.sparse_unet --json runs/sparse_unet.json
 """
@@ -21,6 +21,7 @@ from benchmarks.common import (
     ROOT,
     Job,
     Measurement,
+    Renamed,
     WorkerError,
     check_run,
     chosen,
@@ -53,7 +54,7 @@ class Record:
 
     Attributes:
         engine: ``torch``, ``cpu`` or ``spconv``.
-        plan: name of the preset.
+        preset: name of the preset.
         mask: its file's stem.
         threads: of the worker.
         sites: N.
@@ -71,7 +72,7 @@ class Record:
     """
 
     engine: str
-    plan: str
+    preset: str
     mask: str
     threads: int
     sites: int
@@ -92,7 +93,7 @@ class Record:
 class Options:
     """The command line, checked."""
 
-    plans: list[str]
+    presets: list[str]
     masks: list[Path]
     threads: list[int]
     engines: list[str]
@@ -177,25 +178,25 @@ class Run:
         self._sgemm = {threads: sgemm_gflops(threads) for threads in options.threads}
         for threads, gflops in self._sgemm.items():
             print(f"sgemm, {threads} thread{'s' if threads > 1 else ''}: {gflops:.0f} GFLOP/s", flush=True)
-        for plan in options.plans:
-            torch.save(random_network(PRESETS[plan]).state_dict(), self._weights(plan))
+        for preset in options.presets:
+            torch.save(random_network(PRESETS[preset]).state_dict(), self._weights(preset))
 
-    def _weights(self, plan: str) -> Path:
-        return self._scratch / f"{plan}.pt"
+    def _weights(self, preset: str) -> Path:
+        return self._scratch / f"{preset}.pt"
 
     def mask(self, mask: Path) -> list[Record]:
-        """Every plan, number of threads and engine on one mask."""
+        """Every preset, number of threads and engine on one mask."""
         records = []
         sites = Sites.from_mask(read_mask(str(mask))[None])
-        for plan in self._options.plans:
-            macs = _macs(plan, sites)
+        for preset in self._options.presets:
+            macs = _macs(preset, sites)
             for threads in self._options.threads:
-                jobs = {name: self._job(name, plan, mask) for name in self._engines(threads)}
+                jobs = {name: self._job(name, preset, mask) for name in self._engines(threads)}
                 found = measure(jobs, threads, self._options.rounds, self._left_out, self._scratch)
                 reference = found["torch"].output if "torch" in found else None
                 for engine, measured in found.items():
                     difference = None if reference is None else _relative_rms(measured.output, reference)
-                    place = (engine, plan, mask.stem, threads)
+                    place = (engine, preset, mask.stem, threads)
                     records.append(self._record(place, len(sites), macs, measured, difference))
         if not records:
             raise WorkerError("no engine is left; see above")
@@ -205,17 +206,17 @@ class Run:
         """The engines; spconv's CPU code is wrong with several threads (a data race in its scatter)."""
         return [name for name in self._options.engines if name != "spconv" or threads == 1]
 
-    def _job(self, engine: str, plan: str, mask: Path) -> Job:
-        preset = PRESETS[plan]
+    def _job(self, engine: str, preset: str, mask: Path) -> Job:
+        config = PRESETS[preset]
         setup = {
             "engine": engine,
             "mask": str(mask),
-            "weights": str(self._weights(plan)),
+            "weights": str(self._weights(preset)),
             "channels": CHANNELS,
             "classes": CLASSES,
-            "planes": preset.planes,
-            "blocks": preset.blocks,
-            "down": preset.down,
+            "planes": config.planes,
+            "blocks": config.blocks,
+            "down": config.down,
         }
         if engine == "spconv":
             return Job("benchmarks.spconv_worker:SpconvTask", setup, str(self._options.spconv_python))
@@ -224,12 +225,12 @@ class Run:
     def _record(
         self, place: tuple[str, str, str, int], sites: int, macs: int, measured: Measurement, difference: float | None
     ) -> Record:
-        engine, plan, mask, threads = place
+        engine, preset, mask, threads = place
         geometry, forward = measured.median("geometry_ms"), measured.median("forward_ms")
         gflops, sgemm = 2e-6 * macs / forward, self._sgemm[threads]
         return Record(
             engine,
-            plan,
+            preset,
             mask,
             threads,
             sites,
@@ -261,10 +262,10 @@ def random_network(config: ExtractorConfig) -> SparseUNet:
     return network.eval()
 
 
-def _macs(plan: str, sites: Sites) -> int:
-    preset = PRESETS[plan]
+def _macs(preset: str, sites: Sites) -> int:
+    config = PRESETS[preset]
     with torch.device("meta"):
-        network = SparseUNet(CHANNELS, CLASSES, preset.planes, preset.blocks, preset.down)
+        network = SparseUNet(CHANNELS, CLASSES, config.planes, config.blocks, config.down)
     return network.macs(get_engine("torch").geometry(sites, network.spec))
 
 
@@ -275,14 +276,14 @@ def _relative_rms(logits: Tensor, reference: Tensor) -> float:
 
 def _print_records(mask: str, records: Sequence[Record]) -> None:
     """The table of one mask; ratios say how many times faster a row is than the peer."""
-    times = {(r.engine, r.plan, r.threads): r.ms for r in records}
+    times = {(r.engine, r.preset, r.threads): r.ms for r in records}
     rows = []
     for r in records:
-        torch_ms, spconv_ms = times.get(("torch", r.plan, r.threads)), times.get(("spconv", r.plan, 1))
+        torch_ms, spconv_ms = times.get(("torch", r.preset, r.threads)), times.get(("spconv", r.preset, 1))
         wrong = " WRONG" if r.difference is not None and not r.difference <= TOLERANCE else ""
         rows.append(
             (
-                r.plan,
+                r.preset,
                 r.engine + (f" ({r.instruction_set})" if r.instruction_set else ""),
                 str(r.threads),
                 number(r.geometry_ms, ".1f"),
@@ -296,19 +297,20 @@ def _print_records(mask: str, records: Sequence[Record]) -> None:
                 number(r.difference, ".1e") + wrong,
             )
         )
-    header = ("plan", "engine", "threads", "geometry ms", "forward ms", "ms", "vs torch", "vs spconv, 1 thread")
+    header = ("preset", "engine", "threads", "geometry ms", "forward ms", "ms", "vs torch", "vs spconv, 1 thread")
     header += ("GFLOP/s", "of sgemm", "peak MB", "rms from torch")
     print_table(f"{mask}: {records[0].sites} sites", header, rows)
     for r in records:
         if r.levels_ms:
             levels = ", ".join(f"{ms:.1f}" for ms in r.levels_ms)
-            print(f"{r.plan}, {r.engine}, {r.threads} thread{'s' if r.threads > 1 else ''}: levels {levels} ms")
+            print(f"{r.preset}, {r.engine}, {r.threads} thread{'s' if r.threads > 1 else ''}: levels {levels} ms")
 
 
 def _options(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse_unet", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the records to this file too")
-    parser.add_argument("--plans", default=",".join(PRESETS), help="default: %(default)s")
+    parser.add_argument("--presets", default=",".join(PRESETS), help="default: %(default)s")
+    parser.add_argument("--plans", action=Renamed, const="--presets", help=argparse.SUPPRESS)
     parser.add_argument("--masks", default=DEFAULT_MASKS, help="names in ../shared/masks, or PNG files; %(default)s")
     parser.add_argument("--threads", default=default_threads(), help="default: %(default)s")
     parser.add_argument("--engines", default=",".join(ENGINES), help="default: %(default)s")
@@ -319,7 +321,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
     given = parser.parse_args(arguments)
     check_run(given.rounds, given.json)
     return Options(
-        chosen(given.plans, tuple(PRESETS), "plan"),
+        chosen(given.presets, tuple(PRESETS), "preset"),
         [find_mask(name.strip()) for name in given.masks.split(",")],
         chosen_threads(given.threads),
         chosen(given.engines, ENGINES, "engine"),

@@ -90,7 +90,7 @@ def unet(tmp_path):
 
 def small(*bases, **options):
     """Settings of a run that takes a blink."""
-    quick = {"size": SIZE, "plans": ("slim",), "densities": (0.1,), "rounds": 1, "device": "cpu"}
+    quick = {"size": SIZE, "presets": ("slim",), "densities": (0.1,), "rounds": 1, "device": "cpu"}
     options = {**quick, "classes": 5, **options}
     return Settings(tuple(map(parse_base, bases)), **options)
 
@@ -111,13 +111,13 @@ def _counters():
 
 @pytest.fixture(scope="module")
 def report():
-    """Two runtimes of one base, two plans, two densities, as a run would report them."""
+    """Two runtimes of one base, two presets, two densities, as a run would report them."""
     own = types.ModuleType("benchmarked")
     own.tiny = Tiny
     sys.modules["benchmarked"] = own
     try:
         bases = ("python:benchmarked:tiny", "python:benchmarked:tiny@16x32")
-        done = benchmark(small(*bases, plans=("slim", "slim16"), densities=(0.1, 0.3), rounds=2))
+        done = benchmark(small(*bases, presets=("slim", "slim16"), densities=(0.1, 0.3), rounds=2))
     finally:
         del sys.modules["benchmarked"]
     return done
@@ -292,13 +292,13 @@ def test_unknown_random_model():
 
 def test_records_belong_together(report):
     assert not report.left_out
-    keys = [(r.model, r.coarse_size, r.plan, r.density) for r in report.records]
+    keys = [(r.model, r.coarse_size, r.preset, r.density) for r in report.records]
     name = "python:benchmarked:tiny"
     tenth, third = round(0.1 * 64 * 128) / (64 * 128), round(0.3 * 64 * 128) / (64 * 128)
     assert keys == [
-        (name, coarse, plan, density)
+        (name, coarse, preset, density)
         for coarse in ("32x64", "16x32")
-        for plan in ("slim", "slim16")
+        for preset in ("slim", "slim16")
         for density in (tenth, third)
     ]
     for r in report.records:
@@ -316,14 +316,14 @@ def test_records_belong_together(report):
         (a.refine_gmacs, b.refine_gmacs) for a, b in zip(report.records[::2], report.records[1::2], strict=True)
     ]
     assert all(0 < less < more for less, more in by_density)
-    # What is the base's does not depend on the plan.
+    # What is the base's does not depend on the preset.
     assert len({(r.coarse_size, r.dense_ms, r.coarse_ms) for r in report.records}) == 2
 
 
 def test_times_are_those_of_the_runs(monkeypatch):
     """By a clock that ticks once a second, whenever it is read."""
     ticks = iter(range(1_000_000))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
     (record,) = benchmark(small("python:benchmarked:tiny", densities=(0.2,), rounds=3)).records
     assert (record.dense_ms, record.coarse_ms) == (1000, 1000)
     assert record.refine_ms > sum(record.stages_ms.values()) >= 1000 * len(STAGES)
@@ -544,9 +544,9 @@ def test_a_model_that_fails_is_left_out_and_the_rest_goes_on():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"plans": ("fat",)}, "plan 'fat' is not known; choose from paper, slim, slim16"),
-        ({"plans": ()}, "no plan is chosen"),
-        ({"plans": ("slim", "slim")}, "plan 'slim' is given twice"),
+        ({"presets": ("fat",)}, "preset 'fat' is not known; choose from paper, slim, slim16"),
+        ({"presets": ()}, "no preset is chosen"),
+        ({"presets": ("slim", "slim")}, "preset 'slim' is given twice"),
         ({"runtimes": ("tensorrt",)}, "runtime 'tensorrt' is not known; choose from torch, onnxruntime, openvino"),
         ({"precision": "int8"}, "precision 'int8' is not known"),
         ({"precision": "float16", "runtimes": ("openvino",)}, "precision float16 is for runtime torch, not openvino"),
@@ -641,7 +641,7 @@ def test_json_round_trip(report, tmp_path):
     records = json.loads((tmp_path / "report.json").read_text())
     assert tuple(Record(**record) for record in records) == report.records
     assert set(records[0]) == {
-        *("model", "size", "density", "plan", "engine", "threads", "dense_ms", "coarse_ms", "refine_ms", "ratio"),
+        *("model", "size", "density", "preset", "engine", "threads", "dense_ms", "coarse_ms", "refine_ms", "ratio"),
         *("runtime", "precision", "device", "coarse_size", "mask", "sites", "classes", "stages_ms"),
         *("dense_gmacs", "coarse_gmacs", "refine_gmacs", "dense_peak_mb", "coarse_peak_mb", "refine_peak_mb"),
         *("packed_mb", "rounds", "machine", "mode"),
@@ -694,7 +694,7 @@ def test_plots(report, tmp_path, suffix, count):
 
 # --- the command ---
 
-COMMAND = ["benchmark", "--size", "64x128", "--plans", "slim", "--densities", "0.1,0.3", "--rounds", "1"]
+COMMAND = ["benchmark", "--size", "64x128", "--presets", "slim", "--densities", "0.1,0.3", "--rounds", "1"]
 COMMAND += ["--device", "cpu"]
 
 
@@ -718,6 +718,12 @@ def test_the_command(unet, tmp_path, capsys):
     assert "break-even" in printed.out
     assert "round 1 of 1" in printed.err
     assert "round 1 of 1" not in printed.out
+
+
+@pytest.mark.parametrize("old", [["--plans", "slim"], ["--plans=slim"]])
+def test_plans_are_called_presets_now(old, capsys):
+    assert main(["benchmark", "--bases", "hrnet_w48", *old]) == 2
+    assert capsys.readouterr().err == "sparserefine benchmark: option --plans is called --presets now\n"
 
 
 def test_the_command_tells_by_its_exit_code_that_something_is_left_out(tmp_path, capsys):

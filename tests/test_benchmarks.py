@@ -48,12 +48,12 @@ def test_the_network_is_timed_and_reported(sparse_unet, mask, tmp_path, capsys, 
     monkeypatch.setattr(sparse_unet, "sgemm_gflops", lambda threads: 100.0)  # by itself: a worker, and seconds
     report = tmp_path / "report.json"
     missing = tmp_path / "no-python"
-    options = ["--plans", "slim", "--engines", "torch,spconv", "--rounds", "1", "--threads", "1"]
+    options = ["--presets", "slim", "--engines", "torch,spconv", "--rounds", "1", "--threads", "1"]
     sparse_unet.main([*options, "--masks", str(mask), "--json", str(report), "--spconv-python", str(missing)])
 
     (record,) = json.loads(report.read_text())
     check_types(record, sparse_unet.Record)
-    assert (record["engine"], record["plan"], record["mask"], record["threads"]) == ("torch", "slim", "small", 1)
+    assert (record["engine"], record["preset"], record["mask"], record["threads"]) == ("torch", "slim", "small", 1)
     assert record["sites"] == int(sparse_unet.read_mask(str(mask)).sum())
     assert record["ms"] == pytest.approx(record["geometry_ms"] + record["forward_ms"])
     assert min(record["geometry_ms"], record["forward_ms"], record["gflops"], record["sgemm_share"]) > 0
@@ -85,7 +85,8 @@ def test_uncertainty_is_timed_and_agrees(uncertainty, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--plans", "fat"], "plan 'fat' is not known; choose from paper, slim, slim16"),
+        (["--plans", "slim"], "option --plans is called --presets now"),
+        (["--presets", "fat"], "preset 'fat' is not known; choose from paper, slim, slim16"),
         (["--engines", "gpu"], "engine 'gpu' is not known; choose from torch, cpu, spconv"),
         (["--engines", ","], "no engine is chosen; choose from torch, cpu, spconv"),
         (["--threads", "0"], "number of threads '0' is not known; choose from 1"),

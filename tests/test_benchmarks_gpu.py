@@ -40,7 +40,7 @@ def part(name: str) -> ModuleType:
 def run(gpu: ModuleType) -> Any:
     """Of a rehearsal, for single steps."""
     needs_triton()
-    options = gpu._options(gpu._parser().parse_args(["--rehearse", "--plans", "slim", "--dtypes", "float16"]))
+    options = gpu._options(gpu._parser().parse_args(["--rehearse", "--presets", "slim", "--dtypes", "float16"]))
     device = gpu.Rehearsal()
     return gpu.Run(options, device, gpu.Results(None, device.machine()))
 
@@ -57,7 +57,7 @@ def test_rehearsal_takes_every_step(gpu: ModuleType, tmp_path: Path, monkeypatch
         monkeypatch.setattr(part(name), "SETS", 1)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        gpu.main(["--rehearse", "--only", ",".join(gpu.PARTS), "--plans", "slim", "--dtypes", "float16"])
+        gpu.main(["--rehearse", "--only", ",".join(gpu.PARTS), "--presets", "slim", "--dtypes", "float16"])
     printed = out.getvalue()
     assert "WRONG" not in printed
     assert "left out" not in printed
@@ -94,7 +94,7 @@ def test_a_wrong_kernel_is_not_timed(
     monkeypatch.setattr(checks, "_gradient_errors", lambda *_: ({}, True))
     monkeypatch.setitem(gpu.TIMED, "ceilings", lambda run: pytest.fail("it is timed"))
     with pytest.raises(SystemExit) as error:
-        gpu.main(["--rehearse", "--only", "checks,ceilings", "--plans", "slim", "--dtypes", "float16"])
+        gpu.main(["--rehearse", "--only", "checks,ceilings", "--presets", "slim", "--dtypes", "float16"])
     assert error.value.code == 1
     printed = capsys.readouterr().out
     assert "checks failed, so nothing is timed" in printed
@@ -119,7 +119,8 @@ def test_a_check_that_raises_is_wrong(run: Any, monkeypatch: pytest.MonkeyPatch)
     ("options", "words"),
     [
         (["--only", "speed"], "part 'speed' is not known; choose from checks, ceilings, unet"),
-        (["--plans", "fat"], "plan 'fat' is not known; choose from paper, slim, slim16"),
+        (["--plans", "slim"], "option --plans is called --presets now"),
+        (["--presets", "fat"], "preset 'fat' is not known; choose from paper, slim, slim16"),
         (["--masks", "no.png"], "mask 'no.png' is not found"),
         (["--batches", "3"], "batch size '3' is not known; choose from 1, 2, 4, 8"),
         (["--dtypes", "int8"], "dtype 'int8' is not known; choose from float16, bfloat16, tf32, float32"),
@@ -320,11 +321,11 @@ def test_the_dense_network_is_the_sparse_one_on_all_pixels(gpu: ModuleType, down
 
 
 def unet_record(engine: str, ms: float, **fields: Any) -> dict[str, Any]:
-    """Of plan paper on a tenth of 1024x2048, one image, float16."""
+    """Of preset paper on a tenth of 1024x2048, one image, float16."""
     eager = fields.get("mode", "eager") == "eager" and engine != "dense"
     record = {
         "engine": engine,
-        "plan": "paper",
+        "preset": "paper",
         "mask": "street",
         "size": "1024x2048",
         "batch": 1,
@@ -375,12 +376,12 @@ def test_tables_of_a_file(gpu: ModuleType, tmp_path: Path, capsys: pytest.Captur
     assert lines[0] == "gpu Made-up 1"
     assert "- WRONG: paper" in lines
     assert "| copy | 4321 GB/s |" in lines
-    assert "| plan paper, graph | <= 4 ms | 2.5 ms | yes |" in lines
-    assert "| plan slim16, graph | <= 1 ms | - | - |" in lines
+    assert "| preset paper, graph | <= 4 ms | 2.5 ms | yes |" in lines
+    assert "| preset slim16, graph | <= 1 ms | - | - |" in lines
     assert "| uncertainty of 19 classes | <= 0.15 ms | 0.05 ms | yes |" in lines
-    assert "| plan paper, times as fast as spconv-triton | >= 1.5 x | 1.2 x | no |" in lines
+    assert "| preset paper, times as fast as spconv-triton | >= 1.5 x | 1.2 x | no |" in lines
     assert (
-        "| plan paper, times as fast as the dense U-Net, over the ratio of operations | >= 2 x | 4 x | yes |" in lines
+        "| preset paper, times as fast as the dense U-Net, over the ratio of operations | >= 2 x | 4 x | yes |" in lines
     )
     last = "0.5 | operations | 5x | 217 | 500 |"
     assert f"| paper | street | 1 | float16 | 2.5 | 5 | 20 | 5 | 3 | 50 | 8x | 2x | 1.2x | 20x | {last}" in lines

@@ -10,6 +10,7 @@ from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.unet import UNet
 from sparserefine.capture import CapturedRefiner
 from sparserefine.refiner import Refinement, SparseRefiner
+from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.extractor import ExtractorConfig
 from sparserefine.stages.selector import Selector
 from support import TRITON_ENGINES, assert_close, device_of, engine_of
@@ -29,7 +30,8 @@ def refiner_of(device: torch.device, selector: Selector | None = None, down: str
     """Its ensembler is not the plain blend that it starts as."""
     base = FrozenBase(UNet(K, (4, 8)), K, BaseConfig(ratio=0.5))
     extractor = ExtractorConfig((4, 6), blocks=1, down=down, features=("rgb", "coords", "probabilities", "entropy"))
-    refiner = SparseRefiner(base, selector=selector or Selector(0.0, 30), extractor=extractor, engine="triton").eval()
+    config = RefinerConfig(selector=selector or Selector(0.0, 30), extractor=extractor)
+    refiner = SparseRefiner(base, config, engine="triton").eval()
     with torch.no_grad():
         for parameter in refiner.ensembler.parameters():
             parameter.normal_(std=0.3)
@@ -177,7 +179,8 @@ def test_values_that_are_not_finite_are_refused(device: torch.device) -> None:
 def test_negative_scores_are_refused(device: torch.device) -> None:
     base = FrozenBase(UNet(K, (4, 8)), K, BaseConfig(ratio=0.5, outputs="scores"))
     base.model.head = torch.nn.Sequential(base.model.head, torch.nn.Softplus())
-    refiner = SparseRefiner(base, selector=Selector(budget=20), extractor=TINY, engine="triton").eval().to(device)
+    config = RefinerConfig(selector=Selector(budget=20), extractor=TINY)
+    refiner = SparseRefiner(base, config, engine="triton").eval().to(device)
     captured, image = refiner.capture(pixels(device)), pixels(device, 1)
     with pytest.raises(ValueError, match="outputs='scores' but the smallest is -1"):
         captured.refine(image, torch.where(torch.rand_like(eager(refiner, image).coarse) < 0.5, -1.0, 0.5))
@@ -271,7 +274,7 @@ def test_without_a_gpu() -> None:
 
 def refiner_of_cpu() -> SparseRefiner:
     base = FrozenBase(UNet(K, (4, 8)), K, BaseConfig(ratio=0.5))
-    return SparseRefiner(base, extractor=TINY, engine="torch")
+    return SparseRefiner(base, RefinerConfig(extractor=TINY), engine="torch")
 
 
 def test_an_extractor_with_hooks(device: torch.device) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import sparserefine
-from sparserefine.commands.main import COMMANDS, main
+from sparserefine.commands.main import COMMANDS, command_named, main
 
 
 def test_help_names_every_command(capsys):
@@ -35,6 +35,29 @@ def test_each_command_has_help(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"sparserefine {command}" in capsys.readouterr().out
+
+
+def test_help_of_a_command_without_configuration_does_not_load_torch():
+    code = (
+        "import sys, contextlib; from sparserefine.commands.main import main\n"
+        "for command in ('demo', 'predict', 'quantize', 'benchmark'):\n"
+        "    with contextlib.suppress(SystemExit): main([command, '--help'])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_a_file(command):
+    module = command_named(command)
+    assert module.__name__ == f"sparserefine.commands.{command}"
+    assert module.__doc__.startswith(f"``sparserefine {command}``")
+
+
+def test_calibrate_is_called_quantize_now(capsys):
+    assert main(["calibrate", "photos", "--refiner", "demo", "--out", "x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'calibrate' is called 'quantize' now" in line
 
 
 def test_unknown_command_and_none(capsys):

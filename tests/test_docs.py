@@ -16,7 +16,7 @@ from torch import nn
 import sparserefine
 from sparserefine import SparseRefiner
 from sparserefine.bases.load import BASE_NAMES
-from sparserefine.commands.main import COMMANDS
+from sparserefine.commands.main import command_named
 from sparserefine.files.images import write_png
 from sparserefine.studies.demo import demo_refiner_folder
 
@@ -62,7 +62,7 @@ def test_commands_and_options_exist(page: Path) -> None:
         if re.match(r"sparserefine [a-z]", line):
             _, name, *arguments = shlex.split(line, comments=True)
             parser = ArgumentParser()
-            COMMANDS[name].add_arguments(parser)
+            command_named(name).add_arguments(parser)
             known = {option for action in parser._actions for option in action.option_strings}
             used = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
             assert used <= known, line

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparserefine import BaseConfig, ExtractorConfig, Selector, SparseRefiner, read_image, read_label
+from sparserefine import BaseConfig, ExtractorConfig, RefinerConfig, Selector, SparseRefiner, read_image, read_label
 from sparserefine.bases.load import BASE_NAMES, load_base
 from sparserefine.bases.runtimes import NEEDS
 from sparserefine.commands.main import main
@@ -166,7 +166,8 @@ def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def stored_refiner(name: str, folder: Path) -> Tensor:
     """Stores a refiner and a photograph; the labels of the one for the other."""
     base = load_base(BaseConfig(name, size=SIZE), K)
-    refiner = SparseRefiner(base, selector=Selector(budget=100), extractor=ExtractorConfig((4, 8))).eval()
+    config = RefinerConfig(selector=Selector(budget=100), extractor=ExtractorConfig((4, 8)))
+    refiner = SparseRefiner(base, config).eval()
     refiner.save_pretrained(folder / "refiner")
     with torch.no_grad():
         return refiner(read_image(photo(folder / "a.png", *SIZE))[None]).labels()[0]

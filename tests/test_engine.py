@@ -26,6 +26,7 @@ from sparserefine.images.upsampling import Upsampling
 from sparserefine.refiner import SparseRefiner
 from sparserefine.sparse import Engine, PlanSpec, Sites
 from sparserefine.sparse.interface import Unavailable
+from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.extractor import ExtractorConfig
 from sparserefine.stages.selector import Selector
 from sparserefine.studies.evaluate import dense_labels
@@ -245,7 +246,8 @@ def refiner() -> SparseRefiner:
     torch.manual_seed(0)
     model = nn.Conv2d(3, 4, 3, 2, 1)
     base = FrozenBase(LoadedModel(model, 4), config=BaseConfig(ratio=0.5))
-    return SparseRefiner(base, extractor=ExtractorConfig((4, 6)), selector=Selector(0.1, 50), engine="torch").eval()
+    config = RefinerConfig(extractor=ExtractorConfig((4, 6)), selector=Selector(0.1, 50))
+    return SparseRefiner(base, config, engine="torch").eval()
 
 
 @pytest.mark.parametrize("name", ["torch", *CPU_ENGINES])

@@ -9,8 +9,10 @@ from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.unet import UNet
 from sparserefine.refiner import SparseRefiner
 from sparserefine.scores.confusion import confusion, dice
+from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.extractor import ExtractorConfig
 from sparserefine.stages.selector import Selector
+from sparserefine.studies import evaluate as module
 from sparserefine.studies.evaluate import evaluate
 
 
@@ -18,7 +20,8 @@ from sparserefine.studies.evaluate import evaluate
 def refiner():
     torch.manual_seed(0)
     base = FrozenBase(UNet(2, (4, 8)), 2, BaseConfig(ratio=0.5))
-    return SparseRefiner(base, selector=Selector(budget=300), extractor=ExtractorConfig((4, 8))).eval()
+    config = RefinerConfig(selector=Selector(budget=300), extractor=ExtractorConfig((4, 8)))
+    return SparseRefiner(base, config).eval()
 
 
 @pytest.fixture
@@ -68,6 +71,60 @@ def test_costs(refiner, images):
     stages = {"base", "uncertainty", "select", "plan", "gather", "extractor", "ensembler"}
     assert set(result.stages_ms) == stages
     assert "oracle" in result.table()
+
+
+@pytest.fixture
+def gpu_clock(monkeypatch):
+    """The stopwatch of a GPU, without one: a clock that stands still unless a test moves it, and no memory."""
+
+    class NoMemory:
+        megabytes = 0.0
+
+        def __init__(self, device):
+            assert device.type == "cuda"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    now = [0.0]
+    monkeypatch.setattr(module, "now_ms", lambda device: now[0])
+    monkeypatch.setattr(module, "PeakMemory", NoMemory)
+    return now
+
+
+def test_on_a_gpu_what_only_the_first_run_does_is_not_timed(gpu_clock):
+    """The first run of each way compiles its kernels for 500 ms; predicting takes 13 ms."""
+    watch, runs = module.Stopwatch(torch.device("cuda"), 1), {"coarse": 0, "refined": 0}
+    for image in range(3):
+        for way in runs:
+
+            def run(way=way, image=image):
+                runs[way] += 1
+                gpu_clock[0] += 13 if runs[way] > 1 else 500
+                return way, image
+
+            result, ms, _ = watch.time(way, run)
+            assert result == (way, image)
+            assert ms == 13
+    assert runs == {"coarse": 1 + 3, "refined": 1 + 3}
+
+
+@pytest.mark.parametrize(("device", "untimed"), [("cpu", 0), ("cuda", 1)])
+def test_runs_of_each_way_of_predicting(device, untimed, refiner, images, monkeypatch, request):
+    """Coarse and refined run the base, dense runs its own: on each image as often as asked for."""
+    if device == "cuda":
+        request.getfixturevalue("gpu_clock")
+        stopwatch = module.Stopwatch
+        monkeypatch.setattr(module, "Stopwatch", lambda _, repeats: stopwatch(torch.device(device), repeats))
+    dense = FrozenBase(UNet(2, (4, 8)), 2, BaseConfig(ratio=1.0))
+    calls = {"base": 0, "dense": 0}
+    for name, base in (("base", refiner.base), ("dense", dense)):
+        base.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    evaluate(refiner, images, dense=dense, repeats=3)
+    assert calls == {"base": 2 * (untimed + 3 * len(images)), "dense": untimed + 3 * len(images)}
 
 
 def test_class_that_never_occurs_is_null(refiner, images):

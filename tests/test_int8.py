@@ -200,7 +200,7 @@ def photograph(size: int = 128) -> Tensor:
 def test_calibration_keeps_the_largest_input(tmp_path: Path) -> None:
     stored, images = refiner(), [photograph(), photograph().flip(-1)]
     names = set(stored.state_dict())
-    assert stored.calibrate(iter(images)) == 2
+    assert stored.quantize(iter(images)) == 2
     convs = quantised_convs(stored.extractor)
     assert len(set(stored.state_dict()) - names) == len(convs)
     largest: list[Tensor] = []
@@ -221,7 +221,7 @@ def test_calibration_keeps_the_largest_input(tmp_path: Path) -> None:
 
 def test_training_forgets_the_calibration() -> None:
     stored = refiner()
-    stored.calibrate([photograph()])
+    stored.quantize([photograph()])
     stored.train()(photograph()[None])
     assert all(conv.input_max is None for conv in stored.extractor.modules() if isinstance(conv, SparseConv))
 
@@ -229,16 +229,21 @@ def test_training_forgets_the_calibration() -> None:
 def test_calibration_needs_sites() -> None:
     stored = refiner()
     with pytest.raises(ValueError, match="saw no site"):
-        stored.calibrate([])
+        stored.quantize([])
     assert not stored.training
+
+
+def test_calibrate_is_called_quantize_now() -> None:
+    with pytest.raises(AttributeError, match=r"called SparseRefiner\.quantize now"):
+        refiner().calibrate([photograph()])
 
 
 def test_labels_are_those_of_float() -> None:
     engine()
     stored, image = refiner("cpu-int8"), photograph(256)
-    with pytest.raises(ValueError, match="sparserefine calibrate"), torch.inference_mode():
+    with pytest.raises(ValueError, match="sparserefine quantize"), torch.inference_mode():
         stored(image[None])
-    stored.calibrate([image])
+    stored.quantize([image])
     with torch.inference_mode():
         labels = stored(image[None]).labels()
         stored.engine = get_engine("torch")
@@ -250,14 +255,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     Image.fromarray(photograph(160).permute(1, 2, 0).numpy()).save(tmp_path / "in" / "a.png")
     out, labels = str(tmp_path / "refiner"), str(tmp_path / "labels")
-    assert main(["calibrate", str(tmp_path / "in"), "--refiner", "demo", "--out", out]) == 0
-    assert "calibrated on 1 images" in capsys.readouterr().out
+    assert main(["quantize", str(tmp_path / "in"), "--refiner", "demo", "--out", out]) == 0
+    assert "quantized with 1 image," in capsys.readouterr().out
     assert main(["predict", str(tmp_path / "in"), "--refiner", out, "--engine", "cpu-int8", "--out", labels]) == 0
     assert (tmp_path / "labels" / "a.png").is_file()
-    assert main(["calibrate", str(tmp_path / "in"), "--refiner", out, "--out", out]) == 1
+    assert main(["quantize", str(tmp_path / "in"), "--refiner", out, "--out", out]) == 1
     assert "give another one" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert main(["calibrate", str(tmp_path / "empty"), "--refiner", "demo", "--out", out + "2"]) == 1
+    assert main(["quantize", str(tmp_path / "empty"), "--refiner", "demo", "--out", out + "2"]) == 1
     assert "no image in" in capsys.readouterr().err
 
 

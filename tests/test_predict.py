@@ -12,6 +12,7 @@ from sparserefine import (
     Classes,
     ExtractorConfig,
     FrozenBase,
+    RefinerConfig,
     Selector,
     SparseRefiner,
     read_image,
@@ -29,7 +30,8 @@ def tiny_refiner(model=None):
     torch.manual_seed(0)
     base = FrozenBase(model or UNet(3, planes=(4, 8)), 3, BaseConfig(ratio=0.5))
     selector = Selector(budget=200)
-    return SparseRefiner(base, selector=selector, extractor=ExtractorConfig((4, 8)), classes=CLASSES).eval()
+    config = RefinerConfig(selector=selector, extractor=ExtractorConfig((4, 8)))
+    return SparseRefiner(base, config, classes=CLASSES).eval()
 
 
 @pytest.fixture(scope="module")

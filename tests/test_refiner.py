@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sparserefine.images.classes import Classes
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from sparserefine.images.upsampling import Window
 from sparserefine.refiner import Refinement, SparseRefiner
+from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.ensembler import EnsemblerConfig
 from sparserefine.stages.extractor import ExtractorConfig
 from sparserefine.stages.selector import Selector
@@ -35,9 +37,10 @@ def base_of(config: BaseConfig = HALF, num_classes: int = K) -> FrozenBase:
     return FrozenBase(UNet(num_classes, (4, 8)), num_classes, config)
 
 
-def refiner_of(selector: Selector = SOME, base: FrozenBase | None = None, **arguments: Any) -> SparseRefiner:
+def refiner_of(selector: Selector = SOME, base: FrozenBase | None = None, **choices: Any) -> SparseRefiner:
     """In evaluation mode, its ensembler not the plain blend that it starts as."""
-    refiner = SparseRefiner(base or base_of(), selector=selector, extractor=TINY, **arguments).eval()
+    config = RefinerConfig(selector=selector, extractor=TINY, **choices)
+    refiner = SparseRefiner(base or base_of(), config).eval()
     with torch.no_grad():
         for parameter in refiner.ensembler.parameters():
             parameter.normal_(std=0.3)
@@ -164,7 +167,7 @@ def test_a_batch_is_its_images() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (6, 1), (2, 2), (3, 3), (9, 14)], ids="{0[0]}x{0[1]}".format)
 def test_any_size(size: tuple[int, int], down: str) -> None:
     extractor = ExtractorConfig((4, 5, 6), blocks=1, down=down)
-    refiner = SparseRefiner(base_of(), selector=EVERYTHING, extractor=extractor).eval()
+    refiner = SparseRefiner(base_of(), RefinerConfig(selector=EVERYTHING, extractor=extractor)).eval()
     result = refiner(pixels(2, size))
     assert result.labels().shape == (2, *size)
     assert result.logits().shape == (2, K, *size)
@@ -235,7 +238,8 @@ def expected_features(result: Refinement, image: Tensor) -> dict[str, Tensor]:
     ids=" ".join,
 )
 def test_features(features: tuple[str, ...]) -> None:
-    refiner = SparseRefiner(base_of(), selector=SOME, extractor=ExtractorConfig((4, 6), features=features)).eval()
+    config = RefinerConfig(selector=SOME, extractor=ExtractorConfig((4, 6), features=features))
+    refiner = SparseRefiner(base_of(), config).eval()
     seen: list[Tensor] = []
     refiner.extractor.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
     image = pixels(2)
@@ -359,15 +363,52 @@ def test_wrong_valid_mask(valid: Tensor) -> None:
     ("arguments", "words"),
     [
         ({"classes": Classes.numbered(K + 1)}, "4 class names for a base of 3 classes"),
-        ({"upsampling": "bicubic"}, "upsampling 'bicubic', expected 'bilinear' or 'nearest'"),
-        ({"selector": Selector(1.2)}, "threshold = 1.2 nats would select nothing"),
+        ({"config": RefinerConfig(selector=Selector(1.2))}, "threshold = 1.2 nats would select nothing"),
         ({"engine": "spconv"}, "engine 'spconv' is not known"),
     ],
-    ids=["classes", "upsampling", "threshold", "engine"],
+    ids=["classes", "threshold", "engine"],
 )
 def test_bad_arguments(arguments: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SparseRefiner(base_of(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"upsampling": "bicubic"}, "upsampling 'bicubic', expected 'bilinear' or 'nearest'"),
+        ({"mean": (0.1, 0.2)}, r"refiner.mean = \(0.1, 0.2\), .*expected 3 numbers each, std above 0"),
+        ({"mean": None}, "refiner.mean = None, .*expected 3 numbers each"),
+        ({"std": (0.1, 0.0, 0.2)}, r"refiner.std = \(0.1, 0.0, 0.2\); expected 3 numbers each, std above 0"),
+        ({"std": (0.1, "a", 0.2)}, r"refiner.std = \(0.1, 'a', 0.2\); expected 3 numbers"),
+    ],
+    ids=["upsampling", "two means", "no mean", "std of zero", "text"],
+)
+def test_bad_choices(choices: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RefinerConfig(**choices)
+
+
+def test_own_pixels_are_normalised_as_configured() -> None:
+    """Thus twice the values give the same with twice the mean and twice the spread."""
+    image, coarse = torch.rand(2, 3, 9, 14) / 2, torch.randn(2, K, 5, 7)
+    refiner = refiner_of(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    config = replace(refiner.config, mean=(0.2, 0.4, 0.6), std=(1.0, 1.2, 1.4))
+    other = SparseRefiner(refiner.base, config).eval()
+    other.load_state_dict(refiner.state_dict())
+    assert_close(other.refine(2 * image, coarse).logits(), refiner.refine(image, coarse).logits())
+
+
+def test_the_selector_may_be_replaced() -> None:
+    refiner, image = refiner_of(), pixels()
+    before = refiner.config
+    refiner.selector = Selector(budget=7)
+    assert refiner.selector == Selector(budget=7)
+    assert refiner.config == replace(before, selector=Selector(budget=7))
+    assert len(refiner(image).sites) == 7
+    with pytest.raises(ValueError, match=r"threshold = 1.2 nats would select nothing"):
+        refiner.selector = Selector(1.2)
+    assert refiner.selector == Selector(budget=7)
 
 
 # ---- on disk
@@ -381,13 +422,15 @@ def stored(tmp_path: Path) -> tuple[SparseRefiner, Path]:
     save_unet(base.model, folder / "base.safetensors")
     refiner = SparseRefiner(
         base,
-        selector=Selector(0.01, 40),
-        extractor=ExtractorConfig((4, 6, 8), 2, "paper", ("rgb", "coords", "entropy")),
-        ensembler=EnsemblerConfig(fuser="paper"),
+        RefinerConfig(
+            selector=Selector(0.01, 40),
+            extractor=ExtractorConfig((4, 6, 8), 2, "paper", ("rgb", "coords", "entropy")),
+            ensembler=EnsemblerConfig(fuser="paper"),
+            upsampling="nearest",
+            mean=(0.1, 0.2, 0.3),
+            std=(0.5, 0.6, 0.7),
+        ),
         classes=Classes(("void", "road", "sky"), ((1, 2, 3), (4, 5, 6), (7, 8, 255))),
-        upsampling="nearest",
-        mean=(0.1, 0.2, 0.3),
-        std=(0.5, 0.6, 0.7),
     )
     refiner.train()(pixels(2))  # moves the running statistics
     refiner.eval().save_pretrained(folder)
@@ -398,8 +441,8 @@ def test_read_back_exactly(stored: tuple[SparseRefiner, Path]) -> None:
     refiner, folder = stored
     found = SparseRefiner.from_pretrained(folder)
     assert not found.training
-    for name in ("classes", "selector", "extractor_config", "ensembler_config", "upsampling", "mean", "std"):
-        assert getattr(found, name) == getattr(refiner, name), name
+    assert found.classes == refiner.classes
+    assert found.config == refiner.config
     assert found.base.config == refiner.base.config
     assert found.base.identity == refiner.base.identity
     state = found.state_dict()
@@ -507,6 +550,8 @@ DAMAGE = {
     "more blocks": (changed(extractor__blocks=3), "missing"),
     "unknown down-sampling": (changed(extractor__down="mean"), "extractor: .*down = 'mean'"),
     "planes not whole": (changed(extractor__planes=[4.5, 6, 8]), "extractor: "),
+    "blocks not whole": (changed(extractor__blocks=1.5), "extractor: blocks = 1.5, expected a whole number"),
+    "a threshold too high": (changed(selector__threshold=1.2), "selector: threshold = 1.2 nats would select nothing"),
     "unknown upsampling": (changed(upsampling="bicubic"), "upsampling 'bicubic'"),
     "no base": (changed(base__name=""), "names no base .*base=FrozenBase"),
     "unknown base": (changed(base__name="resnet:x"), "'resnet:x' is not known"),
@@ -514,9 +559,9 @@ DAMAGE = {
     "base not an object": (changed(base=None), "base: "),
     "fewer classes": (changed(classes=["a", "b"]), "2 class names, 3 colours"),
     "classes not a list": (changed(classes=None), "classes"),
-    "mean not a list": (changed(mean=None), "mean"),
-    "mean of two channels": (changed(mean=[0.1, 0.2]), "mean"),
-    "std of zero": (changed(std=[0.1, 0.0, 0.2]), "std"),
+    "mean not a list": (changed(mean=None), "refiner.mean = None"),
+    "mean of two channels": (changed(mean=[0.1, 0.2]), "refiner.mean = "),
+    "std of zero": (changed(std=[0.1, 0.0, 0.2]), "refiner.std = "),
 }
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageDraw
 
-from sparserefine import BaseConfig, ExtractorConfig, SparseRefiner
+from sparserefine import PRESETS, BaseConfig, Config, EnsemblerConfig, ExtractorConfig, RefinerConfig, SparseRefiner
 from sparserefine.bases.families.unet import UNet, load_unet, save_unet
 from sparserefine.bases.load import load_base
 from sparserefine.commands.main import main
+from sparserefine.data.readers.config import DataConfig
 from sparserefine.training.losses import cross_entropy, refinement_loss, soft_dice
 from sparserefine.training.stored_logits import StoredLogits
 
@@ -270,6 +271,40 @@ def test_preset_by_name(project):
     assert stored["extractor"]["planes"] == [16, 32, 64, 128, 256]
 
 
+def test_normalisation_by_name(project):
+    """`mean:` and `std:` in the file are the refiner's own, and are stored with it."""
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    config |= {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "logits": {"source": "live"}}
+    config["training"].update(steps=1, val_every=1)
+    (project / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", "config.yaml"]) == 0
+    refiner = SparseRefiner.from_pretrained("run/best")
+    assert (refiner.config.mean, refiner.config.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    assert main(["train", "config.yaml", "--std", "[0.5, 0, 0.5]", "--out", "other"]) != 0
+    assert not (project / "other").exists()
+
+
+def test_a_run_that_was_started_before_a_field_was_there_is_resumed(project, capsys):
+    short = ["train", "config.yaml", "--logits.source", "live", "--training.steps", "2", "--training.val_every", "2"]
+    assert main(short) == 0
+    stored = json.loads((project / "run" / "config.json").read_text())
+    del stored["mean"], stored["std"]
+    (project / "run" / "config.json").write_text(json.dumps(stored))
+    assert main([*short, "--resume"]) == 0
+    assert main([*short, "--mean", "[0.1, 0.2, 0.3]", "--resume"]) == 1
+    assert "was made with mean = [0.485, 0.456, 0.406]" in capsys.readouterr().err
+
+
+def test_the_choices_of_a_refiner_are_those_of_the_configuration():
+    data, base = DataConfig(name="folder", root="data"), BaseConfig("unet:x", ratio=0.5)
+    config = Config(data, base, "run", ensembler=EnsemblerConfig("mean"), std=(1.0, 1.0, 1.0), preset="slim16")
+    expected = RefinerConfig(ensembler=EnsemblerConfig("mean"), std=(1.0, 1.0, 1.0), extractor=PRESETS["slim16"])
+    assert config.refiner == expected
+    assert type(config.refiner) is RefinerConfig
+    with pytest.raises(ValueError, match="upsampling 'bicubic'"):
+        Config(data, base, "run", upsampling="bicubic")
+
+
 def test_refiner_folder_works_anywhere(project, monkeypatch, tmp_path_factory):
     """The small base travels with the refiner; saving what was loaded keeps it."""
     from sparserefine.refiner import SparseRefiner
@@ -312,7 +347,7 @@ def test_a_dense_peer_of_another_kind_has_its_own_normalisation(dense, mean, pro
     (project / "dense_peer.py").write_text("from torch import nn\ndef build():\n    return nn.Conv2d(3, 2, 1)\n")
     monkeypatch.delitem(sys.modules, "dense_peer", raising=False)
     base = load_base(BaseConfig("unet:base.safetensors", ratio=0.25), 2)
-    SparseRefiner(base, extractor=ExtractorConfig((8, 16))).save_pretrained("run/best")
+    SparseRefiner(base, RefinerConfig(extractor=ExtractorConfig((8, 16)))).save_pretrained("run/best")
     monkeypatch.setattr("sparserefine.studies.evaluate.evaluate", caught)
     arguments = ["evaluate", "config.yaml", "--refiner", "run/best", "--base.mean", "[0.1, 0.2, 0.3]"]
     with pytest.raises(Seen, match=f"^{mean}$"):

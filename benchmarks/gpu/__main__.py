@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import MASKS, ROOT, chosen, find_mask, read_mask
+from benchmarks.common import MASKS, ROOT, Renamed, chosen, find_mask, read_mask
 from benchmarks.gpu.checks import checks
 from benchmarks.gpu.device import DTYPES, Device, Gpu, Rehearsal
 from benchmarks.gpu.parts import ceilings, models, training, uncertainty
@@ -45,7 +45,7 @@ NEED_MASKS = ("unet", "training", "tilings")
 NEED_CEILINGS = ("unet", "uncertainty", "training", "tilings")
 
 # So small that the interpreter is through in seconds. Its bfloat16 is wrong, so that is left out.
-TINY_PLANS = {
+TINY_PRESETS = {
     "paper": ExtractorConfig((8, 16), 1, "paper"),
     "slim": ExtractorConfig((8, 16), 1, "cell"),
     "slim16": ExtractorConfig((8, 8, 8), 1, "paper"),
@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     default = ",".join(part for part in PARTS if part != "tilings")
     parser.add_argument("--only", default=default, help=f"of {', '.join(PARTS)}; default: %(default)s")
-    parser.add_argument("--plans", default=",".join(PRESETS), help="default: %(default)s")
+    parser.add_argument("--presets", default=",".join(PRESETS), help="default: %(default)s")
+    parser.add_argument("--plans", action=Renamed, const="--presets", help=argparse.SUPPRESS)
     parser.add_argument("--masks", help=f"names in ../shared/masks, or PNG files; default: {DEFAULT_MASKS}")
     parser.add_argument("--batches", default="1,4", help="default: %(default)s")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="default: %(default)s")
@@ -80,7 +81,7 @@ def _options(given: argparse.Namespace) -> Options:
     files = [] if given.rehearse else _mask_files(given.masks)
     options = Options(
         tuple(part for part in PARTS if part in parts),
-        {name: PRESETS[name] for name in chosen(given.plans, tuple(PRESETS), "plan")},
+        {name: PRESETS[name] for name in chosen(given.presets, tuple(PRESETS), "preset")},
         {file.stem: read_mask(str(file)) for file in files},
         tuple(files),
         tuple(map(int, chosen(given.batches, BATCHES, "batch size"))),
@@ -111,7 +112,7 @@ def _tiny(options: Options) -> Options:
     masks: dict[str, Tensor] = {"tiny": torch.rand(8, 12, generator=torch.Generator().manual_seed(1)) < 0.2}
     return Options(
         tuple(part for part in options.parts if part != "models"),
-        {name: TINY_PLANS[name] for name in options.plans},
+        {name: TINY_PRESETS[name] for name in options.presets},
         masks,
         (),
         (1,),

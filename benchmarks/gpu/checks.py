@@ -60,18 +60,18 @@ def _groups(run: Run) -> Iterator[tuple[str, Iterator[Check]]]:
         yield f"uncertainty, {case}", _uncertainty(case, run.device.device)
     if not options.masks:
         return
-    for plan, config in options.plans.items():
+    for preset, config in options.presets.items():
         for batch in sorted({1, *options.batches}):
-            yield f"{plan}, batch {batch}: tables", _tables(run, plan, config, batch)
+            yield f"{preset}, batch {batch}: tables", _tables(run, preset, config, batch)
         for dtype in options.dtypes:
-            yield f"{plan}, {dtype}: convolutions", _convolutions(run, plan, config, dtype)
-            yield f"{plan}, {dtype}: network", _networks(run, plan, config, dtype)
+            yield f"{preset}, {dtype}: convolutions", _convolutions(run, preset, config, dtype)
+            yield f"{preset}, {dtype}: network", _networks(run, preset, config, dtype)
 
 
 # ---- plans
 
 
-def _tables(run: Run, plan: str, config: ExtractorConfig, batch: int) -> Iterator[Check]:
+def _tables(run: Run, preset: str, config: ExtractorConfig, batch: int) -> Iterator[Check]:
     """Plans, padded or not, equal the reference in every entry."""
     device = run.device.device
     mask = input_sets(run.first_mask()[1], batch, device, 1)[0].mask
@@ -82,8 +82,8 @@ def _tables(run: Run, plan: str, config: ExtractorConfig, batch: int) -> Iterato
     padded = engine.padded_plan(mask, spec, room)  # type: ignore[attr-defined]
     for name, actual in (("plan", engine.plan(mask, spec)), ("padded plan", padded)):
         for depth, wrong in enumerate(_differences(actual, expected)):
-            yield judged(f"{plan}, batch {batch}, {name}, level {depth}: entries that differ", wrong, 0)
-    yield judged(f"{plan}, batch {batch}, padded plan: counts", float(padded.totals.tolist() != counts), 0)
+            yield judged(f"{preset}, batch {batch}, {name}, level {depth}: entries that differ", wrong, 0)
+    yield judged(f"{preset}, batch {batch}, padded plan: counts", float(padded.totals.tolist() != counts), 0)
 
 
 def _differences(actual: Plan, expected: Plan) -> Iterator[float]:
@@ -114,7 +114,7 @@ def _unlike(actual: Tensor, expected: Tensor) -> float:
 # ---- convolutions
 
 
-def _convolutions(run: Run, plan: str, config: ExtractorConfig, dtype: str) -> Iterator[Check]:
+def _convolutions(run: Run, preset: str, config: ExtractorConfig, dtype: str) -> Iterator[Check]:
     engine, device = get_engine("triton"), run.device.device
     network = network_of(config, torch.device("cpu"))
     mask = input_sets(run.first_mask()[1], 1, device, 1)[0].mask
@@ -124,7 +124,7 @@ def _convolutions(run: Run, plan: str, config: ExtractorConfig, dtype: str) -> I
             stencil = stencil_of(layer, tables)
             if not stencil.num_inputs or not stencil.num_outputs:
                 continue
-            name = f"{plan}, {dtype}, {layer.kind} {layer.depth}, {layer.c_in} -> {layer.c_out}"
+            name = f"{preset}, {dtype}, {layer.kind} {layer.depth}, {layer.c_in} -> {layer.c_out}"
             yield judged(f"{name}: values", _value_error(layer, stencil, dtype), BOUNDS[dtype])
             if layer.kind != "own":
                 errors, same = _gradient_errors(layer, stencil, dtype)
@@ -192,8 +192,8 @@ def _gradient_errors(layer: Layer, stencil: Stencil, dtype: str) -> tuple[dict[s
 # ---- networks
 
 
-def _networks(run: Run, plan: str, config: ExtractorConfig, dtype: str) -> Iterator[Check]:
-    device, name = run.device, f"{plan}, {dtype}"
+def _networks(run: Run, preset: str, config: ExtractorConfig, dtype: str) -> Iterator[Check]:
+    device, name = run.device, f"{preset}, {dtype}"
     for batch in sorted({1, *run.options.batches}):
         sets = input_sets(run.first_mask()[1], batch, device.device, 2)
         expected = _reference(config, sets[0].mask, sets[0].features)

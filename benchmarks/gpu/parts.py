@@ -110,21 +110,21 @@ def _uncertainty(
 
 def training(run: Run) -> None:
     """A step forward and back on the first mask, with engines ``triton`` and ``torch``."""
-    for plan in run.options.plans:
+    for preset in run.options.presets:
         for dtype in (name for name in ("bfloat16", "tf32", "float32") if name in run.options.dtypes):
             for engine in ("triton", "torch"):
                 run.attempt(
-                    f"training, {plan}, {dtype}, {engine}",
-                    lambda plan=plan, dtype=dtype, engine=engine: _training(run, plan, dtype, engine),  # type: ignore[misc]
+                    f"training, {preset}, {dtype}, {engine}",
+                    lambda preset=preset, dtype=dtype, engine=engine: _training(run, preset, dtype, engine),  # type: ignore[misc]
                     peer=engine == "torch",
                 )
 
 
-def _training(run: Run, plan: str, dtype: str, name: str) -> None:
+def _training(run: Run, preset: str, dtype: str, name: str) -> None:
     device, (mask_name, mask) = run.device.device, run.first_mask()
     torch.manual_seed(0)
     sets = input_sets(mask, 1, device)
-    network = network_of(run.options.plans[plan], device).train()
+    network = network_of(run.options.presets[preset], device).train()
     engine = get_engine(name)
     plans = [engine.plan(one.mask, network.spec) for one in sets]
     half = DTYPES[dtype] != torch.float32
@@ -142,11 +142,11 @@ def _training(run: Run, plan: str, dtype: str, name: str) -> None:
     counts = [len(level.sites) for level in plans[0].levels]
     floor = floor_of(layers(network, counts), dtype, run.ceilings(), passes=3).ms
     record = TrainingRecord(
-        *(name, plan, mask_name, dtype, "eager", counts[0]),
+        *(name, preset, mask_name, dtype, "eager", counts[0]),
         *(spread.ms, spread.low_ms, spread.high_ms, spread.repetitions, peak, floor),
     )
     run.results.add("training", [record])
-    print(f"training, {plan}, {dtype}, {name}: {spread.ms:.2f} ms, floor {floor:.2f}", flush=True)
+    print(f"training, {preset}, {dtype}, {name}: {spread.ms:.2f} ms, floor {floor:.2f}", flush=True)
 
 
 # ---- the whole method
@@ -168,7 +168,7 @@ def _model(run: Run, name: str) -> None:
     choice: dict[str, Any] = {"size": sizes.pop()} if sizes else {}
     settings = Settings(
         bases=(BaseEntry(name),),
-        plans=tuple(run.options.plans),
+        presets=tuple(run.options.presets),
         masks=tuple(map(str, run.options.mask_files)),
         precision="float16",
         device=str(run.device.device),
@@ -183,7 +183,7 @@ def _model(run: Run, name: str) -> None:
         run.leave_out(line)
     for record in report.records:
         print(
-            f"{record.model}, {record.plan}, {record.mask}: dense {record.dense_ms:.1f} ms, coarse + refine "
+            f"{record.model}, {record.preset}, {record.mask}: dense {record.dense_ms:.1f} ms, coarse + refine "
             f"{record.coarse_ms + record.refine_ms:.1f} ms",
             flush=True,
         )

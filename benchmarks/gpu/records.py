@@ -17,11 +17,11 @@ PARTS = ("checks", "ceilings", "unet", "uncertainty", "training", "models", "til
 KEYS = {
     "checks": ("name",),
     "ceilings": ("name",),
-    "unet": ("engine", "plan", "mask", "batch", "dtype", "mode"),
+    "unet": ("engine", "preset", "mask", "batch", "dtype", "mode"),
     "uncertainty": ("engine", "case", "dtype", "mode"),
-    "training": ("engine", "plan", "mask", "dtype"),
-    "models": ("model", "coarse_size", "plan", "mask", "precision", "engine", "runtime"),
-    "tilings": ("plan", "kind", "depth", "c_in", "c_out", "dtype"),
+    "training": ("engine", "preset", "mask", "dtype"),
+    "models": ("model", "coarse_size", "preset", "mask", "precision", "engine", "runtime"),
+    "tilings": ("preset", "kind", "depth", "c_in", "c_out", "dtype"),
 }
 """Fields that tell records of a part apart: a new one takes the place of the old one with the same values."""
 
@@ -72,7 +72,7 @@ class UNetRecord:
 
     Attributes:
         engine: ``triton``, ``torch``, ``spconv``, ``spconv-triton``, or ``dense``: ordinary convolutions on all pixels.
-        plan: name of the preset.
+        preset: name of the preset.
         mask: the file's name; ``all`` of ``dense``.
         size: of the image.
         batch: B.
@@ -95,7 +95,7 @@ class UNetRecord:
     """
 
     engine: str
-    plan: str
+    preset: str
     mask: str
     size: str
     batch: int
@@ -152,7 +152,7 @@ class TrainingRecord:
 
     Attributes:
         engine: ``triton`` or ``torch``.
-        plan: name of the preset.
+        preset: name of the preset.
         mask: the file's name.
         dtype: ``bfloat16``: by autocast; else of everything.
         mode: ``eager``.
@@ -166,7 +166,7 @@ class TrainingRecord:
     """
 
     engine: str
-    plan: str
+    preset: str
     mask: str
     dtype: str
     mode: str
@@ -184,7 +184,7 @@ class TilingRecord:
     """One convolution with the tiling of the fixed table, and with the best of some others.
 
     Attributes:
-        plan: name of the preset.
+        preset: name of the preset.
         kind: see ``benchmarks.gpu.layers.Layer``.
         depth: likewise.
         rows: of the outputs.
@@ -201,7 +201,7 @@ class TilingRecord:
         others: all that were tried, and their times.
     """
 
-    plan: str
+    preset: str
     kind: str
     depth: int
     rows: int

@@ -42,7 +42,7 @@ class Options:
 
     Attributes:
         parts: of :data:`benchmarks.gpu.records.PARTS`, in that order.
-        plans: networks by name.
+        presets: networks by name.
         masks: ``bool [H, W]`` by name; the first one is that of checks, training and tilings.
         mask_files: the same as files.
         batches: images at once.
@@ -56,7 +56,7 @@ class Options:
     """
 
     parts: tuple[str, ...]
-    plans: dict[str, ExtractorConfig]
+    presets: dict[str, ExtractorConfig]
     masks: dict[str, Tensor]
     mask_files: tuple[Path, ...]
     batches: tuple[int, ...]
@@ -162,12 +162,12 @@ def network_of(config: ExtractorConfig, device: torch.device) -> SparseUNet:
 
 
 def cases_of(options: Options) -> Iterator[tuple[str, int, str, str]]:
-    """Dtype, batch, mask, plan of each case; what matters most comes first."""
+    """Dtype, batch, mask, preset of each case; what matters most comes first."""
     for dtype in options.dtypes:
         for batch in options.batches:
             for mask in options.masks:
-                for plan in options.plans:
-                    yield dtype, batch, mask, plan
+                for preset in options.presets:
+                    yield dtype, batch, mask, preset
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:

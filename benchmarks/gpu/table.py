@@ -67,19 +67,20 @@ def _targets(unet: Sequence[Row], uncertainty: Sequence[Row]) -> str:
     ]
     if not chosen and not uncertainty:
         return ""
-    graph = {plan: _worst(chosen, engine="triton", plan=plan, mode="graph") for plan in ("paper", "slim16")}
+    graph = {preset: _worst(chosen, engine="triton", preset=preset, mode="graph") for preset in ("paper", "slim16")}
     labels = _worst(
         [r for r in uncertainty if r["case"] == "19 classes, 256x512 -> 1024x2048"],
         engine="triton",
         dtype="float32",
         mode="eager",
     )
+    gain = _gain(chosen)
     rows = [
-        _target("plan paper, graph", graph["paper"], 4.0, "ms"),
-        _target("plan slim16, graph", graph["slim16"], 1.0, "ms"),
+        _target("preset paper, graph", graph["paper"], 4.0, "ms"),
+        _target("preset slim16, graph", graph["slim16"], 1.0, "ms"),
         _target("uncertainty of 19 classes", labels, 0.15, "ms"),
-        _target("plan paper, times as fast as spconv-triton", _lowest_ratio(chosen, "spconv-triton"), 1.5, "x"),
-        _target("plan paper, times as fast as the dense U-Net, over the ratio of operations", _gain(chosen), 2.0, "x"),
+        _target("preset paper, times as fast as spconv-triton", _lowest_ratio(chosen, "spconv-triton"), 1.5, "x"),
+        _target("preset paper, times as fast as the dense U-Net, over the ratio of operations", gain, 2.0, "x"),
     ]
     return _table("Targets: 1024x2048, 10 %, one image, float16; of several masks the worst", _TARGET_HEADER, rows)
 
@@ -103,7 +104,7 @@ def _worst(records: Sequence[Row], **fields: Any) -> float | None:
 def _lowest_ratio(chosen: Sequence[Row], engine: str) -> float | None:
     found = []
     for ours in chosen:
-        if (ours["engine"], ours["plan"], ours["mode"]) == ("triton", "paper", "graph"):
+        if (ours["engine"], ours["preset"], ours["mode"]) == ("triton", "paper", "graph"):
             ratio = _ratio(chosen, ours, engine)
             if ratio is not None:
                 found.append(ratio)
@@ -111,10 +112,10 @@ def _lowest_ratio(chosen: Sequence[Row], engine: str) -> float | None:
 
 
 def _gain(chosen: Sequence[Row]) -> float | None:
-    """How much more of the dense network's time is saved than of its operations, plan ``paper``."""
+    """How much more of the dense network's time is saved than of its operations, preset ``paper``."""
     found = []
     for ours in chosen:
-        if (ours["engine"], ours["plan"], ours["mode"]) == ("triton", "paper", "graph"):
+        if (ours["engine"], ours["preset"], ours["mode"]) == ("triton", "paper", "graph"):
             dense = _peer(chosen, ours, "dense")
             if dense is not None:
                 found.append(dense["ms"] / ours["ms"] / (dense["gmacs"] / ours["gmacs"]))
@@ -127,7 +128,7 @@ def _peer(records: Sequence[Row], ours: Row, engine: str) -> Row | None:
         r
         for r in records
         if r["engine"] == engine
-        and all(r[key] == ours[key] for key in ("plan", "size", "batch", "dtype"))
+        and all(r[key] == ours[key] for key in ("preset", "size", "batch", "dtype"))
         and (engine == "dense" or r["mask"] == ours["mask"])
     ]
     return min(same, key=lambda r: r["ms"], default=None)
@@ -151,7 +152,7 @@ def _unet(records: Sequence[Row]) -> str:
         best = modes.get("graph") or modes["eager"]
         rows.append(
             (
-                *(best["plan"], best["mask"], str(best["batch"]), best["dtype"]),
+                *(best["preset"], best["mask"], str(best["batch"]), best["dtype"]),
                 *(_ms(modes.get(mode), "ms") for mode in ("graph", "eager")),
                 *(_ms(_peer(records, best, engine), "ms") for engine in PEERS),
                 *(_times(_ratio(records, best, engine)) for engine in PEERS),
@@ -161,34 +162,34 @@ def _unet(records: Sequence[Row]) -> str:
             )
         )
     header = (
-        "plan | mask | batch | dtype | graph ms | eager ms | torch ms | spconv ms | spconv-triton ms | dense ms "
+        "preset | mask | batch | dtype | graph ms | eager ms | torch ms | spconv ms | spconv-triton ms | dense ms "
         "| vs torch | vs spconv | vs spconv-triton | vs dense | floor ms | bound by | over floor | GMACs | peak MB"
     )
     return _table("Sparse U-Net, mask and features to logits", header, rows, 4)
 
 
 def _case(record: Row) -> tuple[Any, ...]:
-    return tuple(record[key] for key in ("plan", "mask", "size", "batch", "dtype"))
+    return tuple(record[key] for key in ("preset", "mask", "size", "batch", "dtype"))
 
 
 def _stages(records: Sequence[Row]) -> str:
     rows = [
         (
-            *(r["engine"], r["plan"], r["mask"], str(r["batch"]), r["dtype"]),
+            *(r["engine"], r["preset"], r["mask"], str(r["batch"]), r["dtype"]),
             *(_ms(r, "plan_ms"), _ms(r, "forward_ms"), _ms(r, "ms")),
             f"{r['low_ms']:.3g}..{r['high_ms']:.3g}",
         )
         for r in records
         if r["plan_ms"] is not None
     ]
-    header = "engine | plan | mask | batch | dtype | plan ms | forward ms | together ms | 10th..90th percentile"
+    header = "engine | preset | mask | batch | dtype | plan ms | forward ms | together ms | 10th..90th percentile"
     return _table("Eager: plan and forward apart", header, rows, 5)
 
 
 def _peers(records: Sequence[Row]) -> str:
     rows = [
         (
-            *(r["engine"], r["mode"], r["plan"], r["mask"], str(r["batch"]), r["dtype"], _ms(r, "ms")),
+            *(r["engine"], r["mode"], r["preset"], r["mask"], str(r["batch"]), r["dtype"], _ms(r, "ms")),
             *(_ms(r, "floor_ms"), _bound(r), f"{r['peak_mb']:.0f}"),
             "-" if r["difference"] is None else f"{r['difference']:.1e}",
         )
@@ -196,7 +197,8 @@ def _peers(records: Sequence[Row]) -> str:
         if r["engine"] != "triton"
     ]
     header = (
-        "engine | mode | plan | mask | batch | dtype | ms | floor ms | bound by | peak MB | rms difference from triton"
+        "engine | mode | preset | mask | batch | dtype | ms | floor ms | bound by | peak MB "
+        "| rms difference from triton"
     )
     return _table("Peers", header, rows, 6)
 
@@ -221,25 +223,25 @@ def _uncertainty(records: Sequence[Row]) -> str:
 
 
 def _training(records: Sequence[Row]) -> str:
-    times = {(r["plan"], r["mask"], r["dtype"], r["engine"]): r["ms"] for r in records}
+    times = {(r["preset"], r["mask"], r["dtype"], r["engine"]): r["ms"] for r in records}
     rows = []
     for r in records:
-        peer = times.get((r["plan"], r["mask"], r["dtype"], "torch"))
+        peer = times.get((r["preset"], r["mask"], r["dtype"], "torch"))
         rows.append(
             (
-                *(r["plan"], r["mask"], r["dtype"], r["engine"], _ms(r, "ms")),
+                *(r["preset"], r["mask"], r["dtype"], r["engine"], _ms(r, "ms")),
                 _times(None if peer is None or r["engine"] == "torch" else peer / r["ms"]),
                 *(_ms(r, "floor_ms"), _times(r["ms"] / r["floor_ms"]), f"{r['peak_mb']:.0f}"),
             )
         )
-    header = "plan | mask | dtype | engine | ms | vs torch | floor ms | over floor | peak MB"
+    header = "preset | mask | dtype | engine | ms | vs torch | floor ms | over floor | peak MB"
     return _table("Training step: forward and backward", header, rows, 4)
 
 
 def _models(records: Sequence[Row]) -> str:
     rows = [
         (
-            *(r["model"], r["coarse_size"], r["plan"], r["mask"], f"{100 * r['density']:.0f} %"),
+            *(r["model"], r["coarse_size"], r["preset"], r["mask"], f"{100 * r['density']:.0f} %"),
             *(f"{r[key]:.1f}" for key in ("dense_ms", "coarse_ms", "refine_ms")),
             f"{r['ratio']:.2f}x",
             f"{r['dense_peak_mb']:.0f}",
@@ -248,7 +250,7 @@ def _models(records: Sequence[Row]) -> str:
         for r in records
     ]
     header = (
-        "model | coarse | plan | mask | density | dense ms | coarse ms | refine ms | dense / (coarse + refine) "
+        "model | coarse | preset | mask | density | dense ms | coarse ms | refine ms | dense / (coarse + refine) "
         "| dense peak MB | ours, peak MB"
     )
     return _table("The whole method, " + (records[0]["precision"] if records else ""), header, rows, 4)
@@ -257,14 +259,14 @@ def _models(records: Sequence[Row]) -> str:
 def _tilings(records: Sequence[Row]) -> str:
     rows = [
         (
-            *(r["plan"], r["dtype"], f"{r['kind']} {r['depth']}", f"{r['c_in']} -> {r['c_out']}", str(r["rows"])),
+            *(r["preset"], r["dtype"], f"{r['kind']} {r['depth']}", f"{r['c_in']} -> {r['c_out']}", str(r["rows"])),
             *(str(r["layers"]), r["own"], f"{1e3 * r['own_ms']:.1f}", r["best"], f"{1e3 * r['best_ms']:.1f}"),
             f"{1e3 * r['floor_ms']:.1f}",
         )
         for r in records
     ]
     header = (
-        "plan | dtype | stencil | channels | rows | layers | own tiling | own us | best tiling | best us | floor us"
+        "preset | dtype | stencil | channels | rows | layers | own tiling | own us | best tiling | best us | floor us"
     )
     return _table("Single convolutions", header, rows, 4)
 

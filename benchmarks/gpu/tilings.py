@@ -1,4 +1,4 @@
-"""Which tiling each convolution of a plan runs best with: for tuning the fixed table of the engine."""
+"""Which tiling each convolution of a preset runs best with: for tuning the fixed table of the engine."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _SHARED_TERMS = 1024
 
 
 def tilings(run: Run) -> None:
-    """Every distinct convolution of every plan on the first mask, in every dtype."""
+    """Every distinct convolution of every preset on the first mask, in every dtype."""
     if not run.options.masks:
         return
-    for plan, config in run.options.plans.items():
+    for preset, config in run.options.presets.items():
         network = network_of(config, torch.device("cpu"))
         mask = input_sets(run.first_mask()[1], 1, run.device.device, 1)[0].mask
         tables = get_engine("triton").plan(mask, network.spec)
@@ -41,11 +41,11 @@ def tilings(run: Run) -> None:
         for dtype in run.options.dtypes:
             for layer in distinct(found):
                 count = alike[layer.kind, layer.depth, layer.c_in, layer.c_out]
-                what = f"tilings, {plan}, {dtype}, {layer.kind} {layer.depth}, {layer.c_in} -> {layer.c_out}"
+                what = f"tilings, {preset}, {dtype}, {layer.kind} {layer.depth}, {layer.c_in} -> {layer.c_out}"
                 run.attempt(
                     what,
-                    lambda plan=plan, dtype=dtype, layer=layer, count=count, tables=tables: _measure(  # type: ignore[misc]
-                        run, plan, dtype, layer, count, tables
+                    lambda preset=preset, dtype=dtype, layer=layer, count=count, tables=tables: _measure(  # type: ignore[misc]
+                        run, preset, dtype, layer, count, tables
                     ),
                 )
 
@@ -78,7 +78,7 @@ def candidates(layer: Layer, dtype: str) -> list[Tiling]:
     return list(found)
 
 
-def _measure(run: Run, plan: str, dtype: str, layer: Layer, count: int, tables: Plan) -> None:
+def _measure(run: Run, preset: str, dtype: str, layer: Layer, count: int, tables: Plan) -> None:
     from sparserefine.engines.triton import convolution
 
     device, kind = run.device.device, DTYPES[dtype]
@@ -108,12 +108,12 @@ def _measure(run: Run, plan: str, dtype: str, layer: Layer, count: int, tables: 
     best = min(times, key=lambda name: times[name])
     floor = floor_of([layer], dtype, run.ceilings())
     record = TilingRecord(
-        *(plan, layer.kind, layer.depth, layer.rows_out, layer.c_in, layer.c_out, layer.kernel, dtype, count),
+        *(preset, layer.kind, layer.depth, layer.rows_out, layer.c_in, layer.c_out, layer.kernel, dtype, count),
         *(_name(own), times[_name(own)], best, times[best], floor.ms, times),
     )
     run.results.add("tilings", [record])
     print(
-        f"{plan}, {dtype}, {layer.kind} {layer.depth}: {layer.rows_out} rows, {layer.c_in} -> {layer.c_out}, "
+        f"{preset}, {dtype}, {layer.kind} {layer.depth}: {layer.rows_out} rows, {layer.c_in} -> {layer.c_out}, "
         f"{count} layers: own {record.own} {record.own_ms:.4f} ms, best {best} {record.best_ms:.4f}, "
         f"floor {record.floor_ms:.4f}",
         flush=True,

@@ -179,7 +179,7 @@ def dense_counts(size: tuple[int, int], batch: int, spec: PlanSpec) -> list[int]
 class _Case:
     """What all engines are given: the figures of a record that do not depend on them, and the inputs."""
 
-    plan: str
+    preset: str
     config: ExtractorConfig
     mask: str
     size: tuple[int, int]
@@ -191,7 +191,7 @@ class _Case:
     floor: Floor
 
     def __str__(self) -> str:
-        return f"{self.plan}, {self.mask}, batch {self.batch}, {self.dtype}"
+        return f"{self.preset}, {self.mask}, batch {self.batch}, {self.dtype}"
 
     def record(
         self,
@@ -206,7 +206,7 @@ class _Case:
         """Of one engine."""
         return UNetRecord(
             engine,
-            self.plan,
+            self.preset,
             self.mask,
             f"{self.size[0]}x{self.size[1]}",
             self.batch,
@@ -233,11 +233,11 @@ def unet(run: Run) -> None:
     """Every case; peers on the same inputs right after it, the dense network when it is first needed."""
     seen: set[tuple[str, int, str, tuple[int, int]]] = set()
     libraries = [] if run.device.rehearsal else [peer for peer in LIBRARIES if _works(run, peer)]
-    for dtype, batch, mask, plan in cases_of(run.options):
-        what = f"U-Net {plan}, {mask}, batch {batch}, {dtype}"
+    for dtype, batch, mask, preset in cases_of(run.options):
+        what = f"U-Net {preset}, {mask}, batch {batch}, {dtype}"
 
-        def measure(dtype: str = dtype, batch: int = batch, mask: str = mask, plan: str = plan) -> None:
-            case = _case(run, plan, mask, batch, dtype)
+        def measure(dtype: str = dtype, batch: int = batch, mask: str = mask, preset: str = preset) -> None:
+            case = _case(run, preset, mask, batch, dtype)
             expected = _triton(run, case)
             if dtype in PEER_DTYPES["torch"]:
                 run.attempt(f"torch, {case}", lambda: _torch(run, case, expected), peer=True)
@@ -246,26 +246,26 @@ def unet(run: Run) -> None:
 
         run.attempt(what, measure)
         size = (run.options.masks[mask].shape[0], run.options.masks[mask].shape[1])
-        if dtype in PEER_DTYPES["dense"] and (plan, batch, dtype, size) not in seen:
-            seen.add((plan, batch, dtype, size))
-            _dense(run, plan, size, batch, dtype)
+        if dtype in PEER_DTYPES["dense"] and (preset, batch, dtype, size) not in seen:
+            seen.add((preset, batch, dtype, size))
+            _dense(run, preset, size, batch, dtype)
 
 
-def _case(run: Run, plan: str, mask: str, batch: int, dtype: str) -> _Case:
-    config, image = run.options.plans[plan], run.options.masks[mask]
+def _case(run: Run, preset: str, mask: str, batch: int, dtype: str) -> _Case:
+    config, image = run.options.presets[preset], run.options.masks[mask]
     torch.manual_seed(0)
     sets = input_sets(image, batch, run.device.device)
     network = network_of(config, torch.device("cpu"))
     counts = [len(level.sites) for level in get_engine("triton").plan(sets[0].mask, network.spec).levels]
     floor = floor_of(layers(network, counts), dtype, run.ceilings())
     size = (image.shape[0], image.shape[1])
-    return _Case(plan, config, mask, size, batch, dtype, sets, counts, network, floor)
+    return _Case(preset, config, mask, size, batch, dtype, sets, counts, network, floor)
 
 
 def _show(run: Run, record: UNetRecord) -> None:
     run.results.add("unet", [record])
     print(
-        f"{record.engine} {record.mode}, {record.plan}, {record.mask}, batch {record.batch}, {record.dtype}: "
+        f"{record.engine} {record.mode}, {record.preset}, {record.mask}, batch {record.batch}, {record.dtype}: "
         f"{record.ms:.3f} ms ({record.low_ms:.3f}..{record.high_ms:.3f}), floor {record.floor_ms:.3f}",
         flush=True,
     )
@@ -346,13 +346,13 @@ def _spconv(run: Run, peer: str, case: _Case, expected: Tensor) -> None:
     _show(run, case.record(peer, "eager", Spread.of(laps), peak, relative_rms(logits, expected)))
 
 
-def _dense(run: Run, plan: str, size: tuple[int, int], batch: int, dtype: str) -> None:
+def _dense(run: Run, preset: str, size: tuple[int, int], batch: int, dtype: str) -> None:
     """Module by module, and compiled for the first batch size: that takes its time."""
-    device, config = run.device, run.options.plans[plan]
+    device, config = run.device, run.options.presets[preset]
     network = network_of(config, torch.device("cpu"))
     counts = dense_counts(size, batch, network.spec)
     floor = floor_of(layers(network, counts), dtype, run.ceilings(), tables=False)
-    case = _Case(plan, config, "all", size, batch, dtype, [], counts, network, floor)
+    case = _Case(preset, config, "all", size, batch, dtype, [], counts, network, floor)
 
     def measure(compiled: bool) -> None:
         before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparserefine.refiner import Refinement as Refinement
     from sparserefine.refiner import SparseRefiner as SparseRefiner
     from sparserefine.sparse import SparseUNet as SparseUNet
+    from sparserefine.stages.config import RefinerConfig as RefinerConfig
     from sparserefine.stages.ensembler import EnsemblerConfig as EnsemblerConfig
     from sparserefine.stages.extractor import PRESETS as PRESETS
     from sparserefine.stages.extractor import ExtractorConfig as ExtractorConfig
@@ -33,6 +34,7 @@ _HOMES = {
     "Classes": "images.classes",
     "read_image": "files.images",
     "read_label": "files.images",
+    "RefinerConfig": "stages.config",
     "EnsemblerConfig": "stages.ensembler",
     "PRESETS": "stages.extractor",
     "ExtractorConfig": "stages.extractor",

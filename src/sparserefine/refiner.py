@@ -6,7 +6,7 @@ image -> base -> coarse logits -> selector -> sites -> extractor -> sparse logit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from sparserefine.bases.base import FrozenBase
 from sparserefine.engines.choose import get_engine
 from sparserefine.images.classes import Classes
-from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, check_image, check_normalisation, constant
+from sparserefine.images.normalisation import check_image, constant
 from sparserefine.images.uncertainty import dense, entropy
 from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.machine.timing import StageTimer
 from sparserefine.sparse import Engine, Plan, Sites, calibrating
-from sparserefine.stages.ensembler import EnsemblerConfig, build_ensembler
-from sparserefine.stages.extractor import PRESETS, ExtractorConfig
+from sparserefine.stages.config import RefinerConfig
+from sparserefine.stages.ensembler import build_ensembler
 from sparserefine.stages.selector import Selector
+from sparserefine.storage import CONFIG, WEIGHTS, read_refiner, read_weights, write_refiner
 
 if TYPE_CHECKING:
     from sparserefine.capture import CapturedRefiner
@@ -34,27 +35,21 @@ class SparseRefiner(nn.Module):
 
     Args:
         base: the frozen model.
-        selector: which pixels are looked at again.
-        extractor: shape of the sparse network.
-        ensembler: how both predictions are blended.
+        config: which pixels are refined, the network that refines them, how both predictions are blended; by default
+            those of :class:`RefinerConfig`.
         classes: names and colours; if not given, the base's own, or numbered ones.
-        upsampling: ``bilinear``, or ``nearest`` as in the published code; thresholds belong to this choice.
-        mean: subtracted from the refiner's own pixels in 0..1, per channel.
-        std: divided by, per channel.
         engine: what executes the sparse network; see ``sparserefine info``.
+
+    Attributes:
+        config: as given; :attr:`selector` may be replaced later, the rest has shaped the modules.
     """
 
     def __init__(
         self,
         base: FrozenBase,
+        config: RefinerConfig | None = None,
         *,
-        selector: Selector | None = None,
-        extractor: ExtractorConfig = PRESETS["slim"],
-        ensembler: EnsemblerConfig | None = None,
         classes: Classes | None = None,
-        upsampling: str = "bilinear",
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
         engine: str = "auto",
     ) -> None:
         super().__init__()
@@ -62,17 +57,26 @@ class SparseRefiner(nn.Module):
         self.classes = classes or base.classes or Classes.numbered(k)
         if len(self.classes) != k:
             raise ValueError(f"{len(self.classes)} class names for a base of {k} classes; expected as many")
-        if upsampling not in ("bilinear", "nearest"):
-            raise ValueError(f"upsampling {upsampling!r}, expected 'bilinear' or 'nearest'")
-        check_normalisation("refiner", mean, std)
-        self.selector = selector or Selector(threshold=0.3)
-        self.selector.check(k)
-        self.extractor_config, self.ensembler_config = extractor, ensembler or EnsemblerConfig()
-        self.upsampling, self.mean, self.std = upsampling, tuple(mean), tuple(std)
+        self.config = config = config or RefinerConfig()
+        config.selector.check(k)
         self.base = base
-        self.extractor = extractor.build(k)
-        self.ensembler = build_ensembler(self.ensembler_config, k)
+        self.extractor = config.extractor.build(k)
+        self.ensembler = build_ensembler(config.ensembler, k)
         self.engine = get_engine(engine)
+
+    @property
+    def selector(self) -> Selector:
+        """Threshold and budget, which may be replaced at any time.
+
+        Raises:
+            ValueError: no prediction over K classes can exceed the threshold.
+        """
+        return self.config.selector
+
+    @selector.setter
+    def selector(self, selector: Selector) -> None:
+        selector.check(self.base.num_classes)
+        self.config = replace(self.config, selector=selector)
 
     def forward(self, image: Tensor) -> Refinement:
         """Predicts full-size labels of a batch of images of one size.
@@ -167,7 +171,7 @@ class SparseRefiner(nn.Module):
                 raise ValueError(f"{len(coarse)} coarse logits, expected {batch}, one for each image")
             for item in coarse:
                 self.base.checked(item[None], 1)
-        if windows is not None and self.upsampling == "nearest" and self.base.config.size is None:
+        if windows is not None and self.config.upsampling == "nearest" and self.base.config.size is None:
             # The grid of the base's input follows from the size of the whole image, which a window does not tell.
             raise ValueError("upsampling 'nearest' on crops needs a fixed base.size, not a base.ratio; give base.size")
         if windows is not None and len(windows) != batch:
@@ -178,16 +182,16 @@ class SparseRefiner(nn.Module):
 
     def how(self, size: tuple[int, int]) -> Upsampling:
         """How the base's outputs for an image of ``size`` [px] become full-resolution logits."""
-        if self.upsampling == "nearest":
+        if self.config.upsampling == "nearest":
             return Upsampling("nearest", self.base.outputs, self.base.input_size(*size))
         return Upsampling("bilinear", self.base.outputs)
 
     def _features(self, image: Tensor, sites: Sites, coarse_logits: Tensor, engine: Engine) -> Tensor:
         """``[N, F]``: what :class:`ExtractorConfig` lists, in its order."""
         parts = []
-        for name in self.extractor_config.features:
+        for name in self.config.extractor.features:
             if name == "rgb":
-                mean, std = (constant(v, image.device) for v in (self.mean, self.std))
+                mean, std = (constant(v, image.device) for v in (self.config.mean, self.config.std))
                 white = 255 if image.dtype == torch.uint8 else 1
                 parts.append(engine.pixels(image, sites, 1 / (std * white), -mean / std))
             elif name == "coords":
@@ -228,10 +232,11 @@ class SparseRefiner(nn.Module):
         given, logits = ([one] if isinstance(one, Tensor) else one for one in (images, coarse))
         return capture(self, given or [], logits, headroom, capacities)
 
-    def calibrate(self, images: Iterable[Tensor]) -> int:
+    def quantize(self, images: Iterable[Tensor]) -> int:
         """Runs the method on a few typical images, so that engine ``cpu-int8`` knows how large activations get.
 
-        What it learns is stored with the weights by :meth:`save_pretrained`; training forgets it.
+        The weights stay as they are: engine ``cpu-int8`` rounds a copy of them. What is learnt is stored with them by
+        :meth:`save_pretrained`; training forgets it.
 
         Args:
             images: each ``[B, 3, H, W]`` or ``[3, H, W]``, as for :meth:`forward`. Eight are plenty.
@@ -253,16 +258,24 @@ class SparseRefiner(nn.Module):
             self.train(training)
         return count
 
+    def calibrate(self, images: Iterable[Tensor]) -> int:
+        """Was the name of :meth:`quantize`."""
+        raise AttributeError("SparseRefiner.calibrate is called SparseRefiner.quantize now; it measures for 8 bits")
+
     def trained_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the extractor and the ensembler: all that training changes."""
         yield from self.extractor.parameters()
         yield from self.ensembler.parameters()
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Writes ``config.json`` and ``model.safetensors``; see :func:`sparserefine.storage.save_refiner`."""
-        from sparserefine.storage import save_refiner
+        """Writes ``config.json`` and ``model.safetensors``; see :func:`sparserefine.storage.write_refiner`.
 
-        save_refiner(self, folder, dtype=dtype)
+        Args:
+            folder: made if need be; files of other names in it are left alone.
+            dtype: of the stored floating-point weights; loading gives float32 again.
+        """
+        trained = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("base.")}
+        write_refiner(folder, self.config, self.classes, self.base, trained, dtype=dtype)
 
     @classmethod
     def from_pretrained(
@@ -274,10 +287,45 @@ class SparseRefiner(nn.Module):
         engine: str = "auto",
         runtime: Literal["onnxruntime", "openvino"] | None = None,
     ) -> SparseRefiner:
-        """Reads a refiner from a folder or a hub id; see :func:`sparserefine.storage.load_refiner`."""
-        from sparserefine.storage import load_refiner
+        """Reads what :meth:`save_pretrained` wrote, in evaluation mode.
 
-        return load_refiner(name, base=base, trust_base=trust_base, engine=engine, runtime=runtime)
+        Args:
+            name: a folder, or a hub id such as ``user/refiner`` (needs ``pip install huggingface_hub``).
+            base: the base itself, where the configuration does not name one or another one is wanted.
+            trust_base: allows a base of kind ``python:``, which runs code that the configuration names.
+            engine: as for the constructor.
+            runtime: of the base that the configuration names; see :class:`BaseConfig`.
+
+        Raises:
+            ValueError: the folder is incomplete, of another format version, or does not fit the base.
+            FileNotFoundError: there is no such folder and no such hub id.
+        """
+        stored = read_refiner(name)
+        if base is None:
+            base = stored.load_base(trust_base=trust_base, runtime=runtime)
+        elif runtime is not None:
+            raise ValueError(f"runtime {runtime!r} and a base: give the runtime to the base, BaseConfig(runtime=...)")
+        elif base.num_classes != len(stored.classes):
+            where, count = stored.folder / CONFIG, len(stored.classes)
+            raise ValueError(f"{where}: {count} classes, the base given has {base.num_classes}")
+        refiner = cls(base, stored.config, classes=stored.classes, engine=engine)
+        refiner.load_weights(stored.folder)
+        return refiner.eval()
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Takes over extractor and ensembler of a stored refiner of the same shape.
+
+        Raises:
+            ValueError: no such folder, or weights of another shape.
+        """
+        weights, where = read_weights(folder), Path(folder) / WEIGHTS
+        try:
+            missing, unexpected = self.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            raise ValueError(f"{where}: does not fit this refiner: {error}") from error
+        missing = [key for key in missing if not key.startswith("base.")]
+        if missing or unexpected:
+            raise ValueError(f"{where}: does not fit this refiner: missing {missing[:3]}, unexpected {unexpected[:3]}")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,19 @@
-"""What is installed, what this machine offers, and which engine will run: the first thing to read in a bug report."""
+"""``sparserefine info``: what is installed, what this machine offers, which engine will run. Bug reports start here."""
 
 from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import torch
 
 import sparserefine
 from sparserefine.bases.load import BASE_NAMES
 from sparserefine.engines.choose import engine_report
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 _OPTIONAL = {  # package: the extra that brings it, and what for
     "lightning": ("train", "training"),
@@ -21,6 +25,16 @@ _OPTIONAL = {  # package: the extra that brings it, and what for
     "matplotlib": ("plot", "benchmark --plot"),
 }
 _BRINGS_ITS_OWN = {"torchvision": "torchvision:", "timm": "timm:", "segmentation-models-pytorch": "smp:"}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """None."""
+
+
+def run(arguments: Namespace) -> int:
+    """Prints :func:`info_text`."""
+    print(info_text())
+    return 0
 
 
 def info() -> dict[str, str]:

@@ -128,7 +128,7 @@ def _int8_report() -> str:
         get_engine("cpu-int8")
     except ValueError as error:
         return str(error)
-    return "available for calibrated refiners (`sparserefine calibrate`); about 1 % of rounding in the logits"
+    return "available for quantized refiners (`sparserefine quantize`); about 1 % of rounding in the logits"
 
 
 def _triton_report() -> str:

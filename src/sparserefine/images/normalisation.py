@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -12,9 +13,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def check_normalisation(whose: str, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raises ``ValueError`` unless there are three of each and the spreads are positive."""
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"{whose}.mean = {mean}, {whose}.std = {std}; expected 3 values each, std above 0")
+    """Raises ``ValueError`` unless there are three numbers of each and the spreads are positive."""
+    good = all(
+        isinstance(given, (tuple, list)) and len(given) == 3 and all(isinstance(v, Real) for v in given)
+        for given in (mean, std)
+    )
+    if not good or min(std) <= 0:
+        raise ValueError(f"{whose}.mean = {mean}, {whose}.std = {std}; expected 3 numbers each, std above 0")
 
 
 _constants: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}

@@ -9,6 +9,15 @@ from contextlib import contextmanager
 import torch
 
 
+def now_ms(device: torch.device) -> float:
+    """Milliseconds of a clock, read when ``device`` has done all that it was asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return 1e3 * time.perf_counter()
+
+
 class StageTimer:
     """Times the stages of a run; on a GPU by events that are read only when somebody asks."""
 

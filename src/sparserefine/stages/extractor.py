@@ -31,8 +31,8 @@ class ExtractorConfig:
         if not self.planes or any(not isinstance(c, int) or c < 1 for c in self.planes):
             raise ValueError(f"planes = {self.planes}, expected whole numbers of channels >= 1, one for each level")
         PlanSpec(len(self.planes), self.down)  # refuses unknown kinds
-        if self.blocks < 1:
-            raise ValueError(f"blocks = {self.blocks}, expected at least 1")
+        if not isinstance(self.blocks, int) or self.blocks < 1:
+            raise ValueError(f"blocks = {self.blocks}, expected a whole number, at least 1")
         known = Feature.__args__  # type: ignore[attr-defined]
         if not self.features or any(name not in known for name in self.features):
             raise ValueError(f"features = {self.features}, expected some of {known}")
@@ -52,4 +52,4 @@ PRESETS = {
     "slim": ExtractorConfig(),
     "slim16": ExtractorConfig((16, 32, 64, 128, 256), blocks=2, down="paper"),
 }
-"""``paper``: the published network, 79.3 M parameters. ``slim``: ours. ``slim16``: a fixed plan for benchmarks."""
+"""``paper``: the published network, 79.3 M parameters. ``slim``: the default. ``slim16``: fixed, for benchmarks."""

@@ -17,8 +17,9 @@ class Selector:
     """Picks the pixels that are looked at again.
 
     Attributes:
-        threshold: pixels of higher entropy are selected [nats], 0 <= t < ln K; ``None``: any entropy will do.
-        budget: the most sites of each image; the most uncertain win, of equals the first in reading order.
+        threshold: pixels of higher entropy are refined [nats], 0 <= t < ln K; ``None``: whatever their entropy.
+        budget: maximum number of refined pixels per image: those of highest entropy, of equals the first in reading
+            order; ``None``: no maximum.
     """
 
     threshold: float | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from sparserefine.images.classes import IGNORE, Classes
 from sparserefine.images.uncertainty import first_largest, label_dtype
 from sparserefine.images.upsampling import Upsampling
 from sparserefine.machine.memory import PeakMemory
+from sparserefine.machine.timing import now_ms
 from sparserefine.refiner import Refinement, SparseRefiner
 from sparserefine.scores.boundary import band_overlap, boundary_bands
 from sparserefine.scores.confusion import accuracy, confusion, dice, foreground, iou
@@ -143,6 +143,37 @@ def _cell(value: float | None, width: int, digits: int) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
+class Stopwatch:
+    """Takes the times of ways of predicting.
+
+    On a GPU each way runs once, untimed, before its first image: that run compiles kernels and starts libraries, which
+    takes half a second and more and is no part of predicting.
+
+    Args:
+        device: what is waited for.
+        repeats: runs of each image; the time is their median.
+    """
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self._device, self._repeats = device, repeats
+        self._cold = device.type == "cuda"
+        self._warm: set[str] = set()
+
+    def time(self, way: str, run: Callable[[], Any]) -> tuple[Any, float, float]:
+        """Result, median milliseconds and peak megabytes of ``run``, which predicts one image by ``way``."""
+        if self._cold and way not in self._warm:
+            run()
+            self._warm.add(way)
+        times = []
+        with PeakMemory(self._device) as memory:
+            for _ in range(self._repeats):
+                result = None  # the last run's result would count as this run's memory
+                start = now_ms(self._device)
+                result = run()
+                times.append(now_ms(self._device) - start)
+        return result, statistics.median(times), memory.megabytes
+
+
 @torch.no_grad()
 def evaluate(
     refiner: SparseRefiner,
@@ -164,12 +195,14 @@ def evaluate(
         images: image ``uint8 [3, H, W]`` and label ``[H, W]`` (255 ignored).
         dense: another model to compare with, usually the base's architecture at full resolution.
         boundary_px: width of the band of boundary IoU [px]; ``None``: 2 % of the diagonal.
-        repeats: runs of each prediction of each image; times are medians.
+        repeats: timed runs of each prediction of each image; times are medians. On a GPU each prediction runs once
+            more before the first image, untimed.
         seen: called with each refinement and the label maps ``[H, W]`` by row name, for pictures.
         progress: called at the start of each stage of each image with its name.
     """
     tell = progress or (lambda stage: None)
     device = next(refiner.parameters()).device
+    watch = Stopwatch(device, repeats)
     k = refiner.base.num_classes
     names = ("coarse", "sparse", "refined", "oracle", *(("dense",) if dense else ()))
     rows = {name: Row(Scores.of(k), Scores.of(k)) for name in names}
@@ -194,11 +227,11 @@ def evaluate(
             if base.config.runtime is not None:  # compiles for each new size, which is no part of predicting
                 base(batch)
         tell("coarse prediction")
-        labels["coarse"], ms, peak = _timed(coarse_labels, device, repeats)
+        labels["coarse"], ms, peak = watch.time("coarse", coarse_labels)
         base_macs = refiner.base.macs(*size)
         rows["coarse"].cost(ms, base_macs, peak)
         tell("refined prediction")
-        (result, labels["refined"]), ms, peak = _timed(refined, device, repeats)
+        (result, labels["refined"]), ms, peak = watch.time("refined", refined)
         macs = list(result.macs.values())
         rows["refined"].cost(ms, None if None in macs else sum(m for m in macs if m is not None), peak)
         if dense is not None:
@@ -207,7 +240,7 @@ def evaluate(
                 return dense_labels(refiner.engine, model(x), size, model.outputs)
 
             tell("dense prediction")
-            labels["dense"], ms, peak = _timed(predicted, device, repeats)
+            labels["dense"], ms, peak = watch.time("dense", predicted)
             rows["dense"].cost(ms, dense.macs(*size), peak)
 
         tell("scores")
@@ -241,20 +274,6 @@ def evaluate(
         {stage: statistics.median(times) for stage, times in stages.items()},
         {"threshold": refiner.selector.threshold, "budget": refiner.selector.budget},
     )
-
-
-def _timed(run: Callable[[], Any], device: torch.device, repeats: int) -> tuple[Any, float, float]:
-    """Result, median milliseconds and peak megabytes of ``run``."""
-    times = []
-    with PeakMemory(device) as memory:
-        for _ in range(repeats):
-            result = None  # the last run's result would count as this run's memory
-            start = time.perf_counter()
-            result = run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(1e3 * (time.perf_counter() - start))
-    return result, statistics.median(times), memory.megabytes
 
 
 def dense_labels(engine: Engine, logits: Tensor, size: tuple[int, int], outputs: Literal["logits", "scores"]) -> Tensor:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from sparserefine.bases.base import BaseConfig
 from sparserefine.data.crops import AugmentConfig
 from sparserefine.data.readers.config import DataConfig
-from sparserefine.stages.ensembler import EnsemblerConfig
-from sparserefine.stages.extractor import PRESETS, ExtractorConfig
-from sparserefine.stages.selector import Selector
+from sparserefine.stages.config import RefinerConfig
+from sparserefine.stages.extractor import PRESETS
 
 
 @dataclass(frozen=True)
@@ -88,18 +87,14 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class Config:
-    """All that the commands ``logits``, ``train`` and ``evaluate`` need.
+class Config(RefinerConfig):
+    """All that the commands ``logits``, ``train`` and ``evaluate`` need: the refiner's own choices, and these.
 
     Attributes:
         data: images and splits.
         base: the frozen model.
         out: folder of the trained refiner: ``best/``, ``last/``, ``last.ckpt``, ``log.jsonl``.
-        selector: threshold and budget.
-        extractor: the sparse network.
-        preset: a named extractor instead: ``paper``, ``slim`` or ``slim16``.
-        ensembler: the blend.
-        upsampling: of the coarse logits, ``bilinear`` or ``nearest``.
+        preset: a named extractor instead of ``extractor``: ``paper``, ``slim`` or ``slim16``.
         logits: where coarse logits come from in training.
         augment: crops.
         training: optimisation.
@@ -109,17 +104,14 @@ class Config:
     data: DataConfig
     base: BaseConfig
     out: str
-    selector: Selector = Selector(threshold=0.3)
-    extractor: ExtractorConfig = PRESETS["slim"]
     preset: Literal["paper", "slim", "slim16"] | None = None
-    ensembler: EnsemblerConfig = EnsemblerConfig()
-    upsampling: Literal["bilinear", "nearest"] = "bilinear"
     logits: LogitsConfig = LogitsConfig()
     augment: AugmentConfig = AugmentConfig()
     training: TrainingConfig = TrainingConfig()
     boundary_px: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.out:
             raise ValueError("out is empty, expected a folder for the trained refiner")
         if self.preset is not None and self.extractor not in (PRESETS["slim"], PRESETS[self.preset]):
@@ -128,6 +120,7 @@ class Config:
             raise ValueError(f"boundary_px = {self.boundary_px}, expected at least 1, or null")
 
     @property
-    def network(self) -> ExtractorConfig:
-        """The extractor's shape, by ``preset`` or by ``extractor``."""
-        return self.extractor if self.preset is None else PRESETS[self.preset]
+    def refiner(self) -> RefinerConfig:
+        """The refiner's own choices; its extractor is that of ``preset``, if one is named."""
+        own = RefinerConfig(**{field.name: getattr(self, field.name) for field in fields(RefinerConfig)})
+        return own if self.preset is None else replace(own, extractor=PRESETS[self.preset])

@@ -18,7 +18,7 @@ from sparserefine.data.readers.dataset import Dataset
 from sparserefine.files.whole import written_whole
 from sparserefine.machine.device import device_named
 from sparserefine.refiner import SparseRefiner
-from sparserefine.storage import load_weights
+from sparserefine.stages.config import RefinerConfig
 from sparserefine.training.config import Config
 from sparserefine.training.logits import Bases, CoarseLogits
 from sparserefine.training.stored_logits import LiveSplit, StoredSplit
@@ -26,15 +26,7 @@ from sparserefine.training.stored_logits import LiveSplit, StoredSplit
 
 def build_refiner(config: Config, data: Dataset) -> SparseRefiner:
     """An untrained refiner as ``config`` describes it, for the classes of ``data``."""
-    base = load_base(config.base, data.classes)
-    return SparseRefiner(
-        base,
-        selector=config.selector,
-        extractor=config.network,
-        ensembler=config.ensembler,
-        classes=data.classes,
-        upsampling=config.upsampling,
-    )
+    return SparseRefiner(load_base(config.base, data.classes), config.refiner, classes=data.classes)
 
 
 class _WholeImages(TorchDataset[tuple[Tensor, Tensor, Tensor]]):
@@ -64,6 +56,8 @@ def _check_resumable(config: Config, checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint}: nothing to resume; leave --resume out to start")
     stored = json.loads((checkpoint.parent / "config.json").read_text(encoding="utf-8"))
     now = json.loads(json.dumps(dataclasses.asdict(config)))
+    # What a stored configuration does not have yet was what it is by default.
+    stored = {**json.loads(json.dumps(dataclasses.asdict(RefinerConfig()))), **stored}
     for values in (stored, now):
         values.pop("out", None)
         values["base"].pop("runtime", None)
@@ -115,7 +109,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     data, val = config.data.read(config.data.train), config.data.read(config.data.val)
     refiner = build_refiner(config, data)
     if c.init:
-        load_weights(refiner, Path(c.init))
+        refiner.load_weights(c.init)
     device = device_named(c.device)
     bases = Bases(config.base, device, refiner.base)
     sources = [CoarseLogits(config, part, device, bases) for part in (data, val)]

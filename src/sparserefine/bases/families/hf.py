@@ -17,6 +17,7 @@ from torch import nn
 from sparserefine.bases.checkpoint import first_line
 from sparserefine.bases.families.hf_model import MASKS, HfModel
 from sparserefine.bases.loaded import LoadedModel
+from sparserefine.files.hub import hub_snapshot
 from sparserefine.files.json import read_json
 from sparserefine.images.classes import CITYSCAPES, Classes, wheel
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
@@ -142,19 +143,10 @@ def _local_folder(name: str | Path) -> Path:
                 f"{folder}: no {_CONFIG} in it; expected a folder written by transformers' save_pretrained"
             )
         return folder
-    if isinstance(name, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name}: no such folder; expected one written by save_pretrained, or a hub id")
-    hub = importlib.import_module("huggingface_hub")  # transformers needs it
-    errors = importlib.import_module("huggingface_hub.errors")
-    try:
-        for weights in _WEIGHTS:  # the second kind is fetched only where the first is not there
-            folder = Path(hub.snapshot_download(name, allow_patterns=[_CONFIG, *_PROCESSOR, "*.index.json", weights]))
-            if list(folder.glob(weights)):
-                break
-    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name}: no such folder, and the hub gave none of that id ({first_line(error)})"
-        ) from error
+    for weights in _WEIGHTS:  # the second kind is fetched only where the first is not there
+        folder = hub_snapshot(name, _CONFIG, *_PROCESSOR, "*.index.json", weights)
+        if list(folder.glob(weights)):
+            break
     if not (folder / _CONFIG).is_file():
         raise ValueError(f"{name}: no {_CONFIG} under this hub id; expected a model of transformers")
     return folder

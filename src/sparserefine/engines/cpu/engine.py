@@ -158,8 +158,7 @@ class Int8Engine(CpuEngine):
         """
         if is_packable(network) and not is_calibrated(network):
             raise ValueError(
-                "engine 'cpu-int8' needs a calibrated refiner: "
-                "run `sparserefine calibrate`, or refiner.calibrate(images)"
+                "engine 'cpu-int8' needs a quantized refiner: run `sparserefine quantize`, or refiner.quantize(images)"
             )
         return super().prepare(network)
 

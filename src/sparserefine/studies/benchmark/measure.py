@@ -13,19 +13,15 @@ are given: by mask files, by :func:`synthetic_mask`, or both. The selector works
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import importlib.util
 import platform
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -37,9 +33,12 @@ from sparserefine.engines.choose import get_engine
 from sparserefine.engines.cpu.engine import CpuEngine
 from sparserefine.machine.device import device_named, on_gpu_in
 from sparserefine.machine.memory import PeakMemory
+from sparserefine.machine.timing import now_ms
 from sparserefine.refiner import Refinement, SparseRefiner
 from sparserefine.sparse import Engine, calibrating
+from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.extractor import PRESETS
+from sparserefine.studies.benchmark.clock import Clock
 from sparserefine.studies.benchmark.inputs import RANDOM_MODELS, GivenSites, random_model, read_mask, synthetic_mask
 from sparserefine.studies.benchmark.records import DENSITIES, BaseEntry, Record, Report, Settings, size_text
 from sparserefine.studies.evaluate import dense_labels
@@ -179,45 +178,6 @@ def _load_runtime(name: Any) -> None:
         FrozenBase(tiny, config=BaseConfig(ratio=1.0, runtime=name))(torch.zeros(1, 3, 8, 8))
 
 
-class _Clock:
-    """Something that is run again and again, and what is known of it."""
-
-    def __init__(self, run: Callable[[], dict[str, float]]) -> None:
-        self._run = run
-        self.rounds: list[dict[str, float]] = []
-        self.peak_mb = 0.0
-
-    def watch_memory(
-        self, device: torch.device, *, keeps: bool = False, clear: Callable[[], None] | None = None
-    ) -> None:
-        """One run that does not count, and one for the memory.
-
-        Args:
-            device: where it runs.
-            keeps: what the first run leaves behind counts.
-            clear: frees what the first run left behind, so that the second one needs it anew.
-        """
-        _trim()
-        process = psutil.Process()
-        before = process.memory_info().rss
-        self._run()
-        if clear:
-            clear()
-        _trim()
-        kept = max(0, process.memory_info().rss - before) / 1e6 if keeps and device.type == "cpu" else 0.0
-        with PeakMemory(device) as memory:
-            self._run()
-        self.peak_mb = memory.megabytes + kept
-
-    def round(self) -> None:
-        """One that counts."""
-        self.rounds.append(self._run())
-
-    def median(self, key: str = "ms") -> float:
-        """Median over the rounds [ms]."""
-        return median(one[key] for one in self.rounds)
-
-
 class _Base:
     """All that is measured of one base."""
 
@@ -274,11 +234,11 @@ class _Base:
         elif settings.precision != "float32":
             raise ValueError(f"precision {settings.precision} needs a torch module, this is {type(loaded.model)}")
         self._refiners: dict[str, SparseRefiner] = {}
-        for plan in settings.plans:
+        for preset in settings.presets:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                refiner = SparseRefiner(coarse, extractor=PRESETS[plan], engine=settings.engine)
-            self._refiners[plan] = refiner.eval().to(self._device)
+                refiner = SparseRefiner(coarse, RefinerConfig(extractor=PRESETS[preset]), engine=settings.engine)
+            self._refiners[preset] = refiner.eval().to(self._device)
 
     def _count_classes(self) -> int:
         """K of a model that does not tell, by what it returns."""
@@ -310,75 +270,75 @@ class _Base:
         logits: list[Tensor] = []
 
         def dense() -> dict[str, float]:
-            start = self._now()
+            start = now_ms(device)
             dense_labels(self._engine, dense_base(image), settings.size, dense_base.outputs)
-            return {"ms": self._now() - start}
+            return {"ms": now_ms(device) - start}
 
         def coarse() -> dict[str, float]:
-            start = self._now()
+            start = now_ms(device)
             logits[:] = [coarse_base(image)]
-            return {"ms": self._now() - start}
+            return {"ms": now_ms(device) - start}
 
         def refine(refiner: SparseRefiner, selector: GivenSites) -> dict[str, float]:
             refiner.selector = selector
-            start = self._now()
+            start = now_ms(device)
             with on_gpu_in(settings.precision, device):
                 refinement = refiner.refine(image, logits[0])
-            middle = self._now()
+            middle = now_ms(device)
             refinement.labels()
-            end = self._now()
+            end = now_ms(device)
             return {**refinement.timings_ms, "labels": end - middle, "ms": end - start, "macs": _macs(refinement)}
 
-        clocks = {"dense": _Clock(dense), "coarse": _Clock(coarse)}
+        clocks = {"dense": Clock(dense), "coarse": Clock(coarse)}
         for which, clock in clocks.items():
             self._tell(f"{name}, {runtime}: {which}, untimed run and memory")
             clock.watch_memory(device, keeps=runtime != "torch")
-        refined: dict[tuple[str, int], _Clock] = {}
+        refined: dict[tuple[str, int], Clock] = {}
         packed_mb: dict[str, float | None] = {}
-        for plan, refiner in self._refiners.items():
-            self._tell(f"{name}, {runtime}: refinement with {plan}, untimed run and memory")
+        for preset, refiner in self._refiners.items():
+            self._tell(f"{name}, {runtime}: refinement with {preset}, untimed run and memory")
             if self._engine.name == "cpu-int8":
-                self._calibrate(refiner, logits[0])
+                self._quantize(refiner, logits[0])
             packed = refiner.engine.on(device).prepare(refiner.extractor)
-            packed_mb[plan] = getattr(packed, "megabytes", None)
+            packed_mb[preset] = getattr(packed, "megabytes", None)
             for number, mask in enumerate(self._masks):
                 selector = GivenSites(threshold=0.5, entropy=mask.entropy.to(device))
                 if settings.graph:
-                    refined[plan, number] = self._recorded(refiner, selector, logits[0])
+                    refined[preset, number] = self._recorded(refiner, selector, logits[0])
                     continue
-                refined[plan, number] = _Clock(lambda refiner=refiner, selector=selector: refine(refiner, selector))  # type: ignore[misc]
+                refined[preset, number] = Clock(lambda refiner=refiner, selector=selector: refine(refiner, selector))  # type: ignore[misc]
             # The densest mask last: it leaves memory that is large enough for all, which the timed rounds find.
             for number in sorted(range(len(self._masks)), key=lambda number: self._masks[number].sites):
                 if not settings.graph:
-                    refined[plan, number].watch_memory(device, clear=getattr(packed, "clear", None))
+                    refined[preset, number].watch_memory(device, clear=getattr(packed, "clear", None))
         for number in range(settings.rounds):
             self._tell(f"{name}, {runtime}: round {number + 1} of {settings.rounds}")
             for clock in (*clocks.values(), *refined.values()):
                 clock.round()
         return [
-            self._record(runtime, plan, self._masks[number], clocks, clock, packed_mb[plan])
-            for (plan, number), clock in refined.items()
+            self._record(runtime, preset, self._masks[number], clocks, clock, packed_mb[preset])
+            for (preset, number), clock in refined.items()
         ]
 
-    def _recorded(self, refiner: SparseRefiner, selector: GivenSites, logits: Tensor) -> _Clock:
+    def _recorded(self, refiner: SparseRefiner, selector: GivenSites, logits: Tensor) -> Clock:
         """The refinement as a graph. Its memory is what the recording took: it is kept."""
-        image, refiner.selector = self._image, selector
-        with on_gpu_in(self._settings.precision, self._device), PeakMemory(self._device) as memory:
+        image, device, refiner.selector = self._image, self._device, selector
+        with on_gpu_in(self._settings.precision, device), PeakMemory(device) as memory:
             captured = refiner.capture(image, logits)
         macs = _macs(captured.refine(image, logits))
 
         def replay() -> dict[str, float]:
             refiner.selector = selector
-            start = self._now()
+            start = now_ms(device)
             captured.labels(image, logits)
-            ms = self._now() - start
+            ms = now_ms(device) - start
             return {"graph": ms, "ms": ms, "macs": macs}
 
-        clock = _Clock(replay)
+        clock = Clock(replay)
         clock.peak_mb = memory.megabytes
         return clock
 
-    def _calibrate(self, refiner: SparseRefiner, logits: Tensor) -> None:
+    def _quantize(self, refiner: SparseRefiner, logits: Tensor) -> None:
         """8-bit arithmetic needs to know how large activations get."""
         densest = max(self._masks, key=lambda mask: mask.sites)
         refiner.selector = GivenSites(threshold=0.5, entropy=densest.entropy.to(self._device))
@@ -388,10 +348,10 @@ class _Base:
     def _record(
         self,
         runtime: str,
-        plan: str,
+        preset: str,
         mask: _Mask,
-        base: dict[str, _Clock],
-        refine: _Clock,
+        base: dict[str, Clock],
+        refine: Clock,
         packed_mb: float | None,
     ) -> Record:
         settings, dense, coarse = self._settings, base["dense"], base["coarse"]
@@ -403,7 +363,7 @@ class _Base:
             model=self._entry.name,
             size=size_text(settings.size),
             density=mask.sites / (height * width),
-            plan=plan,
+            preset=preset,
             engine=self._engine.name,
             threads=torch.get_num_threads(),
             dense_ms=dense_ms,
@@ -430,25 +390,10 @@ class _Base:
             mode="graph" if settings.graph else "eager",
         )
 
-    def _now(self) -> float:
-        """Milliseconds; what the device was asked to do is done."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        elif self._device.type == "mps":
-            torch.mps.synchronize()
-        return 1e3 * time.perf_counter()
-
 
 def _macs(refinement: Refinement) -> float:
     """Multiply-accumulates after the base."""
     return float(sum(value or 0 for stage, value in refinement.macs.items() if stage != "base"))
-
-
-def _trim() -> None:
-    """Garbage, and free memory that the C library keeps for later, would hide what the next run needs."""
-    gc.collect()
-    with suppress(AttributeError, OSError, TypeError):  # not the GNU C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _one_line(error: Exception) -> str:

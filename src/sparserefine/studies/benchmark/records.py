@@ -71,7 +71,7 @@ class Settings:
         bases: the models.
         size: full-resolution height and width [px].
         coarse: low-resolution input of the base [px]; ``None``: half of ``size``.
-        plans: names of extractors, see :data:`sparserefine.stages.extractor.PRESETS`.
+        presets: names of extractors, see :data:`sparserefine.stages.extractor.PRESETS`.
         densities: of synthetic masks, 0..1; ``None``: :data:`DENSITIES`, unless there are ``masks``.
         masks: image files of ``size``, measured beside the synthetic ones; a pixel that is not black is a site.
         runtimes: what runs the base.
@@ -80,14 +80,14 @@ class Settings:
         precision: of the base's parameters and activations, and on a GPU of the refiner's too.
         device: by name.
         engine: what executes the sparse network.
-        graph: all after the base is recorded as one CUDA graph, for each plan and mask.
+        graph: all after the base is recorded as one CUDA graph, for each preset and mask.
         rounds: timed runs of everything; times are medians.
     """
 
     bases: tuple[BaseEntry, ...]
     size: tuple[int, int] = (1024, 2048)
     coarse: tuple[int, int] | None = None
-    plans: tuple[str, ...] = ("paper", "slim16")
+    presets: tuple[str, ...] = ("paper", "slim16")
     densities: tuple[float, ...] | None = None
     masks: tuple[str, ...] = ()
     runtimes: tuple[str, ...] = ("torch",)
@@ -103,7 +103,7 @@ class Settings:
         if not all(b.name for b in self.bases):
             raise ValueError("a base without a name; expected e.g. hrnet_w48, or unet:FILE")
         _check_names("base", [f"{b.name}@{size_text(self.coarse_size(b))}" for b in self.bases], None)
-        _check_names("plan", self.plans, tuple(PRESETS))
+        _check_names("preset", self.presets, tuple(PRESETS))
         _check_names("runtime", self.runtimes, RUNTIMES)
         _check_names("precision", [self.precision], PRECISIONS)
         if not self.masks and self.densities is not None and not self.densities:
@@ -132,13 +132,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Record:
-    """One base, runtime, plan and mask; times are medians over the rounds.
+    """One base, runtime, preset and mask; times are medians over the rounds.
 
     Attributes:
         model: the base's name.
         size: of the image, ``1024x2048``.
         density: share of the pixels that are sites.
-        plan: name of the extractor.
+        preset: name of the extractor.
         engine: what executed it.
         threads: of the CPU.
         dense_ms: the base on the whole image, and labels.
@@ -170,7 +170,7 @@ class Record:
     model: str
     size: str
     density: float
-    plan: str
+    preset: str
     engine: str
     threads: int
     dense_ms: float
@@ -204,7 +204,7 @@ class Report:
     Attributes:
         settings: what was asked for.
         machine: processor, instruction set, torch's version.
-        records: in order of bases, runtimes, plans, masks.
+        records: in order of bases, runtimes, presets, masks.
         left_out: for each base and runtime that failed, one line that says why.
     """
 

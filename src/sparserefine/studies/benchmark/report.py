@@ -17,7 +17,7 @@ PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 _TYPICAL = 0.1  # of the pixels: the density of the summary
 _SAME = 0.02  # of a density: masks that differ by less are one point of the curve, a slope between them is noise
 _DENSE, _COARSE = "#8d99a6", "#a9cbe8"
-_PLANS = ("#d1603d", "#3f7f5f", "#7c5aa6", "#c49a1f", "#4c5b8c")
+_PRESETS = ("#d1603d", "#3f7f5f", "#7c5aa6", "#c49a1f", "#4c5b8c")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def break_even_of(records: Sequence[Record]) -> BreakEven | None:
-    """:func:`break_even` of the records of one base, runtime and plan."""
+    """:func:`break_even` of the records of one base, runtime and preset."""
     return break_even(records[0].dense_ms, [(r.density, r.coarse_ms + r.refine_ms) for r in records])
 
 
@@ -123,7 +123,7 @@ def model_table(records: Sequence[Record]) -> str:
         ]
         rows += [
             (
-                r.plan + ("" if r.mask == "synthetic" else f", {r.mask}"),
+                r.preset + ("" if r.mask == "synthetic" else f", {r.mask}"),
                 f"{r.density:.1%}",
                 _ms(r.refine_ms),
                 _ms(r.coarse_ms + r.refine_ms),
@@ -135,9 +135,9 @@ def model_table(records: Sequence[Record]) -> str:
             for r in block
         ]
         lines = [title, *_aligned(rows, words=1)]
-        for same in _by_plan(block):
+        for same in _by_preset(block):
             stages = ", ".join(f"{name} {_ms(ms)}" for name, ms in typical(same).stages_ms.items())
-            lines.append(f"{same[0].plan} at {typical(same).density:.0%}, ms by stage: {stages}")
+            lines.append(f"{same[0].preset} at {typical(same).density:.0%}, ms by stage: {stages}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -146,24 +146,24 @@ def summary(report: Report) -> str:
     """A line for each base and runtime; refinement at the density nearest to 10 %."""
     if not report.records:
         return "\n".join(["nothing was measured", *report.left_out])
-    plans = report.settings.plans
+    presets = report.settings.presets
     head = ["model", "runtime", "coarse size", "dense ms", "coarse ms"]
-    for plan in plans:
-        head += [f"{plan} ms", "ratio", "break-even"]
+    for preset in presets:
+        head += [f"{preset} ms", "ratio", "break-even"]
     rows: list[Sequence[str]] = [(*head, "peak MB dense", "coarse", "refine", "packed MB")]
     starred = False
     for block in _by_run(report.records):
         first = block[0]
         row = [first.model, first.runtime, first.coarse_size, _ms(first.dense_ms), _ms(first.coarse_ms)]
-        chosen = [typical(same) for same in _by_plan(block)]
-        for same, record in zip(_by_plan(block), chosen, strict=True):
+        chosen = [typical(same) for same in _by_preset(block)]
+        for same, record in zip(_by_preset(block), chosen, strict=True):
             even = break_even_of(same)
             starred |= even is not None and even.extrapolated
             row += [_ms(record.refine_ms), f"{record.ratio:.2f}x", "-" if even is None else str(even)]
         refine_peak = max(record.refine_peak_mb for record in chosen)
         packed = max((r.packed_mb for r in chosen if r.packed_mb is not None), default=None)
         rows.append((*row, *map(_number, (first.dense_peak_mb, first.coarse_peak_mb, refine_peak, packed))))
-    densities = sorted({f"{typical(same).density:.0%}" for run in _by_run(report.records) for same in _by_plan(run)})
+    densities = sorted({f"{typical(same).density:.0%}" for run in _by_run(report.records) for same in _by_preset(run)})
     lines = [
         f"refinement at a density of {', '.join(densities)}; ratio = dense / (coarse + refinement)",
         *_aligned(rows, words=3),
@@ -171,7 +171,7 @@ def summary(report: Report) -> str:
     lines.append("break-even: the density above which dense is cheaper" + ("; * extrapolated" if starred else ""))
     lines.append(
         "peak MB: beyond the loaded networks and packed MB, a copy of the extractor's weights"
-        + ("; refine and packed: the largest of all plans" if len(plans) > 1 else "")
+        + ("; refine and packed: the largest of all presets" if len(presets) > 1 else "")
     )
     return "\n".join([*lines, *report.left_out])
 
@@ -209,7 +209,7 @@ def write_records(path: str | Path, records: Sequence[Record]) -> None:
 
 
 def plot(report: Report, path: str | Path) -> None:
-    """Bars of dense, and of coarse + refinement by plan and density: a panel for each base and runtime.
+    """Bars of dense, and of coarse + refinement by preset and density: a panel for each base and runtime.
 
     Args:
         report: with at least one record.
@@ -227,12 +227,12 @@ def plot(report: Report, path: str | Path) -> None:
     places = _places(runs, columns)
     lines = 1 + max(row for row, _ in places)
     bars = 1 + max(len(run) for run in runs)
-    width, height = max(6.4, 4.3 * columns), 1.25 + lines * (0.85 + 0.23 * (bars + 0.5 * len(report.settings.plans)))
+    width, height = max(6.4, 4.3 * columns), 1.25 + lines * (0.85 + 0.23 * (bars + 0.5 * len(report.settings.presets)))
     figure = _figure_class()(figsize=(width, height), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_visible(False)
-    colours = {plan: _PLANS[i % len(_PLANS)] for i, plan in enumerate(report.settings.plans)}
+    colours = {preset: _PRESETS[i % len(_PRESETS)] for i, preset in enumerate(report.settings.presets)}
     shown: dict[str, Any] = {}
     for run, place in zip(runs, places, strict=True):
         ax = axes[place]
@@ -270,13 +270,13 @@ def _draw_run(ax: Any, run: Sequence[Record], colours: dict[str, str], longest: 
     unit, scale = ("s", 1e-3) if longest >= 2000 else ("ms", 1.0)
     shown = {"dense": ax.barh(0, scale * first.dense_ms, color=_DENSE, height=0.78)}
     ticks, names, y = [0.0], ["dense"], 0.5
-    for same in _by_plan(run):
+    for same in _by_preset(run):
         for r in same:
             y += 1
             total = r.coarse_ms + r.refine_ms
             shown["coarse"] = ax.barh(y, scale * r.coarse_ms, color=_COARSE, height=0.78)
-            bar = ax.barh(y, scale * r.refine_ms, left=scale * r.coarse_ms, color=colours[r.plan], height=0.78)
-            shown[f"refinement, {r.plan}"] = bar
+            bar = ax.barh(y, scale * r.refine_ms, left=scale * r.coarse_ms, color=colours[r.preset], height=0.78)
+            shown[f"refinement, {r.preset}"] = bar
             ax.annotate(
                 f"{r.ratio:.2f}×" if r.ratio < 10 else f"{r.ratio:.0f}×",  # noqa: RUF001 (times)
                 (scale * total, y),
@@ -340,8 +340,8 @@ def _by_run(records: Sequence[Record]) -> list[list[Record]]:
     return [list(group) for _, group in groupby(records, key=lambda r: (r.model, r.coarse_size, r.runtime))]
 
 
-def _by_plan(records: Sequence[Record]) -> list[list[Record]]:
-    return [list(group) for _, group in groupby(records, key=lambda r: r.plan)]
+def _by_preset(records: Sequence[Record]) -> list[list[Record]]:
+    return [list(group) for _, group in groupby(records, key=lambda r: r.preset)]
 
 
 def _engine(record: Record) -> str:

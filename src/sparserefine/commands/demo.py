@@ -1,0 +1,26 @@
+"""``sparserefine demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparserefine.commands.arguments import add_device
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Where the pictures go, where to run."""
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the pictures and demo.json")
+    add_device(parser)
+
+
+def run(arguments: Namespace) -> int:
+    """Prints the table of :func:`sparserefine.studies.demo.demo`."""
+    from sparserefine.machine.device import device_named
+    from sparserefine.studies.demo import demo
+
+    print(demo(arguments.out, device=device_named(arguments.device)))
+    return 0

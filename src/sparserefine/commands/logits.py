@@ -1,0 +1,28 @@
+"""``sparserefine logits``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparserefine.commands.arguments import add_config, add_device, config_of
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """A configuration, and where to run."""
+    add_config(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace stored logits of another base")
+    add_device(parser)
+
+
+def run(arguments: Namespace) -> int:
+    """Runs :func:`sparserefine.training.logits.store_logits`."""
+    from sparserefine.machine.device import device_named
+    from sparserefine.training.logits import store_logits
+
+    config = config_of(arguments)
+    report = store_logits(config, device=device_named(arguments.device), overwrite=arguments.overwrite)
+    print(f"{report.computed} stored in {config.logits.folder}, {report.present} were there")
+    return 0

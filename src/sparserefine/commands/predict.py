@@ -1,0 +1,38 @@
+"""``sparserefine predict``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from sparserefine.commands.arguments import EXIT_FAILED, add_base, add_precision, add_refiner, refiner_of
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Images, refiner, outputs."""
+    parser.add_argument("inputs", nargs="+", help="image files, folders, or glob patterns in quotes")
+    add_refiner(parser)
+    add_precision(parser)
+    parser.add_argument("--out", required=True, help="folder of the label images (index PNG)")
+    parser.add_argument("--overlay", action="store_true", help="also write the labels drawn over the image")
+    parser.add_argument("--overwrite", action="store_true", help="replace label images that are there already")
+    add_base(parser)
+
+
+def run(arguments: Namespace) -> int:
+    """Runs :func:`sparserefine.predict`; fails where an image failed."""
+    from sparserefine.inference.predict import predict
+    from sparserefine.machine.device import check_precision, device_named, on_gpu_in
+
+    device = device_named(arguments.device)
+    check_precision(arguments.precision, device)
+    refiner, out = refiner_of(arguments, trust_base=arguments.trust_base, runtime=arguments.runtime), arguments.out
+    with on_gpu_in(arguments.precision, device):
+        report = predict(arguments.inputs, refiner, out, overlay=arguments.overlay, overwrite=arguments.overwrite)
+    for failure in report.failures:
+        print(failure, file=sys.stderr)
+    print(report.summary())
+    return EXIT_FAILED if report.failures else 0

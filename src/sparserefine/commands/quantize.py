@@ -1,0 +1,53 @@
+"""``sparserefine quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparserefine.commands.arguments import add_base, add_refiner, refiner_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Images, refiner, where the new one goes."""
+    parser.add_argument("inputs", nargs="+", help="a few typical image files, or folders of them")
+    add_refiner(parser)
+    parser.add_argument("--out", required=True, help="folder of the quantized refiner; not the one of --refiner")
+    add_base(parser)
+
+
+def run(arguments: Namespace) -> int:
+    """Runs :meth:`sparserefine.SparseRefiner.quantize` and stores the refiner."""
+    from tqdm import tqdm
+
+    from sparserefine.files.images import read_image
+
+    out = Path(arguments.out)
+    refiner = refiner_of(arguments, trust_base=arguments.trust_base, runtime=arguments.runtime)
+    if out.resolve() == Path(arguments.refiner).resolve():
+        raise ValueError(f"--out {out} is the folder of --refiner; give another one, the refiner stays as it is")
+    files = _images_in(arguments.inputs)
+    device = next(refiner.extractor.parameters()).device
+    count = refiner.quantize(read_image(file).to(device) for file in tqdm(files, desc="quantize", unit="image"))
+    refiner.save_pretrained(out)
+    images = "1 image" if count == 1 else f"{count} images"
+    print(f"quantized with {images}, stored in {out}; --engine cpu-int8 runs it in 8 bits")
+    return 0
+
+
+def _images_in(inputs: Sequence[str]) -> list[Path]:
+    """The files that were named, and the images in the folders that were."""
+    from sparserefine.files.images import IMAGE_SUFFIXES
+
+    files: list[Path] = []
+    for given in map(Path, inputs):
+        inside = sorted(f for f in given.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES) if given.is_dir() else [given]
+        files += inside
+    if not files:
+        raise ValueError(f"no image in {', '.join(inputs)}; expected {', '.join(sorted(IMAGE_SUFFIXES))} files")
+    return files

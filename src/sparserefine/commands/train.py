@@ -1,0 +1,24 @@
+"""``sparserefine train``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparserefine.commands.arguments import add_config, config_of
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """A configuration."""
+    add_config(parser)
+    parser.add_argument("--resume", action="store_true", help="continue from last.ckpt in --out")
+
+
+def run(arguments: Namespace) -> int:
+    """Runs :func:`sparserefine.train`."""
+    from sparserefine.training.loop import train
+
+    print(f"best refiner: {train(config_of(arguments), resume=arguments.resume)}")
+    return 0
