@@ -34,10 +34,11 @@ from sparserefine.engines.cpu.engine import CpuEngine
 from sparserefine.machine.device import device_named, on_gpu_in
 from sparserefine.machine.memory import PeakMemory
 from sparserefine.machine.timing import now_ms
-from sparserefine.refiner import Refinement, SparseRefiner
+from sparserefine.refiner import SparseRefiner
 from sparserefine.sparse import Engine, calibrating
 from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.extractor import PRESETS
+from sparserefine.stages.refinement import Refinement
 from sparserefine.studies.benchmark.clock import Clock
 from sparserefine.studies.benchmark.inputs import RANDOM_MODELS, GivenSites, random_model, read_mask, synthetic_mask
 from sparserefine.studies.benchmark.records import DENSITIES, BaseEntry, Record, Report, Settings, size_text
