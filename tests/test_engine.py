@@ -211,7 +211,6 @@ def calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "keep_largest": (pixels, mask, 1),
         "plan": (mask, spec),
         "geometry": (sites, spec),
-        "conv": (rows, rows, None),
         "prepare": (nn.Linear(1, 1, device=device),),
         "uncertainty": (logits, (2, 3), how),
         "sample": ([logits[0]], sites.coords, (2, 3), how),
@@ -258,7 +257,7 @@ def test_a_refiner_predicts_the_same_with_auto(name: str) -> None:
     assert torch.equal(actual.refined_logits, expected.refined_logits)
     assert torch.equal(actual.labels(), expected.labels())
     assert len(actual.sites) == 100
-    assert other.engine.plan(actual.sites.mask(), other.extractor.spec).levels[0].around.engine is chosen
+    assert other.engine.plan(actual.sites.mask(), other.extractor.spec).engine == chosen.name
 
 
 def test_copies_are_made_for_where_they_are_read(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparserefine.engines.choose import get_engine
 from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.sparse.interface import Engine, Perceptron
-from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
+from sparserefine.sparse.plan import Plan, PlanSpec
 from sparserefine.sparse.sites import Sites
 
 
@@ -45,10 +45,6 @@ class AutoEngine:
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
         """Where the sites are."""
         return self.on(sites.coords.device).geometry(sites, spec)
-
-    def conv(self, x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
-        """Where ``x`` is."""
-        return self.on(x.device).conv(x, weight, stencil)
 
     def prepare(self, network: torch.nn.Module) -> Callable[[Tensor, Plan], Tensor] | None:
         """Where the network's first parameter is."""

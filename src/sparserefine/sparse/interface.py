@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparserefine.images.upsampling import Upsampling, Window
-from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
+from sparserefine.sparse.plan import Plan, PlanSpec
 from sparserefine.sparse.sites import Sites
 
 Perceptron = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -35,10 +35,7 @@ class Engine(Protocol):
         """Sites of ``mask``, ``bool [B, H, W]``, and their plan in one go."""
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
-        """Plan of the sites; its stencils carry this engine and may carry tables of its own."""
-
-    def conv(self, x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
-        """The primitive with gradients: ``[N_in, C_in]``, ``[T, C_in, C_out]`` -> ``[N_out, C_out]``."""
+        """Plan of the sites; its stencils compute convolutions with this engine's code."""
 
     def prepare(self, network: torch.nn.Module) -> Callable[[Tensor, Plan], Tensor] | None:
         """A whole network packed for inference, or ``None`` to run its modules."""

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from sparserefine.engines.cpu import uncertainty as fused
-from sparserefine.engines.cpu.convolution import convolve
 from sparserefine.engines.cpu.gate import gated
-from sparserefine.engines.cpu.geometry import Across, Around, build_grid_plan
+from sparserefine.engines.cpu.geometry import build_grid_plan
 from sparserefine.engines.cpu.kernels import kernels
 from sparserefine.engines.cpu.network import PackedUNet
 from sparserefine.engines.reference.engine import TorchEngine
 from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.sparse.interface import Engine, Perceptron, Unavailable
-from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
+from sparserefine.sparse.plan import Plan, PlanSpec
 from sparserefine.sparse.quantisation import is_calibrated
 from sparserefine.sparse.sites import Sites
 from sparserefine.sparse.unet import SparseUNet, is_packable
@@ -55,13 +54,7 @@ class CpuEngine(TorchEngine):
         """Plan of the sites; its tables are made when they are first read."""
         if sites.coords.device.type != "cpu":
             return super().geometry(sites, spec)
-        return build_grid_plan(sites, spec, self, self.kernels)
-
-    def conv(self, x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
-        """``[N_in, C_in]``, ``[T, C_in, C_out]`` -> ``[N_out, C_out]``, differentiable in ``x`` and ``weight``."""
-        if x.dtype == torch.float32 and x.device.type == "cpu" and isinstance(stencil, Around | Across):
-            return convolve(x, weight, stencil, self.kernels.library.name)
-        return super().conv(x, weight, stencil)
+        return build_grid_plan(sites, spec, self.name, self.kernels)
 
     def prepare(self, network: torch.nn.Module) -> PackedUNet | None:  # type: ignore[override]
         """The network packed, once for as long as its parameters stay what they are; ``None`` for what is not packed.

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparserefine.engines.cpu.geometry import Across, Around, parity_taps
+from sparserefine.engines.cpu.convolution import parity_taps
+from sparserefine.engines.cpu.geometry import Across, Around
 from sparserefine.engines.cpu.kernels import Int8Packed, Kernels, Packed, Tiles
 from sparserefine.sparse.epilogue import Activation, Epilogue
 from sparserefine.sparse.layers import ResidualBlock, SparseBatchNorm, SparseConv
@@ -230,9 +231,7 @@ class PackedUNet:
         if plan.spec != self.spec:
             raise ValueError(f"plan was built for {plan.spec}, this network needs {self.spec}")
         if not all(isinstance(level.around, Around) for level in plan.levels):
-            raise ValueError(
-                f"plan was built by engine {plan.levels[0].around.engine.name!r}; build it by engine 'cpu'"
-            )
+            raise ValueError(f"plan was built by engine {plan.engine!r}; build it by engine 'cpu'")
         if features.dim() != 2 or len(features) != len(plan.levels[0].sites) or features.shape[1] != self.stem.c_in:
             raise ValueError(
                 f"features are {tuple(features.shape)}, expected [{len(plan.levels[0].sites)}, {self.stem.c_in}]"

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from sparserefine.engines.reference.engine import TorchEngine
 from sparserefine.engines.triton import uncertainty as fused
-from sparserefine.engines.triton.convolution import DTYPES, operands, precision_of, triton_conv
+from sparserefine.engines.triton.convolution import DTYPES, precision_of
 from sparserefine.engines.triton.gate import gated
-from sparserefine.engines.triton.geometry import GpuStencil, PaddedPlan, build_padded_plan, build_plan
+from sparserefine.engines.triton.geometry import NAME, PaddedPlan, build_padded_plan, build_plan
 from sparserefine.engines.triton.launch import INTERPRETED, runs_on
 from sparserefine.engines.triton.network import PackedUNet
 from sparserefine.engines.triton.selection import keep_largest
 from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.sparse.interface import Engine, Perceptron, Unavailable
-from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
+from sparserefine.sparse.plan import Plan, PlanSpec
 from sparserefine.sparse.sites import Sites
 from sparserefine.sparse.unet import SparseUNet, is_packable
 
@@ -33,7 +33,7 @@ class TritonEngine(TorchEngine):
         sparserefine.sparse.interface.Unavailable: there is no GPU, or it is too old.
     """
 
-    name = "triton"
+    name = NAME
 
     def __init__(self) -> None:
         if not INTERPRETED:
@@ -53,23 +53,14 @@ class TritonEngine(TorchEngine):
 
     def plan(self, mask: Tensor, spec: PlanSpec) -> Plan:
         """Plan of the true pixels of ``mask [B, H, W]``; reads the number of sites of each level from the GPU."""
-        return build_plan(mask, spec, self) if runs_on(mask.device) else super().plan(mask, spec)
+        return build_plan(mask, spec) if runs_on(mask.device) else super().plan(mask, spec)
 
     def padded_plan(self, mask: Tensor, spec: PlanSpec, capacities: Sequence[int]) -> PaddedPlan:
         """As :meth:`plan`, with as many rows at each level as ``capacities`` says; reads nothing from the GPU.
 
         Such plans are for packed networks (:meth:`prepare`), which stop at the number of sites that there are.
         """
-        return build_padded_plan(mask, spec, self, capacities)
-
-    def conv(self, x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
-        """``[N_in, C_in]``, ``[T, C_in, C_out]`` -> ``[N_out, C_out]``, differentiable in ``x`` and ``weight``."""
-        if isinstance(stencil, GpuStencil) and stencil.count is not None:
-            raise ValueError("a padded plan serves packed networks only; build one by engine.plan for single layers")
-        if x.dtype in DTYPES and runs_on(x.device):
-            y: Tensor = triton_conv(*operands(x, weight, stencil))
-            return y
-        return super().conv(x, weight, stencil)
+        return build_padded_plan(mask, spec, capacities)
 
     def prepare(self, network: torch.nn.Module) -> PackedUNet | None:  # type: ignore[override]
         """The network packed, once for as long as its parameters stay what they are; ``None`` for what is not packed.

@@ -88,7 +88,7 @@ class PackedUNet:
             raise ValueError(f"plan was built for {plan.spec}, this network needs {self.spec}")
         around, inputs = plan.levels[0].around, self.stem.shape[1]
         if not isinstance(around, GpuStencil):
-            raise ValueError(f"plan was built by engine {around.engine.name!r}; build it by engine 'triton'")
+            raise ValueError(f"plan was built by engine {plan.engine!r}; build it by engine 'triton'")
         if features.dim() != 2 or features.shape != (around.num_outputs, inputs):
             raise ValueError(f"features are {tuple(features.shape)}, expected [{around.num_outputs}, {inputs}]")
         return _Run(self, plan, features.device)(features.detach().to(self.dtype).contiguous())
