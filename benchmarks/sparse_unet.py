@@ -150,7 +150,7 @@ class EngineTask:
         return {"instruction_set": self._instruction_set(), "levels_ms": self._levels_ms()}
 
     def _instruction_set(self) -> str | None:
-        if self._engine.on(torch.device("cpu")).name != "cpu":
+        if self._engine.name != "cpu":
             return None
         from sparserefine.engines.cpu.native.library import load
 

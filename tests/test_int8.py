@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparserefine.commands.main import main
-from sparserefine.engines.choose import engine_report, get_engine
+from sparserefine.engines.choose import EngineChoice, engine_report, get_engine
 from sparserefine.engines.cpu.kernels import Kernels
 from sparserefine.refiner import SparseRefiner
 from sparserefine.sparse import Sites, SparseBatchNorm, SparseConv, SparseUNet, calibrating
@@ -241,7 +241,7 @@ def test_labels_are_those_of_float() -> None:
     stored.calibrate([image])
     with torch.inference_mode():
         labels = stored(image[None]).labels()
-        stored.engine = get_engine("torch")
+        stored.engine = EngineChoice("torch")
         assert float((stored(image[None]).labels() == labels).float().mean()) > 0.997
 
 

@@ -285,7 +285,7 @@ def test_macs() -> None:
     base = FrozenBase(torch.nn.Conv2d(3, K, 1), K, HALF)
     refiner = refiner_of(base=base)
     result = refiner(pixels(2, (8, 12)))
-    plan = refiner.engine.geometry(result.sites, refiner.extractor.spec)
+    plan = refiner.engine.on(torch.device("cpu")).geometry(result.sites, refiner.extractor.spec)
     assert result.macs == {
         "base": 2 * (4 * 6 * 3 * K),
         "extractor": refiner.extractor.macs(plan),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine.bases.base import FrozenBase
-from sparserefine.engines.choose import get_engine
+from sparserefine.engines.choose import EngineChoice
 from sparserefine.images.classes import Classes
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, check_image, check_normalisation, constant
 from sparserefine.images.uncertainty import dense, entropy
@@ -72,7 +72,7 @@ class SparseRefiner(nn.Module):
         self.base = base
         self.extractor = extractor.build(k)
         self.ensembler = build_ensembler(self.ensembler_config, k)
-        self.engine = get_engine(engine)
+        self.engine = EngineChoice(engine)
 
     def forward(self, image: Tensor) -> Refinement:
         """Predicts full-size labels of a batch of images of one size.

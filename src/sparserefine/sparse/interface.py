@@ -25,9 +25,6 @@ class Engine(Protocol):
 
     name: str
 
-    def on(self, device: torch.device) -> Engine:
-        """Which engine executes on that device: this one, or the one it leaves such tensors to."""
-
     def keep_largest(self, values: Tensor, mask: Tensor, budget: int) -> None:
         """Clears ``mask``, ``bool [B, H, W]``, in place but for the ``budget`` largest values of each image."""
 

@@ -15,7 +15,7 @@ from sparserefine.engines.cpu.kernels import kernels
 from sparserefine.engines.cpu.network import PackedUNet
 from sparserefine.engines.reference.engine import TorchEngine
 from sparserefine.images.upsampling import Upsampling, Window
-from sparserefine.sparse.interface import Engine, Perceptron, Unavailable
+from sparserefine.sparse.interface import Perceptron, Unavailable
 from sparserefine.sparse.plan import Plan, PlanSpec
 from sparserefine.sparse.quantisation import is_calibrated
 from sparserefine.sparse.sites import Sites
@@ -45,10 +45,6 @@ class CpuEngine(TorchEngine):
 
     def __reduce__(self) -> tuple[type[CpuEngine], tuple[str]]:
         return type(self), (self.kernels.library.name,)  # for copy and pickle; packed weights stay here
-
-    def on(self, device: torch.device) -> Engine:
-        """This engine on the CPU, the torch engine elsewhere."""
-        return self if device.type == "cpu" else TorchEngine()
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
         """Plan of the sites; its tables are made when they are first read."""

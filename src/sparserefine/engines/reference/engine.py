@@ -11,7 +11,7 @@ from sparserefine.engines.reference.geometry import build_plan
 from sparserefine.engines.reference.selection import keep_largest
 from sparserefine.images.uncertainty import sample, uncertainty
 from sparserefine.images.upsampling import Upsampling, Window
-from sparserefine.sparse.interface import Engine, Perceptron
+from sparserefine.sparse.interface import Perceptron
 from sparserefine.sparse.plan import Plan, PlanSpec
 from sparserefine.sparse.sites import Sites
 
@@ -32,10 +32,6 @@ class TorchEngine:
     def keep_largest(self, values: Tensor, mask: Tensor, budget: int) -> None:
         """Clears ``mask`` in place but for the largest values of each image; see :func:`keep_largest`."""
         keep_largest(values, mask, budget)
-
-    def on(self, device: torch.device) -> Engine:
-        """What executes on that device: this engine, or where it has no code of its own, the one it inherits from."""
-        return self
 
     def prepare(self, network: torch.nn.Module) -> None:
         """A packed form of a whole network; ``None``: there is none, run the modules one by one."""

@@ -17,7 +17,7 @@ from sparserefine.engines.triton.launch import INTERPRETED, runs_on
 from sparserefine.engines.triton.network import PackedUNet
 from sparserefine.engines.triton.selection import keep_largest
 from sparserefine.images.upsampling import Upsampling, Window
-from sparserefine.sparse.interface import Engine, Perceptron, Unavailable
+from sparserefine.sparse.interface import Perceptron, Unavailable
 from sparserefine.sparse.plan import Plan, PlanSpec
 from sparserefine.sparse.sites import Sites
 from sparserefine.sparse.unet import SparseUNet, is_packable
@@ -42,10 +42,6 @@ class TritonEngine(TorchEngine):
 
     def __reduce__(self) -> tuple[type[TritonEngine], tuple[()]]:
         return type(self), ()  # for copy and pickle; packed weights stay here
-
-    def on(self, device: torch.device) -> Engine:
-        """This engine where its kernels run, else the torch engine."""
-        return self if runs_on(device) else TorchEngine()
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
         """Plan of the sites; reads the number of sites of each level from the GPU."""
