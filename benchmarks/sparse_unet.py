@@ -37,7 +37,7 @@ from benchmarks.common import (
     write_report,
 )
 from sparserefine.engines.choose import get_engine
-from sparserefine.engines.cpu.network import PackedUNet
+from sparserefine.engines.cpu.network import PackedNetwork
 from sparserefine.sparse import Sites, SparseBatchNorm, SparseUNet
 from sparserefine.stages.extractor import PRESETS, ExtractorConfig
 
@@ -134,7 +134,7 @@ class EngineTask:
         with torch.inference_mode():
             start = time.perf_counter()
             plan = self._engine.geometry(sites, self._network.spec)
-            if isinstance(self._packed, PackedUNet):
+            if isinstance(self._packed, PackedNetwork):
                 self._packed.tables(plan)  # made when first read; they belong to the geometry
             middle = time.perf_counter()
             self._logits = self._forward(self._features, plan)
@@ -157,7 +157,7 @@ class EngineTask:
         return load().name
 
     def _levels_ms(self) -> list[float] | None:
-        if not isinstance(self._packed, PackedUNet):
+        if not isinstance(self._packed, PackedNetwork):
             return None
         levels: list[float] = []
         with torch.inference_mode():

@@ -22,7 +22,7 @@ from support import PATTERNS, TRITON_ENGINES, assert_close, device_of, engine_of
 
 if TYPE_CHECKING:
     from sparserefine.engines.triton.engine import TritonEngine
-    from sparserefine.engines.triton.network import PackedUNet
+    from sparserefine.engines.triton.network import PackedNetwork
 
 DOWNS = ("paper", "cell")
 NETWORKS = [((16, 32), 2), ((3, 5, 7), 1), ((17,), 1)]
@@ -61,7 +61,7 @@ def of(device: torch.device, *case: object) -> tuple[SparseUNet, Tensor, Tensor,
     return copy.deepcopy(net).to(device), mask.to(device), x.to(device), expected
 
 
-def prepared(engine: TritonEngine, net: nn.Module) -> PackedUNet:
+def prepared(engine: TritonEngine, net: nn.Module) -> PackedNetwork:
     packed = engine.prepare(net)
     assert packed is not None
     return packed

@@ -138,7 +138,8 @@ def network(planes: tuple[int, ...], blocks: int, down: str) -> SparseUNet:
 
 def rounded_in_float64(net: SparseUNet, x: Tensor, mask: Tensor) -> Tensor:
     """The module path, inputs and weights of the convolutions rounded as 8 bits are."""
-    steps = {conv: (step_of(conv).double(), quantised_weight(conv)) for conv in quantised_convs(net)}
+    convs = {conv: step_of(conv) for conv in quantised_convs(net)}
+    steps = {conv: (step.double(), quantised_weight(conv.weight, step)) for conv, step in convs.items()}
     net = net.double()
     hooks = []
     for conv, (step, (weight, scale)) in steps.items():

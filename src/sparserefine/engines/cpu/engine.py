@@ -12,7 +12,7 @@ from sparserefine.engines.cpu import uncertainty as fused
 from sparserefine.engines.cpu.gate import gated
 from sparserefine.engines.cpu.geometry import build_grid_plan
 from sparserefine.engines.cpu.kernels import kernels
-from sparserefine.engines.cpu.network import PackedUNet
+from sparserefine.engines.cpu.network import PackedNetwork
 from sparserefine.engines.reference.engine import TorchEngine
 from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.sparse.interface import Perceptron, Unavailable
@@ -39,7 +39,7 @@ class CpuEngine(TorchEngine):
 
     def __init__(self, instruction_set: str | None = None) -> None:
         self.kernels = kernels(instruction_set)
-        self._packed: weakref.WeakKeyDictionary[SparseUNet, tuple[object, Tensor, PackedUNet]] = (
+        self._packed: weakref.WeakKeyDictionary[SparseUNet, tuple[object, Tensor, PackedNetwork]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -52,7 +52,7 @@ class CpuEngine(TorchEngine):
             return super().geometry(sites, spec)
         return build_grid_plan(sites, spec, self.name, self.kernels)
 
-    def prepare(self, network: torch.nn.Module) -> PackedUNet | None:  # type: ignore[override]
+    def prepare(self, network: torch.nn.Module) -> PackedNetwork | None:  # type: ignore[override]
         """The network packed, once for as long as its parameters stay what they are; ``None`` for what is not packed.
 
         Packed is :class:`SparseUNet` in evaluation mode, float32 on the CPU. Parameters are watched by address, version
@@ -73,7 +73,7 @@ class CpuEngine(TorchEngine):
             sample = torch.cat([t.flatten()[:: max(1, t.numel() // _SAMPLE)].float() for t in tensors])
         known = self._packed.get(network)
         if known is None or known[0] != state or not torch.equal(known[1], sample):
-            known = (state, sample, PackedUNet(network, self.kernels, int8=self.int8))
+            known = (state, sample, PackedNetwork(network, self.kernels, int8=self.int8))
             self._packed[network] = known
         return known[2]
 
@@ -139,7 +139,7 @@ class Int8Engine(CpuEngine):
         if not self.kernels.has_int8:
             raise Unavailable(f"{self.kernels.library.name} on this processor has no 8-bit products (AVX-512 VNNI)")
 
-    def prepare(self, network: torch.nn.Module) -> PackedUNet | None:  # type: ignore[override]
+    def prepare(self, network: torch.nn.Module) -> PackedNetwork | None:  # type: ignore[override]
         """As of ``cpu``.
 
         Raises:

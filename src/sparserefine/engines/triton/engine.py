@@ -14,7 +14,7 @@ from sparserefine.engines.triton.convolution import DTYPES, precision_of
 from sparserefine.engines.triton.gate import gated
 from sparserefine.engines.triton.geometry import NAME, PaddedPlan, build_padded_plan, build_plan
 from sparserefine.engines.triton.launch import INTERPRETED, runs_on
-from sparserefine.engines.triton.network import PackedUNet
+from sparserefine.engines.triton.network import PackedNetwork
 from sparserefine.engines.triton.selection import keep_largest
 from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.sparse.interface import Perceptron, Unavailable
@@ -38,7 +38,7 @@ class TritonEngine(TorchEngine):
     def __init__(self) -> None:
         if not INTERPRETED:
             _check_gpu()
-        self._packed: weakref.WeakKeyDictionary[SparseUNet, tuple[object, PackedUNet]] = weakref.WeakKeyDictionary()
+        self._packed: weakref.WeakKeyDictionary[SparseUNet, tuple[object, PackedNetwork]] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type[TritonEngine], tuple[()]]:
         return type(self), ()  # for copy and pickle; packed weights stay here
@@ -58,7 +58,7 @@ class TritonEngine(TorchEngine):
         """
         return build_padded_plan(mask, spec, capacities)
 
-    def prepare(self, network: torch.nn.Module) -> PackedUNet | None:  # type: ignore[override]
+    def prepare(self, network: torch.nn.Module) -> PackedNetwork | None:  # type: ignore[override]
         """The network packed, once for as long as its parameters stay what they are; ``None`` for what is not packed.
 
         Packed is :class:`SparseUNet` in evaluation mode on the GPU: in the precision of autocast where that is on, else
@@ -79,7 +79,7 @@ class TritonEngine(TorchEngine):
         state = (dtype, precision_of(dtype), *((t.data_ptr(), t._version) for t in tensors))
         known = self._packed.get(network)
         if known is None or known[0] != state:
-            known = (state, PackedUNet(network, dtype))
+            known = (state, PackedNetwork(network, dtype))
             self._packed[network] = known
         return known[1]
 
