@@ -200,9 +200,8 @@ def test_no_result_depends_on_the_threads(library: Library, threads: Callable[[i
                 coords = mask_of("random", (140, 590)).nonzero().int()
                 tensors.append(cpu.sample(library, logits, coords, (140, 590), how))
         image = torch.randint(0, 256, (1, 3, 140, 590), dtype=torch.uint8)
-        tensors.append(cpu.gather(library, image, coords))
         tensors.append(cpu.gather_normalised(library, image, coords, torch.rand(3), torch.rand(3)))
-        cpu.scatter_argmax(library, tensors[-3], coords, tensors[3])
+        cpu.scatter_argmax(library, tensors[-2], coords, tensors[3])
         results.append(tensors)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -220,13 +219,13 @@ def test_scratch_is_small(library: Library, classes: int) -> None:
 @pytest.mark.parametrize("pattern", ["none", "one", "border", "random", "all"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_gather(library: Library, batch: int, dtype: torch.dtype, pattern: str) -> None:
+def test_gather_normalised(library: Library, batch: int, dtype: torch.dtype, pattern: str) -> None:
     sites = Sites.from_mask(mask_of(pattern, (33, 41), batch))
     image = torch.randint(0, 256, (batch, 3, 33, 41)).to(dtype)
     values = sites.gather(image)
-    gathered = cpu.gather(library, image, sites.coords)
-    assert gathered.dtype == dtype
-    assert torch.equal(gathered, values)
+    gathered = cpu.gather_normalised(library, image, sites.coords, torch.ones(3), torch.zeros(3))
+    assert gathered.dtype == torch.float32
+    assert torch.equal(gathered, values.float())
     mean, std = torch.rand(3), torch.rand(3) + 0.5
     whole = 255 if dtype == torch.uint8 else 1
     actual = cpu.gather_normalised(library, image, sites.coords, 1 / (whole * std), -mean / std)
@@ -254,7 +253,10 @@ def test_coords_of_any_memory_layout(library: Library) -> None:
     wide = torch.zeros(len(by_column), 2, 4, dtype=torch.int32)
     wide[:, 1, 1:] = by_column
     results = [
-        [cpu.gather(library, image, coords), cpu.sample(library, image[..., ::2], coords, (33, 41))]
+        [
+            cpu.gather_normalised(library, image, coords, torch.ones(3), torch.zeros(3)),
+            cpu.sample(library, image[..., ::2], coords, (33, 41)),
+        ]
         for coords in (by_column, by_column.contiguous(), wide[:, 1, 1:])
     ]
     for other in results[1:]:
@@ -276,7 +278,6 @@ def test_coords_outside_are_refused(library: Library, bad: tuple[int, int, int])
     image = torch.rand(2, 3, 8, 9)
     calls: list[Callable[[], object]] = [
         lambda: cpu.sample(library, image, coords, (8, 9)),
-        lambda: cpu.gather(library, image, coords),
         lambda: cpu.gather_normalised(library, image, coords, torch.ones(3), torch.ones(3)),
         lambda: cpu.scatter_argmax(library, torch.rand(3, 4), coords, torch.zeros(2, 8, 9, dtype=torch.uint8)),
     ]
@@ -313,10 +314,10 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "sample: int64 coords": ("sample", (IMAGE, COORDS.long(), (8, 9)), "coords are torch.int64 .* expected int32"),
     "sample: coords [N, 2]": ("sample", (IMAGE, COORDS[:, :2], (8, 9)), r"\(4, 2\) on cpu, expected int32 \[N, 3\]"),
     "sample: gradient": ("sample", (IMAGE.clone().requires_grad_(), COORDS, (8, 9)), "inference_mode"),
-    "gather: [C, H, W]": ("gather", (IMAGE[0], COORDS), r"expected \[B, C, H, W\]"),
-    "gather: float64": ("gather", (IMAGE.double(), COORDS), "image is torch.float64"),
-    "gather: strided": ("gather", (IMAGE[..., ::2], COORDS), "not contiguous"),
-    "gather: gradient": ("gather", (IMAGE.clone().requires_grad_(), COORDS), "inference_mode"),
+    "gather: [C, H, W]": ("gather_normalised", (IMAGE[0], COORDS, ONES, ONES), r"expected \[B, C, H, W\]"),
+    "gather: float64": ("gather_normalised", (IMAGE.double(), COORDS, ONES, ONES), "image is torch.float64"),
+    "gather: strided": ("gather_normalised", (IMAGE[..., ::2], COORDS, ONES, ONES), "not contiguous"),
+    "gather: gradient": ("gather_normalised", (IMAGE.clone().requires_grad_(), COORDS, ONES, ONES), "inference_mode"),
     "normalised: scale": ("gather_normalised", (IMAGE, COORDS, ONES[:2], ONES), r"scale is \(2,\), expected \[3\]"),
     "normalised: shift": ("gather_normalised", (IMAGE, COORDS, ONES, ONES.double()), "shift is torch.float64"),
     "scatter: rows": ("scatter_argmax", (torch.rand(5, 3), COORDS, LABELS), r"logits are \(5, 3\) for 4 sites"),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparserefine.engines.cpu.convolution import Relation, cpu_conv
-from sparserefine.engines.cpu.kernels import Grid, Kernels, Tiles
+from sparserefine.engines.cpu.kernels import Kernels, Tiles
+from sparserefine.engines.cpu.native.structures import Grid
 from sparserefine.engines.reference.convolution import convolve
 from sparserefine.sparse.plan import DownKind, Level, Plan, PlanSpec, Stencil, coarser_size, kernel_size
 from sparserefine.sparse.sites import Sites

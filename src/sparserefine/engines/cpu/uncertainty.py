@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sparserefine.engines.cpu.native import structures as c
 from sparserefine.engines.cpu.native.library import Library, pointer
 from sparserefine.images.uncertainty import label_dtype
 from sparserefine.images.upsampling import AxisTaps, Upsampling, Window, taps_of
@@ -23,33 +24,11 @@ _LABEL_DTYPES = (torch.uint8, torch.int16)
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
-class _Axis(ctypes.Structure):
-    """Taps of one axis."""
-
-    _fields_ = (("low", _ADDRESS), ("high", _ADDRESS), ("weight", _ADDRESS), ("size", _INT))
-
-
-class _Sites(ctypes.Structure):
-    """Coordinates of the sites, in any layout."""
-
-    _fields_ = (("coords", _ADDRESS), ("count", _INT), ("site_stride", _INT), ("column_stride", _INT))
-
-
-class _Image(ctypes.Structure):
-    """``[B, C, H, W]``."""
-
-    _fields_ = (
-        *(("values", _ADDRESS), ("bytes", _INT)),
-        *(("batches", _INT), ("channels", _INT), ("height", _INT), ("width", _INT)),
-    )
-
-
-_AXIS, _SITES, _IMAGE = (ctypes.POINTER(structure) for structure in (_Axis, _Sites, _Image))
+_AXIS, _SITES, _IMAGE = (ctypes.POINTER(structure) for structure in (c.Axis, c.Sites, c.Image))
 _PROTOTYPES: dict[str, tuple[type, ...]] = {
     "sr_uncertainty_scratch": (_INT,),
     "sr_uncertainty": (_ADDRESS, _INT, _INT, _INT, _AXIS, _AXIS, _INT, _ADDRESS, _INT, _ADDRESS, _ADDRESS, _INT),
     "sr_sample": (_ADDRESS, _INT, _INT, _INT, _AXIS, _AXIS, _INT, _INT, _SITES, _ADDRESS, _INT),
-    "sr_gather": (_IMAGE, _SITES, _ADDRESS, _INT),
     "sr_gather_normalised": (_IMAGE, _SITES, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
     "sr_scatter": (_ADDRESS, _INT, _SITES, _IMAGE, _INT),
 }
@@ -124,30 +103,6 @@ def sample(
         _check_taps(status, tuple(image.shape))
         _check_sites(status, coords, (len(logits), *size))
     return result
-
-
-def gather(library: Library, image: Tensor, coords: Tensor) -> Tensor:
-    """Values of an image at the sites, as :meth:`sparserefine.sparse.sites.Sites.gather`.
-
-    Args:
-        library: the kernels.
-        image: ``uint8`` or ``float32 [B, C, H, W]``.
-        coords: ``int32 [N, 3]``: batch, row, column.
-
-    Returns:
-        ``[N, C]`` of the image's dtype.
-
-    Raises:
-        ValueError: another dtype, shape or device than promised, or a coordinate outside the image.
-    """
-    _check_image(image)
-    _check_coords(coords)
-    values = torch.empty(len(coords), image.shape[1], dtype=image.dtype)
-    status = _function(library, "sr_gather")(
-        *(_image(image), _sites(coords), pointer(values, _IMAGE_DTYPES, "values"), torch.get_num_threads())
-    )
-    _check_sites(status, coords, (image.shape[0], *image.shape[2:]))
-    return values
 
 
 def gather_normalised(library: Library, image: Tensor, coords: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -236,16 +191,16 @@ def _narrow(taps: AxisTaps) -> AxisTaps:
     return AxisTaps(taps.low.clamp(min=-1).int(), taps.high.clamp(min=-1).int(), taps.weight.float())
 
 
-def _axis(taps: AxisTaps) -> _Axis:
-    return _Axis(taps.low.data_ptr(), taps.high.data_ptr(), taps.weight.data_ptr(), len(taps.low))
+def _axis(taps: AxisTaps) -> c.Axis:
+    return c.Axis(taps.low.data_ptr(), taps.high.data_ptr(), taps.weight.data_ptr(), len(taps.low))
 
 
-def _sites(coords: Tensor) -> _Sites:
-    return _Sites(coords.data_ptr(), len(coords), *coords.stride())
+def _sites(coords: Tensor) -> c.Sites:
+    return c.Sites(coords.data_ptr(), len(coords), *coords.stride())
 
 
-def _image(image: Tensor) -> _Image:
-    return _Image(image.data_ptr(), image.element_size(), *image.shape)
+def _image(image: Tensor) -> c.Image:
+    return c.Image(image.data_ptr(), image.element_size(), *image.shape)
 
 
 def _check_coarse(logits: Tensor | Sequence[Tensor], size: tuple[int, int], windows: Sequence[Window] | None) -> int:

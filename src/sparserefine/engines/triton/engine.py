@@ -98,7 +98,7 @@ class TritonEngine(TorchEngine):
         windows: Sequence[Window] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Labels and entropy at full size, in one pass."""
-        if fused.takes(*logits):
+        if fused.runs_kernels_on(*logits):
             return fused.uncertainty(logits, size, how, windows)
         return super().uncertainty(logits, size, how, windows)
 
@@ -111,13 +111,13 @@ class TritonEngine(TorchEngine):
         windows: Sequence[Window] | None = None,
     ) -> Tensor:
         """Full-resolution logits at the sites, ``float32 [N, K]``."""
-        if fused.takes(coords, *logits):
+        if fused.runs_kernels_on(coords, *logits):
             return fused.sample(logits, coords, size, how, windows)
         return super().sample(logits, coords, size, how, windows)
 
     def pixels(self, image: Tensor, sites: Sites, scale: Tensor, shift: Tensor) -> Tensor:
         """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
-        if fused.takes(image, sites.coords, scale, shift) and image.dtype in (torch.uint8, *DTYPES):
+        if fused.runs_kernels_on(image, sites.coords, scale, shift) and image.dtype in (torch.uint8, *DTYPES):
             return fused.pixels(image, sites, scale, shift)
         return super().pixels(image, sites, scale, shift)
 
@@ -129,7 +129,7 @@ class TritonEngine(TorchEngine):
 
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
         """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
-        if fused.takes(labels, logits, sites.coords) and logits.dtype in DTYPES:
+        if fused.runs_kernels_on(labels, logits, sites.coords) and logits.dtype in DTYPES:
             fused.write_labels(labels, logits, sites)
         else:
             super().write_labels(labels, logits, sites)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparserefine.engines.triton.kernels import gate as kernels
 from sparserefine.engines.triton.launch import allows_tf32, blocks, launch
-from sparserefine.engines.triton.uncertainty import takes
+from sparserefine.engines.triton.uncertainty import runs_kernels_on
 from sparserefine.sparse.interface import Perceptron
 
 MAX_CLASSES = 256
@@ -31,7 +31,7 @@ def gated(coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, r
     Raises:
         ValueError: another shape than promised.
     """
-    if not takes(coarse, sparse, *gate, *fuser) or not coarse.dtype == sparse.dtype == torch.float32:
+    if not runs_kernels_on(coarse, sparse, *gate, *fuser) or not coarse.dtype == sparse.dtype == torch.float32:
         return None
     if coarse.dim() != 2 or coarse.shape != sparse.shape or coarse.shape[1] < 1:
         raise ValueError(
