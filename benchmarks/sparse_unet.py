@@ -38,7 +38,7 @@ from benchmarks.common import (
     write_report,
 )
 from sparserefine.engines.choose import get_engine
-from sparserefine.engines.cpu.network import PackedUNet
+from sparserefine.engines.cpu.network import PackedNetwork
 from sparserefine.sparse import Sites, SparseBatchNorm, SparseUNet
 from sparserefine.stages.extractor import PRESETS, ExtractorConfig
 
@@ -135,7 +135,7 @@ class EngineTask:
         with torch.inference_mode():
             start = time.perf_counter()
             plan = self._engine.geometry(sites, self._network.spec)
-            if isinstance(self._packed, PackedUNet):
+            if isinstance(self._packed, PackedNetwork):
                 self._packed.tables(plan)  # made when first read; they belong to the geometry
             middle = time.perf_counter()
             self._logits = self._forward(self._features, plan)
@@ -151,14 +151,14 @@ class EngineTask:
         return {"instruction_set": self._instruction_set(), "levels_ms": self._levels_ms()}
 
     def _instruction_set(self) -> str | None:
-        if self._engine.on(torch.device("cpu")).name != "cpu":
+        if self._engine.name != "cpu":
             return None
         from sparserefine.engines.cpu.native.library import load
 
         return load().name
 
     def _levels_ms(self) -> list[float] | None:
-        if not isinstance(self._packed, PackedUNet):
+        if not isinstance(self._packed, PackedNetwork):
             return None
         levels: list[float] = []
         with torch.inference_mode():

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparserefine.engines.choose import get_engine
+from sparserefine.engines.cpu.convolution import parity_taps
 from sparserefine.engines.cpu.engine import CpuEngine
-from sparserefine.engines.cpu.geometry import Cells, parity_taps
+from sparserefine.engines.cpu.geometry import Cells
 from sparserefine.engines.cpu.kernels import Kernels, Tiles
 from sparserefine.sparse import Plan, PlanSpec, Sites
 from sparserefine.sparse.epilogue import Activation, Epilogue

@@ -17,7 +17,7 @@ from networks import K, expected_of, network
 from sparserefine.engines.choose import get_engine
 from sparserefine.engines.cpu import network as network_module
 from sparserefine.engines.cpu.engine import CpuEngine
-from sparserefine.engines.cpu.network import PackedUNet
+from sparserefine.engines.cpu.network import PackedNetwork
 from sparserefine.files.images import read_image
 from sparserefine.refiner import SparseRefiner
 from sparserefine.sparse import Plan, PlanSpec, Sites, SparseUNet
@@ -60,7 +60,7 @@ def plan_of(engine: CpuEngine, net: SparseUNet, mask: Tensor) -> Plan:
     return engine.geometry(Sites.from_mask(mask), net.spec)
 
 
-def prepared(engine: CpuEngine, net: nn.Module) -> PackedUNet:
+def prepared(engine: CpuEngine, net: nn.Module) -> PackedNetwork:
     packed = engine.prepare(net)
     assert packed is not None
     return packed
@@ -103,7 +103,7 @@ def test_each_way_to_convolve(engine: CpuEngine, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(network_module, "_FEWEST_CHANNELS", fewest)
     monkeypatch.setattr(network_module, "_MOST_CHANNELS", most)
     net, mask, x, expected = reference((16, 32, 64), 2, "cell", "random")
-    judge(PackedUNet(net, engine.kernels)(x, plan_of(engine, net, mask)), expected)
+    judge(PackedNetwork(net, engine.kernels)(x, plan_of(engine, net, mask)), expected)
 
 
 @pytest.mark.parametrize("down", DOWNS)

@@ -232,7 +232,7 @@ def test_scratch_is_small(library: Library, classes: int) -> None:
 @pytest.mark.parametrize("pattern", ["none", "one", "border", "random", "all"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_gather(library: Library, batch: int, dtype: torch.dtype, pattern: str) -> None:
+def test_gather_normalised(library: Library, batch: int, dtype: torch.dtype, pattern: str) -> None:
     sites = Sites.from_mask(mask_of(pattern, (33, 41), batch))
     image = torch.randint(0, 256, (batch, 3, 33, 41)).to(dtype)
     values = sites.gather(image)

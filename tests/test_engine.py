@@ -1,59 +1,35 @@
-"""Which engine is picked, what is said of it, and that engine ``auto`` of a machine with a GPU asks the right one."""
+"""Which engine is picked for a device, and what is said of it."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sparserefine.bases.base import BaseConfig, FrozenBase
-from sparserefine.bases.loaded import LoadedModel
 from sparserefine.commands.info import info_text
 from sparserefine.engines import choose as engine
-from sparserefine.engines.auto import AutoEngine
-from sparserefine.engines.choose import engine_report, get_engine
+from sparserefine.engines.choose import EngineChoice, engine_report, get_engine
 from sparserefine.engines.reference.engine import TorchEngine
-from sparserefine.images.coarse import Coarse
-from sparserefine.refiner import SparseRefiner
-from sparserefine.sparse import Engine, PlanSpec, Sites
+from sparserefine.sparse import Engine
 from sparserefine.sparse.interface import Unavailable
-from sparserefine.stages.config import RefinerConfig
-from sparserefine.stages.extractor import ExtractorConfig
-from sparserefine.stages.selector import Selector
 from sparserefine.studies.evaluate import dense_labels
-from support import CPU_ENGINES, engine_of, needs_triton
+from support import engine_of, needs_triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-METHODS = sorted(name for name in vars(Engine) if inspect.isfunction(vars(Engine)[name]) and name[0] != "_")
 
 
-class Recording(TorchEngine):
-    """Remembers what it was asked for; stands for an engine of its own name."""
+class Standing(TorchEngine):
+    """Stands for engine ``triton``."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.asked: list[str] = []
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in METHODS and name != "on":
-            return lambda *arguments: self.asked.append(name)
-        return super().__getattribute__(name)
-
-
-class OnMeta(AutoEngine):
-    """Takes the device ``meta`` for a GPU."""
-
-    def on(self, device: torch.device) -> Engine:
-        return super().on(CUDA if device.type == "meta" else device)
+    name = "triton"
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +51,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def triton(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """And engine ``triton`` works there."""
-    monkeypatch.setattr(engine, "_load_for_gpu", lambda: Recording("triton"))
+    monkeypatch.setattr(engine, "_load_for_gpu", Standing)
 
 
 def unavailable(words: str) -> Any:
@@ -97,14 +73,15 @@ def test_without_a_gpu_auto_is_one_engine(monkeypatch: pytest.MonkeyPatch) -> No
     without_gpu(monkeypatch)
     chosen = get_engine("auto")
     assert chosen.name in ("cpu", "torch")
-    assert chosen.on(CPU) is chosen
+    assert EngineChoice().on(CPU).name == chosen.name
     assert not engine_report()["triton"].startswith("available")
     assert chosen.name in engine_report()["auto"]
 
 
 def test_with_a_gpu_auto_is_one_engine_for_each(triton: None) -> None:
-    chosen = get_engine("auto")
+    chosen = EngineChoice("auto")
     assert chosen.name == "auto"
+    assert get_engine("auto", "cuda").name == "triton"
     assert chosen.on(CUDA).name == "triton"
     assert chosen.on(torch.device("cuda:1")).name == "triton"
     assert chosen.on(CPU).name in ("cpu", "torch")
@@ -114,9 +91,9 @@ def test_with_a_gpu_auto_is_one_engine_for_each(triton: None) -> None:
 def test_a_gpu_without_triton(gpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(engine, "_load_triton", unavailable("it broke"))
     with caplog.at_level(logging.WARNING):
-        chosen = [get_engine("auto") for _ in range(3)]
-    assert {one.name for one in chosen} <= {"cpu", "torch"}
-    assert chosen[0].on(CUDA).name == "torch"
+        chosen = [EngineChoice("auto") for _ in range(3)]
+        assert {one.on(CPU).name for one in chosen} <= {"cpu", "torch"}
+        assert {one.on(CUDA).name for one in chosen} == {"torch"}
     said = [record.message for record in caplog.records if "GPU" in record.message]
     assert said == ["engine torch on the GPU, for engine triton is not available: it broke"]
     with pytest.raises(ValueError, match="engine 'triton' cannot be used here: it broke"):
@@ -128,6 +105,7 @@ def test_a_gpu_without_triton(gpu: None, monkeypatch: pytest.MonkeyPatch, caplog
 def test_interpreted_kernels_are_not_for_a_gpu(gpu: None) -> None:
     needs_triton()
     assert get_engine("auto").name in ("cpu", "torch")
+    assert get_engine("auto", "cuda").name == "torch"
     assert get_engine("triton").name == "triton"
     assert "TRITON_INTERPRET=1" in engine_report()["triton"]
 
@@ -135,7 +113,7 @@ def test_interpreted_kernels_are_not_for_a_gpu(gpu: None) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
     needs_triton(gpu=True)
-    assert get_engine("auto").on(CUDA).name == "triton"
+    assert EngineChoice("auto").on(CUDA).name == "triton"
     report = engine_report()
     assert torch.cuda.get_device_name() in report["triton"]
     assert report["auto"].endswith("triton on the GPU")
@@ -199,86 +177,74 @@ def test_info_lists_every_engine() -> None:
         assert f"engine {name} " in info_text()
 
 
-# ---- engine auto
+# ---- choosing by device
 
 
-def calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
-    """Arguments of each method, all on one device."""
-    rows, pixels = torch.zeros(1, 2, device=device), torch.zeros(1, 2, 3, device=device)
-    mask, logits = pixels > 0, torch.zeros(1, 2, 2, 3, device=device)
-    sites, spec = Sites(torch.zeros(1, 3, dtype=torch.int32, device=device), 1, 2, 3), PlanSpec(1, "cell")
-    coarse = Coarse(logits, (2, 3))
-    return {
-        "keep_largest": (pixels, mask, 1),
-        "plan": (mask, spec),
-        "geometry": (sites, spec),
-        "conv": (rows, rows, None),
-        "prepare": (nn.Linear(1, 1, device=device),),
-        "uncertainty": (coarse,),
-        "sample": (coarse, sites.coords),
-        "pixels": (logits, sites.coords, rows, rows),
-        "gated": (rows, rows, (), (), True),
-        "write_labels": (pixels, rows, sites),
-    }
+@pytest.mark.parametrize("name", ["auto", "torch", "cpu", "triton"])
+def test_each_kind_of_device_has_one_engine(name: str, triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines own packed weights, so they are kept."""
+    monkeypatch.setattr(engine, "_load_triton", Standing)
+    if name == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    if name == "cpu":
+        engine_of("cpu-generic")
+    choice = EngineChoice(name)
+    assert choice.name == name
+    for device in (CPU, CUDA, torch.device("mps")):
+        assert choice.on(device) is choice.on(device)
+    assert choice.on(CUDA) is choice.on(torch.device("cuda:1"))
 
 
-def test_the_calls_are_all_there_are() -> None:
-    assert sorted([*calls(CPU), "on"]) == METHODS
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_the_torch_engine_is_for_every_device(device: str) -> None:
+    assert EngineChoice("torch").on(torch.device(device)).name == "torch"
 
 
-@pytest.mark.parametrize("method", calls(CPU))
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_the_device_of_the_tensors_decides(method: str, device: str) -> None:
-    on_gpu, elsewhere = Recording("triton"), Recording("cpu")
-    getattr(OnMeta(on_gpu, elsewhere), method)(*calls(torch.device(device))[method])
-    assert (on_gpu.asked, elsewhere.asked) == (([], [method]) if device == "cpu" else ([method], []))
+@pytest.mark.parametrize("name", ["cpu", "cpu-int8"])
+def test_the_cpu_engine_leaves_other_devices_to_torch(name: str) -> None:
+    try:
+        choice = EngineChoice(name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert choice.on(CPU).name == name
+    assert choice.on(CUDA).name == "torch"
 
 
-def test_a_network_without_parameters_is_not_packed() -> None:
-    assert AutoEngine(Recording("triton"), Recording("cpu")).prepare(nn.ReLU()) is None
+def test_the_triton_engine_leaves_devices_without_kernels_to_torch() -> None:
+    """Interpreted, kernels are for the CPU."""
+    needs_triton()
+    choice = EngineChoice("triton")
+    assert choice.on(CPU).name == "triton"
+    assert choice.on(CUDA).name == "torch"
 
 
-def auto_of(elsewhere: Engine) -> AutoEngine:
-    return AutoEngine(Recording("triton"), elsewhere)
+def test_an_engine_that_was_named_must_work_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_load_triton", unavailable("it broke"))
+    with pytest.raises(ValueError, match="engine 'triton' cannot be used here: it broke"):
+        EngineChoice("triton")
+    for choose in (EngineChoice, get_engine):
+        with pytest.raises(ValueError, match="engine 'spconv' is not known; choose 'auto' or one of torch, cpu"):
+            choose("spconv")
 
 
-def refiner() -> SparseRefiner:
-    torch.manual_seed(0)
-    model = nn.Conv2d(3, 4, 3, 2, 1)
-    base = FrozenBase(LoadedModel(model, 4), config=BaseConfig(ratio=0.5))
-    config = RefinerConfig(extractor=ExtractorConfig((4, 6)), selector=Selector(0.1, 50))
-    return SparseRefiner(base, config, engine="torch").eval()
-
-
-@pytest.mark.parametrize("name", ["torch", *CPU_ENGINES])
-def test_a_refiner_predicts_the_same_with_auto(name: str) -> None:
-    chosen, image = engine_of(name), torch.rand(2, 3, 12, 16)
-    one, other = refiner(), refiner()
-    one.engine, other.engine = chosen, auto_of(chosen)
-    with torch.no_grad():
-        expected, actual = one(image), other(image)
-    assert torch.equal(actual.refined_logits, expected.refined_logits)
-    assert torch.equal(actual.labels(), expected.labels())
-    assert len(actual.sites) == 100
-    assert other.engine.plan(actual.sites.mask(), other.extractor.spec).levels[0].around.engine is chosen
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda choice: pickle.loads(pickle.dumps(choice))])
+def test_copies_are_by_name(copier: Callable[[EngineChoice], EngineChoice]) -> None:
+    choice = EngineChoice("torch")
+    other = copier(choice)
+    assert other is not choice
+    assert other.name == "torch"
+    assert other.on(CPU) is not choice.on(CPU)
 
 
 def test_copies_are_made_for_where_they_are_read(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = get_engine("auto")
-    assert copy.deepcopy(chosen).name == "auto"
-    stored = pickle.dumps(chosen)
-    without_gpu(monkeypatch)
-    assert pickle.loads(stored).name in ("cpu", "torch")
+    choice = EngineChoice("auto")
+    assert choice.on(CUDA).name == "triton"
+    stored = pickle.dumps(choice)
+    monkeypatch.setattr(engine, "_load_for_gpu", unavailable("there is no GPU"))
+    assert pickle.loads(stored).on(CUDA).name == "torch"
 
 
-@pytest.mark.parametrize("engine", CPU_ENGINES)
-def test_the_cpu_engine_leaves_other_devices_to_torch(engine: str) -> None:
-    chosen = engine_of(engine)
-    assert chosen.on(CPU) is chosen
-    assert chosen.on(CUDA).name == "torch"
-
-
-@pytest.mark.parametrize("name", ["torch", "cpu-generic", "auto of torch", "auto of cpu-generic"])
+@pytest.mark.parametrize("name", ["torch", "cpu-generic"])
 def test_dense_labels_come_from_the_quickest(name: str) -> None:
     seen: list[str] = []
 
@@ -286,11 +252,11 @@ def test_dense_labels_come_from_the_quickest(name: str) -> None:
         seen.append("uncertainty")
         return uncertainty(*arguments)
 
-    chosen = copy.copy(engine_of(name.removeprefix("auto of ")))
+    chosen = copy.copy(engine_of(name))
     uncertainty = chosen.uncertainty
     chosen.uncertainty = watched  # type: ignore[method-assign]
     logits = torch.randn(1, 3, 4, 5)
     expected = nn.functional.interpolate(logits, (9, 11), mode="bilinear").argmax(1)
-    labels = dense_labels(auto_of(chosen) if name.startswith("auto") else chosen, logits, (9, 11), "logits")
+    labels = dense_labels(chosen, logits, (9, 11), "logits")
     assert torch.equal(labels.long(), expected)
-    assert seen == ([] if name.endswith("torch") else ["uncertainty"])
+    assert seen == ([] if name == "torch" else ["uncertainty"])

@@ -39,7 +39,7 @@ def test_shared_sums(
     device: torch.device, dtype: torch.dtype, counted: bool, ordered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sparserefine.engines.triton import convolution
-    from sparserefine.engines.triton.geometry import Order
+    from sparserefine.engines.triton.convolution import Order
 
     c_in, used = 40, N_OUT - 6 if counted else N_OUT
     table = torch.randint(0, N_IN + 1, (N_OUT, 9), dtype=torch.int32)

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparserefine.engines.choose import get_engine
 from sparserefine.engines.reference.geometry import build_plan as reference_plan
 from sparserefine.sparse import Plan, PlanSpec, Sites
 from support import PATTERNS, SIZES, TRITON_ENGINES, device_of, mask_of, needs_triton
 
 if TYPE_CHECKING:
-    from sparserefine.engines.triton.geometry import GpuStencil, Order, PaddedPlan
+    from sparserefine.engines.triton.convolution import Order
+    from sparserefine.engines.triton.geometry import GpuStencil, PaddedPlan
 
-ENGINE = get_engine("torch")
 DOWNS = ("paper", "cell")
 WAITS = ("tolist", "item", "nonzero", "__bool__", "__int__", "__index__", "__float__")
 POISON = 0x7F
@@ -55,13 +54,13 @@ def small_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 def build(mask: Tensor, spec: PlanSpec) -> Plan:
     from sparserefine.engines.triton.geometry import build_plan
 
-    return build_plan(mask, spec, ENGINE)
+    return build_plan(mask, spec)
 
 
 def build_padded(mask: Tensor, spec: PlanSpec, capacities: list[int]) -> PaddedPlan:
     from sparserefine.engines.triton.geometry import build_padded_plan
 
-    return build_padded_plan(mask, spec, ENGINE, capacities)
+    return build_padded_plan(mask, spec, capacities)
 
 
 def random_mask(size: tuple[int, int], batch: int = 1, density: float = 0.3) -> Tensor:
@@ -155,7 +154,7 @@ def check_padded(plan: PaddedPlan, expected: Plan, capacities: list[int]) -> Non
 def test_plan_of_a_batch_equals_the_reference(size: tuple[int, int], down: str, device: torch.device) -> None:
     mask = torch.cat([mask_of(pattern, size) for pattern in ("border", "none", "random")]).to(device)
     spec = PlanSpec(3, down)
-    check_eager(build(mask, spec), reference_plan(Sites.from_mask(mask), spec, ENGINE))
+    check_eager(build(mask, spec), reference_plan(Sites.from_mask(mask), spec))
 
 
 @pytest.mark.parametrize("down", DOWNS)
@@ -163,7 +162,7 @@ def test_plan_of_a_batch_equals_the_reference(size: tuple[int, int], down: str, 
 def test_plan_of_one_image_equals_the_reference(pattern: str, down: str, device: torch.device) -> None:
     mask = mask_of(pattern, (3, 5)).to(device)
     spec = PlanSpec(3, down)
-    check_eager(build(mask, spec), reference_plan(Sites.from_mask(mask), spec, ENGINE))
+    check_eager(build(mask, spec), reference_plan(Sites.from_mask(mask), spec))
 
 
 @pytest.mark.parametrize("down", DOWNS)
@@ -171,19 +170,19 @@ def test_plan_of_one_image_equals_the_reference(pattern: str, down: str, device:
 def test_plan_of_several_blocks_a_row_and_five_levels(down: str, device: torch.device) -> None:
     mask = random_mask((3, 13), 2).to(device)
     spec = PlanSpec(5, down)
-    check_eager(build(mask, spec), reference_plan(Sites.from_mask(mask), spec, ENGINE))
+    check_eager(build(mask, spec), reference_plan(Sites.from_mask(mask), spec))
 
 
 def test_plan_of_images_wider_than_a_block(device: torch.device) -> None:
     mask = random_mask((2, 1027)).to(device)
     spec = PlanSpec(2, "cell")
-    check_eager(build(mask, spec), reference_plan(Sites.from_mask(mask), spec, ENGINE))
+    check_eager(build(mask, spec), reference_plan(Sites.from_mask(mask), spec))
 
 
 def test_plan_of_one_level_and_a_mask_that_is_a_view(device: torch.device) -> None:
     mask = random_mask((5, 3), 2).to(device).transpose(1, 2)
     spec = PlanSpec(1, "paper")
-    check_eager(build(mask, spec), reference_plan(Sites.from_mask(mask), spec, ENGINE))
+    check_eager(build(mask, spec), reference_plan(Sites.from_mask(mask), spec))
 
 
 @pytest.mark.parametrize("down", DOWNS)
@@ -191,7 +190,7 @@ def test_plan_of_one_level_and_a_mask_that_is_a_view(device: torch.device) -> No
 def test_padded_plan_begins_with_the_reference(down: str, device: torch.device) -> None:
     mask = random_mask((5, 7), 2).to(device)
     spec = PlanSpec(3, down)
-    expected = reference_plan(Sites.from_mask(mask), spec, ENGINE)
+    expected = reference_plan(Sites.from_mask(mask), spec)
     spare = (21, 0, 300)
     capacities = [len(level.sites) + more for level, more in zip(expected.levels, spare, strict=True)]
     check_padded(build_padded(mask, spec, capacities), expected, capacities)
@@ -203,7 +202,7 @@ def test_padded_plan_begins_with_the_reference(down: str, device: torch.device) 
 def test_padded_plan_leaves_out_what_has_no_room(short: int, down: str, device: torch.device) -> None:
     mask = random_mask((7, 9), 2).to(device)
     spec = PlanSpec(3, down)
-    expected = reference_plan(Sites.from_mask(mask), spec, ENGINE)
+    expected = reference_plan(Sites.from_mask(mask), spec)
     capacities = [len(level.sites) for level in expected.levels]
     capacities[short] = capacities[short] * 2 // 3
     check_padded(build_padded(mask, spec, capacities), expected, capacities)
@@ -215,7 +214,7 @@ def test_order_of_what_there_is_room_for(capacity: int, device: torch.device) ->
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]]).bool()[None].to(device)
     spec = PlanSpec(2, "cell")
     capacities = [capacity, 3]
-    check_padded(build_padded(mask, spec, capacities), reference_plan(Sites.from_mask(mask), spec, ENGINE), capacities)
+    check_padded(build_padded(mask, spec, capacities), reference_plan(Sites.from_mask(mask), spec), capacities)
 
 
 @pytest.mark.parametrize("capacity", [0, 3])
@@ -223,7 +222,7 @@ def test_padded_plan_of_no_sites_and_of_levels_without_cells(capacity: int, devi
     mask = torch.zeros(1, 2, 3, dtype=torch.bool, device=device)
     spec = PlanSpec(3, "paper")
     capacities = [capacity] * 3
-    check_padded(build_padded(mask, spec, capacities), reference_plan(Sites.from_mask(mask), spec, ENGINE), capacities)
+    check_padded(build_padded(mask, spec, capacities), reference_plan(Sites.from_mask(mask), spec), capacities)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +288,7 @@ def test_plan_of_a_large_image_equals_the_reference(size: tuple[int, int], down:
     needs_triton(gpu=True)
     mask = random_mask(size, 2, 0.1).cuda()
     spec = PlanSpec(5, down)
-    expected = reference_plan(Sites.from_mask(mask), spec, ENGINE)
+    expected = reference_plan(Sites.from_mask(mask), spec)
     check_eager(build(mask, spec), expected)
     capacities = [len(level.sites) * 9 // 10 for level in expected.levels]
     check_padded(build_padded(mask, spec, capacities), expected, capacities)
@@ -309,4 +308,4 @@ def test_padded_plan_in_a_cuda_graph(down: str) -> None:
     for density in (0.0, 0.05, 0.3, 0.6):
         mask.copy_(random_mask((120, 200), 1, density))
         graph.replay()
-        check_padded(plan, reference_plan(Sites.from_mask(mask), spec, ENGINE), capacities)
+        check_padded(plan, reference_plan(Sites.from_mask(mask), spec), capacities)

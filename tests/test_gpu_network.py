@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from support import PATTERNS, TRITON_ENGINES, assert_close, device_of, engine_of
 
 if TYPE_CHECKING:
     from sparserefine.engines.triton.engine import TritonEngine
-    from sparserefine.engines.triton.network import PackedUNet
+    from sparserefine.engines.triton.network import PackedNetwork
 
 DOWNS = ("paper", "cell")
 NETWORKS = [((16, 32), 2), ((3, 5, 7), 1), ((17,), 1)]
@@ -61,7 +62,7 @@ def of(device: torch.device, *case: object) -> tuple[SparseUNet, Tensor, Tensor,
     return copy.deepcopy(net).to(device), mask.to(device), x.to(device), expected
 
 
-def prepared(engine: TritonEngine, net: nn.Module) -> PackedUNet:
+def prepared(engine: TritonEngine, net: nn.Module) -> PackedNetwork:
     packed = engine.prepare(net)
     assert packed is not None
     return packed
@@ -143,6 +144,36 @@ def test_no_image(engine: TritonEngine, device: torch.device) -> None:
     net = network((16, 32)).to(device)
     plan = engine.plan(torch.zeros(0, 4, 5, dtype=torch.bool, device=device), net.spec)
     assert prepared(engine, net)(torch.zeros(0, 3, device=device), plan).shape == (0, K)
+
+
+@pytest.mark.parametrize("down", DOWNS)
+def test_memory_is_freed_as_soon_as_it_is_read(
+    engine: TritonEngine, device: torch.device, down: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each launch there are only the buffers that this or a later step reads."""
+    from sparserefine.engines.triton import network as module
+
+    net, mask, x, _ = of(device, (16, 32), 2, down, "random")
+    packed, plan = prepared(engine, net), plan_of(engine, net, mask)
+    made: list[weakref.ref[Tensor]] = []
+    seen: list[int] = []
+    empty = torch.empty
+
+    def counted(*shape: object, **options: object) -> Tensor:
+        tensor = empty(*shape, **options)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(module, "convolve", lambda *_, **__: seen.append(sum(one() is not None for one in made)))
+    monkeypatch.setattr(torch, "empty", counted)
+    packed(x, plan)
+    steps, held, expected = packed.program.steps, 0, []
+    for step in steps:
+        held += len(step.begins)
+        expected.append(held)
+        held -= len(step.ends)
+    assert seen == expected
+    assert held == 1
 
 
 # ---- padded plans

@@ -352,11 +352,11 @@ def test_taps_outside_are_refused(gpu: ModuleType, device: torch.device) -> None
 
 def test_what_is_taken(gpu: ModuleType, device: torch.device) -> None:
     plain, wanted = torch.zeros(2, device=device), torch.zeros(2, device=device, requires_grad=True)
-    assert gpu.takes(plain, plain)
-    assert not gpu.takes(plain, wanted)
-    assert not gpu.takes(plain, plain.to("meta"))
+    assert gpu.runs_kernels_on(plain, plain)
+    assert not gpu.runs_kernels_on(plain, wanted)
+    assert not gpu.runs_kernels_on(plain, plain.to("meta"))
     with torch.no_grad():
-        assert gpu.takes(plain, wanted)
+        assert gpu.runs_kernels_on(plain, wanted)
         check(gpu, device, IMAGE.clone().requires_grad_(), (8, 9), Upsampling())
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparserefine.commands.main import main
-from sparserefine.engines.choose import engine_report, get_engine
+from sparserefine.engines.choose import EngineChoice, engine_report, get_engine
 from sparserefine.engines.cpu.kernels import Kernels
 from sparserefine.refiner import SparseRefiner
 from sparserefine.sparse import Sites, SparseBatchNorm, SparseConv, SparseUNet, calibrating
@@ -138,7 +138,8 @@ def network(planes: tuple[int, ...], blocks: int, down: str) -> SparseUNet:
 
 def rounded_in_float64(net: SparseUNet, x: Tensor, mask: Tensor) -> Tensor:
     """The module path, inputs and weights of the convolutions rounded as 8 bits are."""
-    steps = {conv: (step_of(conv).double(), quantised_weight(conv)) for conv in quantised_convs(net)}
+    convs = {conv: step_of(conv) for conv in quantised_convs(net)}
+    steps = {conv: (step.double(), quantised_weight(conv.weight, step)) for conv, step in convs.items()}
     net = net.double()
     hooks = []
     for conv, (step, (weight, scale)) in steps.items():
@@ -246,7 +247,7 @@ def test_labels_are_those_of_float() -> None:
     stored.quantize([image])
     with torch.inference_mode():
         labels = stored(image[None]).labels()
-        stored.engine = get_engine("torch")
+        stored.engine = EngineChoice("torch")
         assert float((stored(image[None]).labels() == labels).float().mean()) > 0.997
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import re
@@ -24,7 +25,7 @@ from sparserefine.commands.info import info_text
 from sparserefine.engines.choose import engine_report, get_engine
 from sparserefine.engines.cpu.engine import CpuEngine
 from sparserefine.engines.cpu.kernels import kernels
-from sparserefine.engines.cpu.native import build, library
+from sparserefine.engines.cpu.native import build, library, structures
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "src/sparserefine/engines/cpu/native"
@@ -314,6 +315,46 @@ def test_objects_of_other_sources(
     with pytest.raises(library.Unavailable, match="built from other sources; reinstall"):
         library.load()
     assert get_engine("auto").name == "torch"
+
+
+def _resized(structure: type[ctypes.Structure]) -> type[ctypes.Structure]:
+    """The same with one field more."""
+    fields = {"_fields_": (*structure._fields_, ("more", ctypes.c_int64))}
+    return type(structure.__name__, (ctypes.Structure,), fields)
+
+
+@pytest.mark.parametrize("structure", structures.STRUCTURES, ids=lambda structure: structure.__name__)
+def test_structures_of_other_sizes(
+    monkeypatch: pytest.MonkeyPatch, loading: None, structure: type[ctypes.Structure]
+) -> None:
+    if not library.available():
+        pytest.skip("no objects")
+    library._load.cache_clear()
+    size, name = ctypes.sizeof(structure), structure.__name__
+    monkeypatch.setattr(structures, "STRUCTURES", (_resized(structure),))
+    words = rf"structure {name} has {size} bytes there, {size + 8} bytes here; reinstall"
+    with pytest.raises(library.Unavailable, match=words):
+        library.load()
+    assert get_engine("auto").name == "torch"
+
+
+def test_a_structure_that_the_object_does_not_know(monkeypatch: pytest.MonkeyPatch, loading: None) -> None:
+    if not library.available():
+        pytest.skip("no objects")
+    library._load.cache_clear()
+    unknown = type("Unknown", (ctypes.Structure,), {"_fields_": (("more", ctypes.c_int64),)})
+    monkeypatch.setattr(structures, "STRUCTURES", (*structures.STRUCTURES, unknown))
+    with pytest.raises(library.Unavailable, match="structure Unknown is not there, 8 bytes here; reinstall"):
+        library.load()
+
+
+def test_every_structure_is_checked() -> None:
+    """Those of the module are all in the list, and the sources tell the size of each."""
+    ours = [one for one in vars(structures).values() if isinstance(one, type) and issubclass(one, ctypes.Structure)]
+    assert set(structures.STRUCTURES) == {one for one in ours if one is not ctypes.Structure}
+    sources = "".join(path.read_text(encoding="utf-8") for path in build.SOURCES.glob("*.cpp"))
+    told = re.findall(r"^SR_SIZE_OF\((\w+)\)$", sources, re.MULTILINE)
+    assert sorted(told) == sorted(one.__name__ for one in structures.STRUCTURES)
 
 
 # ---- packages

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,11 @@ def refiner_of(selector: Selector = SOME, base: FrozenBase | None = None, **choi
         for parameter in refiner.ensembler.parameters():
             parameter.normal_(std=0.3)
     return refiner
+
+
+def always(engine: Engine) -> Any:
+    """Stands for an ``EngineChoice`` that gives one engine for every device."""
+    return SimpleNamespace(name=engine.name, on=lambda device: engine)
 
 
 def pixels(batch: int = 1, size: tuple[int, int] = (9, 14)) -> Tensor:
@@ -316,7 +322,7 @@ class Reads(TorchFunctionMode):
 @pytest.mark.parametrize("engine", ["torch", *CPU_ENGINES[-1:]])
 def test_training_does_not_look_at_the_values_of_given_logits(engine: str) -> None:
     refiner, logits = refiner_of(), torch.randn(2, K, 5, 7)
-    refiner.engine = engine_of(engine)
+    refiner.engine = always(engine_of(engine))
     for given in (logits.as_subclass(Unread), [one.as_subclass(Unread) for one in logits]):
         with pytest.raises(AssertionError, match="tolist of coarse logits"):
             refiner.eval().refine(pixels(2), given)
@@ -327,7 +333,7 @@ def test_training_does_not_look_at_the_values_of_given_logits(engine: str) -> No
 def test_a_training_step_waits_once(triton: Engine) -> None:
     """For the number of sites."""
     refiner, image, logits = refiner_of().train(), pixels(2), [torch.randn(K, 5, 7), torch.randn(K, 4, 6)]
-    refiner.engine, valid = triton, torch.ones(2, 9, 14, dtype=torch.bool)
+    refiner.engine, valid = always(triton), torch.ones(2, 9, 14, dtype=torch.bool)
     refiner.refine(image, logits)  # makes the tables of taps, on the CPU
     with Reads() as reads:
         refiner.refine(image, logits, valid=valid).refined_logits.sum().backward()
@@ -337,7 +343,7 @@ def test_a_training_step_waits_once(triton: Engine) -> None:
 def test_a_prediction_looks_at_the_values_when_it_has_waited_anyway(triton: Engine) -> None:
     """First for the number of sites; then what was found about the values is there already."""
     refiner, image = refiner_of(), pixels(2)
-    refiner.engine = triton
+    refiner.engine = always(triton)
     expected = ["tolist in sparserefine.engines.triton.geometry", "tolist in sparserefine.bases.base"]
     with torch.no_grad():
         refiner(image)  # makes the tables of taps, on the CPU
@@ -381,7 +387,9 @@ def test_a_plan_of_ones_own() -> None:
     refiner, image = refiner_of(NOTHING), pixels(2)
     coarse = refiner.coarse_of(torch.randn(2, K, 5, 7), (9, 14))
     result = refiner.step(
-        image, coarse, plan_of=lambda mask: refiner.engine.plan(torch.ones_like(mask), refiner.extractor.spec)
+        image,
+        coarse,
+        plan_of=lambda mask: refiner.engine.on(mask.device).plan(torch.ones_like(mask), refiner.extractor.spec),
     )
     assert result.density == 1
 
@@ -415,7 +423,7 @@ def test_macs() -> None:
     base = FrozenBase(torch.nn.Conv2d(3, K, 1), K, HALF)
     refiner = refiner_of(base=base)
     result = refiner(pixels(2, (8, 12)))
-    plan = refiner.engine.geometry(result.sites, refiner.extractor.spec)
+    plan = refiner.engine.on(torch.device("cpu")).geometry(result.sites, refiner.extractor.spec)
     assert result.macs == {
         "base": 2 * (4 * 6 * 3 * K),
         "extractor": refiner.extractor.macs(plan),

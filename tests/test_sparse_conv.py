@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine.engines.choose import engine_report, get_engine
-from sparserefine.engines.cpu.convolution import operands as cpu_operands
 from sparserefine.engines.reference import convolution as engine_module
-from sparserefine.sparse import PlanSpec, Sites, SparseBatchNorm, SparseConv, SparseUNet, Stencil, conv
+from sparserefine.engines.reference.geometry import TableStencil
+from sparserefine.sparse import PlanSpec, Sites, SparseBatchNorm, SparseConv, SparseUNet, conv
 from support import (
     DTYPES,
     ENGINES,
@@ -201,7 +201,7 @@ def test_refuses_operands_that_do_not_fit(x: Tensor, weight: Tensor, words: list
 @pytest.mark.parametrize("kind", ["around", "down-cell", "up-paper"])
 def test_operators_of_the_cpu_engine_are_well_formed(kind: str, pattern: str) -> None:
     case = Case(kind, mask_of(pattern, (5, 6)), torch.float32, "cpu-generic")
-    arguments = cpu_operands(case.x.requires_grad_(), case.weight.requires_grad_(), case.stencil, "generic")
+    arguments = case.stencil.operands(case.x.requires_grad_(), case.weight.requires_grad_())
     ops = torch.ops.sparserefine
     torch.library.opcheck(ops.cpu_conv.default, arguments, raise_exception=True)
     around = Case("around", mask_of(pattern, (5, 6)), torch.float32, "cpu-generic")
@@ -212,10 +212,8 @@ def test_operators_of_the_cpu_engine_are_well_formed(kind: str, pattern: str) ->
 @pytest.mark.parametrize("engine", TRITON_ENGINES)
 def test_operators_of_the_triton_engine_are_well_formed(engine: str, kind: str) -> None:
     case = Case(kind, mask_of("random", (4, 5)), torch.float32, engine)
-    from sparserefine.engines.triton.convolution import operands
-
     ops = torch.ops.sparserefine
-    arguments = operands(case.x.requires_grad_(), case.weight.requires_grad_(), case.stencil)
+    arguments = case.stencil.operands(case.x.requires_grad_(), case.weight.requires_grad_())
     torch.library.opcheck(ops.triton_conv.default, arguments, raise_exception=True)
     around = Case("around", mask_of("random", (4, 5)), torch.float32, engine)
     torch.library.opcheck(ops.triton_conv_weight.default, (around.x, around.grad, around.stencil.table))
@@ -241,7 +239,7 @@ class TwoConvolutions(nn.Module):
         self.first, self.second = SparseConv(3, 4), SparseConv(4, 2)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        around = Stencil(table, table, True, get_engine("torch"))
+        around = TableStencil(table, table, True)
         return self.second(self.first(x, around).relu(), around)
 
 

@@ -21,11 +21,6 @@ ROOMS = (
 """From top to bottom: a room, a folder or a file, imports from itself and from rooms below it."""
 EXEMPT = ("__init__", "__main__")
 """Of the package itself: they open its doors."""
-KNOWN = {
-    ("sparse/plan", "sparse/interface"),
-    ("engines/auto", "engines/choose"),
-}
-"""Imports, file by file, that break the rules still. Nothing may be added."""
 OPTIONAL = {
     *("torchvision", "timm", "segmentation_models_pytorch"),
     *("transformers", "onnx", "onnxruntime", "openvino", "matplotlib"),
@@ -106,7 +101,7 @@ def test_every_file_is_in_a_room() -> None:
 @pytest.mark.parametrize("name", ROOMS)
 def test_rooms_import_from_rooms_below_only(name: str) -> None:
     place = {other: number for number, other in enumerate(ROOMS)}
-    up = {(a, b) for a, b in arrows() - KNOWN if room(a) == name and place[room(b)] < place[name]}
+    up = {(a, b) for a, b in arrows() if room(a) == name and place[room(b)] < place[name]}
     assert not up
 
 
@@ -122,14 +117,7 @@ def test_training_and_inference_do_not_know_each_other() -> None:
 
 
 def test_there_is_no_circle_of_files() -> None:
-    assert circles(arrows() - KNOWN) == []
-
-
-def test_known_exceptions_are_needed() -> None:
-    assert arrows() >= KNOWN
-    place = {other: number for number, other in enumerate(ROOMS)}
-    for a, b in KNOWN:
-        assert place[room(b)] < place[room(a)] or circles((arrows() - KNOWN) | {(a, b)}), (a, b)
+    assert circles(arrows()) == []
 
 
 def test_circles_are_found() -> None:

@@ -76,7 +76,7 @@ def _tables(run: Run, preset: str, config: ExtractorConfig, batch: int) -> Itera
     device = run.device.device
     mask = input_sets(run.first_mask()[1], batch, device, 1)[0].mask
     spec, engine = network_of(config, torch.device("cpu")).spec, get_engine("triton")
-    expected = build_plan(Sites.from_mask(mask), spec, get_engine("torch"))
+    expected = build_plan(Sites.from_mask(mask), spec)
     counts = [len(level.sites) for level in expected.levels]
     room = capacities_of([counts])
     padded = engine.padded_plan(mask, spec, room)  # type: ignore[attr-defined]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from benchmarks.gpu.device import ITEM_BYTES
 from sparserefine.sparse import Plan, SparseUNet, Stencil
-
-Kind = Literal["around", "down", "up", "own"]
-"""3x3 on the same sites; to the next coarser level; back from it; a linear layer, each row by itself."""
+from sparserefine.sparse.fused import Kind, fuse
 
 
 @dataclass(frozen=True)
@@ -88,32 +85,16 @@ def layers(network: SparseUNet, counts: Sequence[int]) -> list[Layer]:
         network: whose channels and blocks they have.
         counts: sites of each level, full size first.
     """
-    found, last = [], len(counts) - 1
-    reach = 9 / 4 if network.spec.down == "paper" else 1.0
-    taps, planes = network.spec.taps, [blocks[0].conv2.weight.shape[2] for blocks in network.descend]  # type: ignore[index]
-    inputs, classes = network.stem.weight.shape[1], network.head.weight.shape[0]
-    found.append(Layer("around", 0, counts[0], counts[0], inputs, planes[0], 9, 9, written=2))
-    for depth, (n, c) in enumerate(zip(counts, planes, strict=True)):
-        found += _blocks(depth, n, c, c, len(network.descend[depth]), 3 if depth < last else 1)  # type: ignore[arg-type]
-        if depth < last:
-            coarser, wider = counts[depth + 1], planes[depth + 1]
-            found.append(Layer("down", depth, n, coarser, c, wider, taps, taps, written=2))
-    for depth in reversed(range(last)):
-        n, c = counts[depth], planes[depth]
-        found.append(Layer("up", depth, counts[depth + 1], n, planes[depth + 1], c, taps, reach, written=2))
-        found.append(Layer("own", depth, n, n, 2 * c, c, 1, 1))
-        found += _blocks(depth, n, 2 * c, c, len(network.ascend[depth]), 1)  # type: ignore[arg-type]
-    found.append(Layer("own", 0, counts[0], counts[0], planes[0], classes, 1, 1, float_out=True))
-    return found
-
-
-def _blocks(depth: int, n: int, c_in: int, c_out: int, count: int, written: int) -> list[Layer]:
-    """Residual blocks of a level, of which the last one writes so many copies, and others raw and activated."""
+    program, weights = fuse(network)
     found = []
-    for i in range(count):
-        found.append(Layer("around", depth, n, n, c_in if i == 0 else c_out, c_out, 9, 9))
-        copies = written if i == count - 1 else 2
-        found.append(Layer("around", depth, n, n, c_out, c_out, 9, 9, written=copies, residual=True))
+    for step, own in zip(program.steps, weights, strict=True):
+        kernel, c_in, c_out = own.weight.shape
+        read = {"down": step.level - 1, "up": step.level + 1}.get(step.kind, step.level)
+        reach = kernel / 4 if step.kind == "up" else kernel
+        out = Layer(step.kind, step.finer, counts[read], counts[step.level], c_in, c_out, kernel, reach)
+        written = (step.raw is not None) + len(step.activated)
+        logits = step.raw is not None and step.raw.buffer == program.result
+        found.append(replace(out, written=written, residual=step.residual is not None, float_out=logits))
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparserefine.bases.base import FrozenBase
+from sparserefine.engines.choose import EngineChoice
 from sparserefine.images.coarse import Coarse
 from sparserefine.images.normalisation import check_image
 from sparserefine.machine.timing import StageTimer
@@ -49,7 +50,7 @@ class Recipe:
         step: what the graph holds.
         base: makes the coarse logits, outside the graph.
         coarse_of: logits ``[B, K, h, w]`` and the images' size -> what the step takes.
-        engine: of the step.
+        engine: of the step, by device.
         extractor: the network of the step.
         selector: of the step; its budget limits the room that is needed.
         macs: multiply-accumulates of each stage, from the sites of each level.
@@ -60,7 +61,7 @@ class Recipe:
     step: Step
     base: FrozenBase
     coarse_of: Callable[[Tensor, tuple[int, int]], Coarse]
-    engine: Engine
+    engine: EngineChoice
     extractor: SparseUNet
     selector: Selector
     macs: Callable[[Sequence[int]], dict[str, int]]

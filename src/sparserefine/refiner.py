@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparserefine.bases.base import FrozenBase
 from sparserefine.capture import CapturedRefiner, Recipe, capture
-from sparserefine.engines.choose import get_engine
+from sparserefine.engines.choose import EngineChoice
 from sparserefine.images.classes import Classes
 from sparserefine.images.coarse import Coarse
 from sparserefine.images.normalisation import check_image, constant
@@ -63,7 +63,7 @@ class SparseRefiner(nn.Module):
         self.base = base
         self.extractor = config.extractor.build(k)
         self.ensembler = build_ensembler(config.ensembler, k)
-        self.engine = get_engine(engine)
+        self.engine = EngineChoice(engine)
 
     @property
     def selector(self) -> Selector:

@@ -13,38 +13,87 @@ ENGINES = ("torch", "cpu", "cpu-int8", "triton")
 """Engines by name. ``auto`` does not pick ``cpu-int8``: it rounds."""
 
 
-def get_engine(name: str = "auto") -> Engine:
-    """The engine of that name; ``auto`` picks the fastest that works here, for tensors on the CPU and on the GPU.
+class EngineChoice:
+    """Engines of one name, one for each kind of device; made when first asked for, and kept: they own packed weights.
+
+    Copies and pickles are by name: where one is read there may be no GPU.
+
+    Args:
+        name: ``auto`` picks the fastest that works on a device; of ``ENGINES``, an engine that leaves devices it has no
+            code for to engine ``torch``.
+
+    Attributes:
+        name: as given.
 
     Raises:
         ValueError: no engine has that name, or it cannot be used here.
     """
-    if name not in ("auto", *ENGINES):
+
+    def __init__(self, name: str = "auto") -> None:
+        self.name = name
+        self._named = None if name == "auto" else _named(name)
+        self._kept: dict[str, Engine] = {}
+
+    def __reduce__(self) -> tuple[type[EngineChoice], tuple[str]]:
+        return type(self), (self.name,)
+
+    def on(self, device: torch.device) -> Engine:
+        """The engine for tensors on that device."""
+        kind = device.type
+        if kind not in self._kept:
+            # Two threads may make one each; both take the one that came first.
+            self._kept.setdefault(kind, self._for(device))
+        return self._kept[kind]
+
+    def _for(self, device: torch.device) -> Engine:
+        if self._named is None:
+            return _fastest(device)
+        return self._named if _has_code_for(self.name, device) else _load("torch")
+
+
+def get_engine(name: str = "auto", device: str | torch.device = "cpu") -> Engine:
+    """One engine, for those who need no choice by device.
+
+    Args:
+        name: as for :class:`EngineChoice`.
+        device: of the tensors, for ``auto``; any other engine is given as it is.
+
+    Raises:
+        ValueError: no engine has that name, or it cannot be used here.
+    """
+    return EngineChoice().on(torch.device(device)) if name == "auto" else _named(name)
+
+
+def _fastest(device: torch.device) -> Engine:
+    if device.type == "cpu":
+        try:
+            return _load("cpu")
+        except Unavailable as error:
+            _tell(logging.WARNING, f"engine torch, for engine cpu is not available: {error}")
+    elif device.type == "cuda":
+        try:
+            return _load_for_gpu()
+        except Unavailable as error:
+            _tell(logging.WARNING, f"engine torch on the GPU, for engine triton is not available: {error}")
+    return _load("torch")
+
+
+def _has_code_for(name: str, device: torch.device) -> bool:
+    """Whether the engine of that name, which was loaded, has code of its own for the device."""
+    if name == "triton":
+        from sparserefine.engines.triton.launch import runs_on
+
+        return runs_on(device)
+    return name == "torch" or device.type == "cpu"
+
+
+def _named(name: str) -> Engine:
+    if name not in ENGINES:
         raise ValueError(f"engine {name!r} is not known; choose 'auto' or one of {', '.join(ENGINES)}")
-    if name == "auto":
-        return _fastest()
     try:
         return _load(name)
     except Unavailable as error:
         raise ValueError(f"engine {name!r} cannot be used here: {error}") from error
-
-
-def _fastest() -> Engine:
-    try:
-        elsewhere = _load("cpu")
-    except Unavailable as error:
-        _tell(logging.WARNING, f"engine torch, for engine cpu is not available: {error}")
-        elsewhere = _load("torch")
-    if not torch.cuda.is_available():
-        return elsewhere
-    try:
-        on_gpu = _load_for_gpu()
-    except Unavailable as error:
-        _tell(logging.WARNING, f"engine torch on the GPU, for engine triton is not available: {error}")
-        return elsewhere
-    from sparserefine.engines.auto import AutoEngine
-
-    return AutoEngine(on_gpu, elsewhere)
 
 
 def _load(name: str) -> Engine:

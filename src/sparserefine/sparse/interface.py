@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparserefine.images.coarse import Coarse
-from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
+from sparserefine.sparse.plan import Plan, PlanSpec
 from sparserefine.sparse.sites import PaddedSites, Sites
 
 Perceptron = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -29,9 +29,6 @@ class Engine(Protocol):
 
     name: str
 
-    def on(self, device: torch.device) -> Engine:
-        """Which engine executes on that device: this one, or the one it leaves such tensors to."""
-
     def keep_largest(self, values: Tensor, mask: Tensor, budget: int) -> None:
         """Clears ``mask``, ``bool [B, H, W]``, in place but for the ``budget`` largest values of each image."""
 
@@ -39,10 +36,7 @@ class Engine(Protocol):
         """Sites of ``mask``, ``bool [B, H, W]``, and their plan in one go."""
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
-        """Plan of the sites; its stencils carry this engine and may carry tables of its own."""
-
-    def conv(self, x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
-        """The primitive with gradients: ``[N_in, C_in]``, ``[T, C_in, C_out]`` -> ``[N_out, C_out]``."""
+        """Plan of the sites; its stencils compute convolutions with this engine's code."""
 
     def prepare(self, network: torch.nn.Module) -> Callable[[Tensor, Plan], Tensor] | None:
         """A whole network packed for inference, or ``None`` to run its modules."""

@@ -13,7 +13,7 @@ from sparserefine.sparse.plan import Stencil
 
 
 def conv(x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
-    """``y[n] = sum_t x[table[n, t]] @ weight[t]`` with the stencil's engine, shapes checked.
+    """``y[n] = sum_t x[table[n, t]] @ weight[t]`` by the stencil, operands checked: the one way in for layers.
 
     Args:
         x: ``[N_in, C_in]``, floating point.
@@ -37,7 +37,7 @@ def conv(x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
         x, weight = x.to(dtype), weight.to(dtype)
     if x.dtype != weight.dtype or not x.is_floating_point():
         raise ValueError(f"features are {x.dtype}, weight {weight.dtype}; expected one floating-point dtype")
-    return stencil.engine.conv(x, weight, stencil)
+    return stencil.conv(x, weight)
 
 
 class SparseConv(nn.Module):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from sparserefine.sparse.sites import PaddedSites, Sites
-
-if TYPE_CHECKING:
-    from sparserefine.sparse.interface import Engine
-
 
 DownKind = Literal["paper", "cell"]
 """``paper``: 3x3, stride 2, no padding. ``cell``: 2x2, stride 2, every site has exactly one parent."""
@@ -37,15 +34,16 @@ class PlanSpec:
 
 
 @dataclass(frozen=True)
-class Stencil:
+class Stencil(ABC):
     """Which input rows each output row of a convolution reads: ``y[n] = sum_t x[table[n, t]] @ W[t]``.
+
+    Each engine has a subclass that computes this, and may hold tables of its own.
 
     Attributes:
         table: ``int32 [N_out, T]``, rows of the input, ``N_in`` where there is none (read as zero).
         reverse: ``int32 [N_in, T]``, the transposed relation: rows of the output, ``N_out`` where there is none.
         mirrored: ``reverse`` lists the taps in opposite order; true for the submanifold stencil, which is its own
             transpose but for that.
-        engine: what executes convolutions with this stencil.
         single: ``int32 [N_out]``: ``T i + t`` where each output reads just one input i, by tap t; ``None`` elsewhere.
         reverse_single: the same of the transposed relation.
     """
@@ -53,7 +51,6 @@ class Stencil:
     table: Tensor
     reverse: Tensor
     mirrored: bool
-    engine: Engine
     single: Tensor | None = None
     reverse_single: Tensor | None = None
 
@@ -72,9 +69,21 @@ class Stencil:
         """T."""
         return self.table.shape[1]
 
+    @abstractmethod
+    def conv(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The primitive, differentiable in both arguments, which are not checked: call :func:`layers.conv`.
+
+        Args:
+            x: ``[N_in, C_in]``, floating point.
+            weight: ``[T, C_in, C_out]``, of the same dtype.
+
+        Returns:
+            ``[N_out, C_out]``.
+        """
+
+    @abstractmethod
     def transposed(self) -> Stencil:
         """The stencil of the transposed convolution."""
-        return Stencil(self.reverse, self.table, self.mirrored, self.engine, self.reverse_single, self.single)
 
 
 @dataclass(frozen=True)
@@ -94,10 +103,17 @@ class Level:
 
 @dataclass(frozen=True)
 class Plan:
-    """All levels of one site set, full size first."""
+    """All levels of one site set.
+
+    Attributes:
+        levels: full size first.
+        spec: what the plan was made for.
+        engine: name of the engine that made it, for messages.
+    """
 
     levels: tuple[Level, ...]
     spec: PlanSpec
+    engine: str
 
     @property
     def sites(self) -> Sites:
@@ -129,11 +145,13 @@ class PaddedPlan:
     Attributes:
         levels: full size first.
         spec: what it was built for.
+        engine: name of the engine that built it.
         totals: ``int32 [levels]`` on the device: the sites there are, which may be more than the rows.
     """
 
     levels: tuple[PaddedLevel, ...]
     spec: PlanSpec
+    engine: str
     totals: Tensor
 
     @property

@@ -61,8 +61,16 @@ def step_of(conv: SparseConv) -> Tensor:
     return conv.input_max.float().clamp_min(1e-6) / 255
 
 
-def quantised_weight(conv: SparseConv) -> tuple[Tensor, Tensor]:
-    """``int8 [T, C_in, C_out]`` for inputs in units of :func:`step_of`; what 1 is worth then, ``float32 [C_out]``."""
-    folded = conv.weight.detach() * step_of(conv)[None, :, None]
+def quantised_weight(weight: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of 8 bits, and what 1 is worth then, ``float32 [C_out]``.
+
+    Args:
+        weight: ``float32 [T, C_in, C_out]``.
+        step: of the inputs, see :func:`step_of`.
+
+    Returns:
+        ``int8 [T, C_in, C_out]``, and the outputs' steps.
+    """
+    folded = weight.detach() * step[None, :, None]
     scale = (folded.abs().amax((0, 1)) / 127).clamp_min(1e-30)
     return (folded / scale).round().to(torch.int8), scale

@@ -205,7 +205,7 @@ def evaluate(
     tell = progress or (lambda stage: None)
     device = next(refiner.parameters()).device
     watch = Stopwatch(device, repeats)
-    k = refiner.base.num_classes
+    engine, k = refiner.engine.on(device), refiner.base.num_classes
     names = ("coarse", "sparse", "refined", "oracle", *(("dense",) if dense else ()))
     rows = {name: Row(Scores.of(k), Scores.of(k)) for name in names}
     densities: list[float] = []
@@ -219,7 +219,7 @@ def evaluate(
         labels: dict[str, Tensor] = {}
 
         def coarse_labels(x: Tensor = batch, size: tuple[int, int] = size) -> Tensor:
-            return refiner.engine.on(x.device).uncertainty(refiner.coarse_of(refiner.base(x), size))[0]
+            return engine.uncertainty(refiner.coarse_of(refiner.base(x), size))[0]
 
         def refined(x: Tensor = batch) -> tuple[Refinement, Tensor]:
             result = refiner(x)
@@ -239,7 +239,7 @@ def evaluate(
         if dense is not None:
 
             def predicted(x: Tensor = batch, size: tuple[int, int] = size, model: FrozenBase = dense) -> Tensor:
-                return dense_labels(refiner.engine, model(x), size, model.outputs)
+                return dense_labels(engine, model(x), size, model.outputs)
 
             tell("dense prediction")
             labels["dense"], ms, peak = watch.time("dense", predicted)
@@ -284,14 +284,14 @@ def dense_labels(engine: Engine, logits: Tensor, size: tuple[int, int], outputs:
     That is the CPU engine's single pass, though it gives entropies too; else interpolation and argmax.
 
     Args:
-        engine: of the refiner that it is compared with.
+        engine: of the refiner that it is compared with, for the device of ``logits``.
         logits: ``[B, K, h, w]``.
         size: H and W.
         outputs: what ``logits`` are, ``logits`` or ``scores``.
     """
     on_cpu = logits.device.type == "cpu"
-    if on_cpu and engine.on(logits.device).name.startswith("cpu"):
-        return engine.on(logits.device).uncertainty(Coarse(logits, size, Upsampling("bilinear", outputs)))[0]
+    if on_cpu and engine.name.startswith("cpu"):
+        return engine.uncertainty(Coarse(logits, size, Upsampling("bilinear", outputs)))[0]
     if tuple(logits.shape[2:]) != size:
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
     if not on_cpu:

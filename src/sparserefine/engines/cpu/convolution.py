@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparserefine.engines.cpu.geometry import Across, Around, parity_taps
 from sparserefine.engines.cpu.kernels import kernels
 from sparserefine.sparse.epilogue import Epilogue
 
-# A relation is (table, rows, counts). Without counts: `table [N_out, T]`. With them the outputs are `rows`, parity by
-# parity, and `table` is flat, one [count, taps] after the other: the transposed convolution, see `Between.parities`.
 Relation = tuple[Tensor, Tensor, list[int]]
+"""Table, rows, counts. Without counts: ``table [N_out, T]``. With them the outputs are ``rows``, parity by parity, and
+``table`` is flat, one ``[count, taps]`` after the other: the transposed convolution, see ``Between.parities``."""
+
+
+def parity_taps(taps: int) -> tuple[list[int], ...]:
+    """Taps of the transposed convolution that reach sites of (even, odd) row x (even, odd) column, in this order."""
+    return ([0, 2, 6, 8], [1, 7], [3, 5], [4]) if taps == 9 else ([0], [1], [2], [3])
 
 
 @torch.library.custom_op("sparserefine::cpu_conv", mutates_args=())
@@ -93,24 +97,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 cpu_conv.register_autograd(_backward, setup_context=_save)
-
-
-def convolve(x: Tensor, weight: Tensor, stencil: Around | Across, instruction_set: str) -> Tensor:
-    """The primitive, differentiable in ``x`` and ``weight``: ``float32 [N_in, C_in]``, ``[T, C_in, C_out]``."""
-    y: Tensor = cpu_conv(*operands(x, weight, stencil, instruction_set))
-    return y
-
-
-def operands(x: Tensor, weight: Tensor, stencil: Around | Across, instruction_set: str) -> tuple[Any, ...]:
-    """Arguments of :func:`cpu_conv`: the stencil as a relation and its transpose."""
-    if isinstance(stencil, Around):
-        relation = _plain(stencil.table)
-        return (x, weight, *relation, *relation, True, instruction_set)
-    rows, counts, parents = stencil.between.parities
-    up, down = (parents, rows, counts), _plain(stencil.between.children)
-    forth, back = (up, down) if stencil.up else (down, up)
-    return (x, weight, *forth, *back, False, instruction_set)
-
-
-def _plain(table: Tensor) -> Relation:
-    return table, table.new_empty(0), []

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from sparserefine.engines.cpu import uncertainty as fused
-from sparserefine.engines.cpu.convolution import convolve
 from sparserefine.engines.cpu.gate import gated
-from sparserefine.engines.cpu.geometry import Across, Around, build_grid_plan
+from sparserefine.engines.cpu.geometry import build_grid_plan
 from sparserefine.engines.cpu.kernels import kernels
-from sparserefine.engines.cpu.network import PackedUNet
+from sparserefine.engines.cpu.network import PackedNetwork
 from sparserefine.engines.reference.engine import TorchEngine
 from sparserefine.images.coarse import Coarse
-from sparserefine.sparse.interface import Engine, Perceptron, Unavailable
-from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
+from sparserefine.sparse.interface import Perceptron, Unavailable
+from sparserefine.sparse.plan import Plan, PlanSpec
 from sparserefine.sparse.quantisation import is_calibrated
 from sparserefine.sparse.sites import PaddedSites, Sites
 from sparserefine.sparse.unet import SparseUNet, is_packable
@@ -39,30 +38,20 @@ class CpuEngine(TorchEngine):
 
     def __init__(self, instruction_set: str | None = None) -> None:
         self.kernels = kernels(instruction_set)
-        self._packed: weakref.WeakKeyDictionary[SparseUNet, tuple[object, Tensor, PackedUNet]] = (
+        self._packed: weakref.WeakKeyDictionary[SparseUNet, tuple[object, Tensor, PackedNetwork]] = (
             weakref.WeakKeyDictionary()
         )
 
     def __reduce__(self) -> tuple[type[CpuEngine], tuple[str]]:
         return type(self), (self.kernels.library.name,)  # for copy and pickle; packed weights stay here
 
-    def on(self, device: torch.device) -> Engine:
-        """This engine on the CPU, the torch engine elsewhere."""
-        return self if device.type == "cpu" else TorchEngine()
-
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
         """Plan of the sites; its tables are made when they are first read."""
         if sites.coords.device.type != "cpu":
             return super().geometry(sites, spec)
-        return build_grid_plan(sites, spec, self, self.kernels)
+        return build_grid_plan(sites, spec, self.name, self.kernels)
 
-    def conv(self, x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
-        """``[N_in, C_in]``, ``[T, C_in, C_out]`` -> ``[N_out, C_out]``, differentiable in ``x`` and ``weight``."""
-        if x.dtype == torch.float32 and x.device.type == "cpu" and isinstance(stencil, Around | Across):
-            return convolve(x, weight, stencil, self.kernels.library.name)
-        return super().conv(x, weight, stencil)
-
-    def prepare(self, network: torch.nn.Module) -> PackedUNet | None:  # type: ignore[override]
+    def prepare(self, network: torch.nn.Module) -> PackedNetwork | None:  # type: ignore[override]
         """The network packed, once for as long as its parameters stay what they are; ``None`` for what is not packed.
 
         Packed is :class:`SparseUNet` in evaluation mode, float32 on the CPU. Parameters are watched by address, version
@@ -83,7 +72,7 @@ class CpuEngine(TorchEngine):
             sample = torch.cat([t.flatten()[:: max(1, t.numel() // _SAMPLE)].float() for t in tensors])
         known = self._packed.get(network)
         if known is None or known[0] != state or not torch.equal(known[1], sample):
-            known = (state, sample, PackedUNet(network, self.kernels, int8=self.int8))
+            known = (state, sample, PackedNetwork(network, self.kernels, int8=self.int8))
             self._packed[network] = known
         return known[2]
 
@@ -136,7 +125,7 @@ class Int8Engine(CpuEngine):
         if not self.kernels.has_int8:
             raise Unavailable(f"{self.kernels.library.name} on this processor has no 8-bit products (AVX-512 VNNI)")
 
-    def prepare(self, network: torch.nn.Module) -> PackedUNet | None:  # type: ignore[override]
+    def prepare(self, network: torch.nn.Module) -> PackedNetwork | None:  # type: ignore[override]
         """As of ``cpu``.
 
         Raises:

@@ -9,21 +9,13 @@ import torch
 from torch import Tensor
 
 from sparserefine.engines.cpu.native.library import Library, pointer
+from sparserefine.engines.cpu.native.structures import Mlp
 from sparserefine.sparse.interface import Perceptron
 
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
-class _Mlp(ctypes.Structure):
-    """Weights of a :data:`Perceptron`."""
-
-    _fields_ = (
-        *(("weight1", _ADDRESS), ("bias1", _ADDRESS), ("weight2", _ADDRESS), ("bias2", _ADDRESS)),
-        ("hidden", _INT),
-    )
-
-
-_MLP = ctypes.POINTER(_Mlp)
+_MLP = ctypes.POINTER(Mlp)
 _PROTOTYPES: dict[str, tuple[type, ...]] = {
     "sr_gate_scratch": (_INT,),
     "sr_gate_packed": (_INT, _INT, _INT),
@@ -77,7 +69,7 @@ def _function(library: Library, name: str) -> ctypes._NamedFuncPointer:
     return library.function(name, *_PROTOTYPES[name])
 
 
-def _mlp(weights: Perceptron, name: str, inputs: int, outputs: int) -> _Mlp:
+def _mlp(weights: Perceptron, name: str, inputs: int, outputs: int) -> Mlp:
     hidden = len(weights[0]) if weights[0].dim() else 0
     names = ("first weight", "first bias", "second weight", "second bias")
     shapes = ((hidden, inputs), (hidden,), (outputs, hidden), (outputs,))
@@ -88,4 +80,4 @@ def _mlp(weights: Perceptron, name: str, inputs: int, outputs: int) -> _Mlp:
                 f"that of a perceptron {inputs} -> hidden -> {outputs}"
             )
     addresses = (pointer(t, torch.float32, f"{which} of the {name}") for t, which in zip(weights, names, strict=True))
-    return _Mlp(*addresses, hidden)
+    return Mlp(*addresses, hidden)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from ctypes import byref
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparserefine.engines.cpu.kernels import Grid, Kernels, Tiles
-from sparserefine.sparse.interface import Engine
+from sparserefine.engines.cpu.convolution import Relation, cpu_conv
+from sparserefine.engines.cpu.kernels import Kernels, Tiles
+from sparserefine.engines.cpu.native.structures import Grid
+from sparserefine.engines.reference.convolution import convolve
 from sparserefine.sparse.plan import DownKind, Level, Plan, PlanSpec, Stencil, coarser_size, kernel_size
 from sparserefine.sparse.sites import Sites
 
@@ -126,7 +129,8 @@ class Between:
     def parities(self) -> tuple[Tensor, list[int], Tensor]:
         """The transposed convolution by parity: sites ``int32 [N_fine]``, how many of each parity, and their parents.
 
-        The parents are one flat ``int32`` table after the other, ``[count, taps]`` each; see :func:`parity_taps`.
+        The parents are one flat ``int32`` table after the other, ``[count, taps]`` each; see
+        :func:`sparserefine.engines.cpu.convolution.parity_taps`.
         """
         n = len(self.fine.sites)
         counts, rows = torch.empty(4, dtype=torch.int64), torch.empty(n, dtype=torch.int32)
@@ -140,16 +144,11 @@ class Between:
         return rows, counts.tolist(), table
 
 
-def parity_taps(taps: int) -> tuple[list[int], ...]:
-    """Taps of the transposed convolution that reach sites of (even, odd) row x (even, odd) column, in this order."""
-    return ([0, 2, 6, 8], [1, 7], [3, 5], [4]) if taps == 9 else ([0], [1], [2], [3])
-
-
 class Around(Stencil):
     """The submanifold stencil of a level; its tables are made when they are first read."""
 
-    def __init__(self, cells: Cells, engine: Engine) -> None:
-        self.__dict__.update(cells=cells, engine=engine, mirrored=True)
+    def __init__(self, cells: Cells) -> None:
+        self.__dict__.update(cells=cells, mirrored=True)
 
     cells: Cells
 
@@ -172,6 +171,15 @@ class Around(Stencil):
         """9."""
         return 9
 
+    def conv(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See :meth:`Stencil.conv`: compiled in float32 on the CPU, else the torch engine's code."""
+        return _conv(x, weight, self)
+
+    def operands(self, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
+        """Arguments of :func:`sparserefine.engines.cpu.convolution.cpu_conv`."""
+        relation = _plain(self.table)
+        return (x, weight, *relation, *relation, True, self.cells.kernels.library.name)
+
     def transposed(self) -> Around:
         """Itself: it is its own transpose but for the order of the taps."""
         return self
@@ -180,8 +188,8 @@ class Around(Stencil):
 class Across(Stencil):
     """The stencil between two levels, down or up; its tables are made when they are first read."""
 
-    def __init__(self, between: Between, engine: Engine, *, up: bool) -> None:
-        self.__dict__.update(between=between, engine=engine, mirrored=False, up=up)
+    def __init__(self, between: Between, *, up: bool) -> None:
+        self.__dict__.update(between=between, mirrored=False, up=up)
 
     between: Between
     up: bool
@@ -227,13 +235,42 @@ class Across(Stencil):
         """9 or 4."""
         return self.between.size**2
 
+    def conv(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See :meth:`Stencil.conv`: compiled in float32 on the CPU, else the torch engine's code."""
+        return _conv(x, weight, self)
+
+    def operands(self, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
+        """Arguments of :func:`sparserefine.engines.cpu.convolution.cpu_conv`."""
+        rows, counts, parents = self.between.parities
+        up, down = (parents, rows, counts), _plain(self.between.children)
+        forth, back = (up, down) if self.up else (down, up)
+        return (x, weight, *forth, *back, False, self.between.fine.kernels.library.name)
+
     def transposed(self) -> Across:
         """The stencil of the other direction."""
-        return Across(self.between, self.engine, up=not self.up)
+        return Across(self.between, up=not self.up)
 
 
-def build_grid_plan(sites: Sites, spec: PlanSpec, engine: Engine, kernels: Kernels) -> Plan:
-    """Plan of sites on the CPU: the same numbers as :func:`sparserefine.engines.reference.geometry.build_plan`."""
+def _conv(x: Tensor, weight: Tensor, stencil: Around | Across) -> Tensor:
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return convolve(x, weight, stencil)
+    y: Tensor = cpu_conv(*stencil.operands(x, weight))
+    return y
+
+
+def _plain(table: Tensor) -> Relation:
+    return table, table.new_empty(0), []
+
+
+def build_grid_plan(sites: Sites, spec: PlanSpec, engine: str, kernels: Kernels) -> Plan:
+    """Plan of sites on the CPU: the same numbers as :func:`sparserefine.engines.reference.geometry.build_plan`.
+
+    Args:
+        sites: of the finest level.
+        spec: levels and kind of down-sampling.
+        engine: name of the engine that asks.
+        kernels: what computes.
+    """
     cells = Cells.of_sites(kernels, sites)
     levels = []
     for depth in range(spec.levels):
@@ -241,6 +278,6 @@ def build_grid_plan(sites: Sites, spec: PlanSpec, engine: Engine, kernels: Kerne
         finer = cells
         if depth < spec.levels - 1:
             cells = finer.coarser(spec.down)
-            down = Across(Between(finer, cells, spec.down), engine, up=False)
-        levels.append(Level(finer.sites, Around(finer, engine), down))
-    return Plan(tuple(levels), spec)
+            down = Across(Between(finer, cells, spec.down), up=False)
+        levels.append(Level(finer.sites, Around(finer), down))
+    return Plan(tuple(levels), spec, engine)

@@ -1,124 +1,17 @@
-"""The compiled kernels as Python functions: structures as in the C++ sources, and checks before each call."""
+"""The compiled kernels as Python functions: checks before each call."""
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, c_int64, c_void_p
+from ctypes import POINTER, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from sparserefine.engines.cpu.native import structures as c
 from sparserefine.engines.cpu.native.library import Library, load, pointer
 from sparserefine.sparse.epilogue import Epilogue
-
-
-class _Activated(Structure):
-    _fields_ = (
-        ("out", c_void_p),
-        ("stride", c_int64),
-        ("scale", c_void_p),
-        ("shift", c_void_p),
-        ("quantised", c_int64),
-    )
-
-
-class _Epilogue(Structure):
-    _fields_ = (
-        ("residual", c_void_p),
-        ("residual_stride", c_int64),
-        ("bias", c_void_p),
-        ("raw", c_void_p),
-        ("raw_stride", c_int64),
-        ("activated", _Activated * 2),
-    )
-
-
-class _Convolution(Structure):
-    _fields_ = (
-        ("x", c_void_p),
-        ("x_stride", c_int64),
-        ("n_in", c_int64),
-        ("cin", c_int64),
-        ("table", c_void_p),
-        ("n", c_int64),
-        ("taps", c_int64),
-        ("weight", c_void_p),
-        ("cout", c_int64),
-        ("rows", c_void_p),
-        ("n_out", c_int64),
-        ("epilogue", _Epilogue),
-        ("zeros", c_void_p),
-        ("scratch", c_void_p),
-        ("threads", c_int64),
-    )
-
-
-class _Winograd(Structure):
-    _fields_ = (
-        ("x", c_void_p),
-        ("x_stride", c_int64),
-        ("n", c_int64),
-        ("cin", c_int64),
-        ("tiles", c_void_p),
-        ("quarters", c_void_p),
-        ("n_tiles", c_int64),
-        ("count", c_int64),
-        ("m", c_int64),
-        ("weight", c_void_p),
-        ("cout", c_int64),
-        ("epilogue", _Epilogue),
-        ("zeros", c_void_p),
-        ("scratch", c_void_p),
-        ("threads", c_int64),
-    )
-
-
-class _Int8Convolution(Structure):
-    _fields_ = (
-        ("x", c_void_p),
-        ("x_stride", c_int64),
-        ("n_in", c_int64),
-        ("cin", c_int64),
-        ("table", c_void_p),
-        ("n", c_int64),
-        ("taps", c_int64),
-        ("weight", c_void_p),
-        ("cout", c_int64),
-        ("rows", c_void_p),
-        ("n_out", c_int64),
-        ("scale", c_void_p),
-        ("epilogue", _Epilogue),
-        ("threads", c_int64),
-    )
-
-
-class _WeightGradient(Structure):
-    _fields_ = (
-        ("x", c_void_p),
-        ("n_in", c_int64),
-        ("cin", c_int64),
-        ("grad", c_void_p),
-        ("cout", c_int64),
-        ("table", c_void_p),
-        ("n", c_int64),
-        ("taps", c_int64),
-        ("result", c_void_p),
-        ("scratch", c_void_p),
-        ("threads", c_int64),
-    )
-
-
-class Grid(Structure):
-    """A level of the geometry, see ``geometry.cpp``."""
-
-    _fields_ = (
-        ("bits", c_void_p),
-        ("rank", c_void_p),
-        ("batch", c_int64),
-        ("height", c_int64),
-        ("width", c_int64),
-    )
 
 
 @dataclass(frozen=True)
@@ -178,19 +71,19 @@ class Kernels:
         self._packed_floats = function("sr_packed_floats", i, i, i)
         self._pack = function("sr_pack", p, i, i, i, p)
         self._convolution_scratch = function("sr_convolution_scratch", i)
-        self._convolve = function("sr_convolve", POINTER(_Convolution))
+        self._convolve = function("sr_convolve", POINTER(c.Convolution))
         self._packed_winograd_floats = function("sr_packed_winograd_floats", i, i, i)
         self._pack_winograd = function("sr_pack_winograd", p, i, i, i, p, i)
         self._winograd_scratch = function("sr_winograd_scratch", i, i, i, i, i)
-        self._winograd = function("sr_winograd", POINTER(_Winograd))
+        self._winograd = function("sr_winograd", POINTER(c.Winograd))
         self._gradient_scratch = function("sr_weight_gradient_scratch", i)
-        self._gradient = function("sr_weight_gradient", POINTER(_WeightGradient))
+        self._gradient = function("sr_weight_gradient", POINTER(c.WeightGradient))
         self.has_int8 = library.lanes == 16 and bool(function("sr_int8_runs")())
         if self.has_int8:
             self._packed_int8_bytes = function("sr_packed_int8_bytes", i, i, i)
             self._pack_int8 = function("sr_pack_int8", p, i, i, i, p)
-            self._convolve_int8 = function("sr_convolve_int8", POINTER(_Int8Convolution))
-        g = POINTER(Grid)
+            self._convolve_int8 = function("sr_convolve_int8", POINTER(c.Int8Convolution))
+        g = POINTER(c.Grid)
         self.grid_words = function("sr_grid_words", i, i, i)
         self.grid_from_sites = function("sr_grid_from_sites", g, p, i)
         self.grid_coarser = function("sr_grid_coarser", g, g, i, i)
@@ -262,7 +155,7 @@ class Kernels:
             )
         threads = torch.get_num_threads()
         zeros, scratch = self._check(x, packed, epilogue, num_outputs, self.scratch_floats(packed, n), scratch)
-        call = _Convolution(
+        call = c.Convolution(
             x.data_ptr(), x.stride(0), len(x), packed.c_in, pointer(table, torch.int32, "table"), n, packed.taps,
             packed.data.data_ptr(), packed.c_out, pointer(rows, torch.int32, "rows"), num_outputs, _bind(epilogue),
             zeros.data_ptr(), scratch.data_ptr(), threads,
@@ -285,7 +178,7 @@ class Kernels:
         count = len(tiles.table) if quarters is None else len(quarters)
         threads = torch.get_num_threads()
         zeros, scratch = self._check(x, packed, epilogue, len(x), self.scratch_floats(packed, count), scratch)
-        call = _Winograd(
+        call = c.Winograd(
             x.data_ptr(), x.stride(0), len(x), packed.c_in, pointer(tiles.table, torch.int32, "tiles"),
             pointer(quarters, torch.int32, "quarters"), len(tiles.table), count, packed.tile, packed.data.data_ptr(),
             packed.c_out, _bind(epilogue), zeros.data_ptr(), scratch.data_ptr(), threads,
@@ -355,7 +248,7 @@ class Kernels:
                 f"rows are {None if rows is None else tuple(rows.shape)}, {num_outputs} outputs; expected [{n}]"
             )
         _check_epilogue(epilogue, num_outputs, packed.c_out)
-        call = _Int8Convolution(
+        call = c.Int8Convolution(
             x.data_ptr(), x.stride(0), len(x) - 1, packed.c_in, pointer(table, torch.int32, "table"), n, packed.taps,
             packed.data.data_ptr(), packed.c_out, pointer(rows, torch.int32, "rows"), num_outputs,
             packed.scale.data_ptr(), _bind(epilogue), torch.get_num_threads(),
@@ -374,7 +267,7 @@ class Kernels:
         result = torch.empty(table.shape[1], x.shape[1], grad.shape[1])
         threads = torch.get_num_threads()
         scratch = torch.empty(threads * self._gradient_scratch(grad.shape[1]))
-        call = _WeightGradient(
+        call = c.WeightGradient(
             pointer(x, torch.float32, "x"), len(x), x.shape[1], pointer(grad, torch.float32, "grad"), grad.shape[1],
             pointer(table, torch.int32, "table"), len(table), table.shape[1], result.data_ptr(), scratch.data_ptr(),
             threads,
@@ -424,8 +317,8 @@ def _check_rows(
         )
 
 
-def _bind(epilogue: Epilogue) -> _Epilogue:
-    bound = _Epilogue()
+def _bind(epilogue: Epilogue) -> c.Epilogue:
+    bound = c.Epilogue()
     if epilogue.residual is not None:
         bound.residual, bound.residual_stride = epilogue.residual.data_ptr(), epilogue.residual.stride(0)
     if epilogue.raw is not None:

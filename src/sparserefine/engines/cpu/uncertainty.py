@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sparserefine.engines.cpu.native import structures as c
 from sparserefine.engines.cpu.native.library import Library, pointer
 from sparserefine.images.coarse import MAX_CLASSES, Coarse
 from sparserefine.images.uncertainty import is_margin, label_dtype
@@ -22,28 +23,7 @@ _LABEL_DTYPES = (torch.uint8, torch.int16)
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
-class _Axis(ctypes.Structure):
-    """Taps of one axis."""
-
-    _fields_ = (("low", _ADDRESS), ("high", _ADDRESS), ("weight", _ADDRESS), ("size", _INT))
-
-
-class _Sites(ctypes.Structure):
-    """Coordinates of the sites, in any layout."""
-
-    _fields_ = (("coords", _ADDRESS), ("count", _INT), ("site_stride", _INT), ("column_stride", _INT))
-
-
-class _Image(ctypes.Structure):
-    """``[B, C, H, W]``."""
-
-    _fields_ = (
-        *(("values", _ADDRESS), ("bytes", _INT)),
-        *(("batches", _INT), ("channels", _INT), ("height", _INT), ("width", _INT)),
-    )
-
-
-_AXIS, _SITES, _IMAGE = (ctypes.POINTER(structure) for structure in (_Axis, _Sites, _Image))
+_AXIS, _SITES, _IMAGE = (ctypes.POINTER(structure) for structure in (c.Axis, c.Sites, c.Image))
 _PROTOTYPES: dict[str, tuple[type, ...]] = {
     "sr_uncertainty_scratch": (_INT,),
     "sr_uncertainty": (_ADDRESS, _INT, _INT, _INT, _AXIS, _AXIS, _INT, _ADDRESS, _INT, _ADDRESS, _ADDRESS, _INT),
@@ -186,16 +166,16 @@ def _taps(axis: Axis) -> AxisTaps:
     return AxisTaps(taps.low.clamp(min=-1).int(), taps.high.clamp(min=-1).int(), taps.weight.float())
 
 
-def _axis(taps: AxisTaps) -> _Axis:
-    return _Axis(taps.low.data_ptr(), taps.high.data_ptr(), taps.weight.data_ptr(), len(taps.low))
+def _axis(taps: AxisTaps) -> c.Axis:
+    return c.Axis(taps.low.data_ptr(), taps.high.data_ptr(), taps.weight.data_ptr(), len(taps.low))
 
 
-def _sites(coords: Tensor) -> _Sites:
-    return _Sites(coords.data_ptr(), len(coords), *coords.stride())
+def _sites(coords: Tensor) -> c.Sites:
+    return c.Sites(coords.data_ptr(), len(coords), *coords.stride())
 
 
-def _image(image: Tensor) -> _Image:
-    return _Image(image.data_ptr(), image.element_size(), *image.shape)
+def _image(image: Tensor) -> c.Image:
+    return c.Image(image.data_ptr(), image.element_size(), *image.shape)
 
 
 def _check_coords(coords: Tensor) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparserefine.sparse.plan import Stencil
+
 _CHUNK_BYTES = {"cpu": 2 << 20, "other": 64 << 20}  # CPU: gathered rows stay in the second-level cache
 
 
@@ -138,3 +140,13 @@ def _backward_single(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
 
 gather_gemm.register_autograd(_backward, setup_context=_save)
 gemm_gather.register_autograd(_backward_single, setup_context=_save_single)
+
+
+def convolve(x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
+    """What :meth:`Stencil.conv` must compute, from the tables of any engine's stencil."""
+    y: Tensor
+    if stencil.single is not None:
+        y = gemm_gather(x, weight, stencil.single, stencil.table, stencil.reverse)
+    else:
+        y = gather_gemm(x, weight, stencil.table, stencil.reverse, stencil.mirrored, stencil.reverse_single)
+    return y

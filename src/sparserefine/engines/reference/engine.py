@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparserefine.engines.reference.convolution import gather_gemm, gemm_gather
 from sparserefine.engines.reference.geometry import build_plan
 from sparserefine.engines.reference.selection import keep_largest
 from sparserefine.images.coarse import Coarse
 from sparserefine.images.uncertainty import sample, uncertainty
-from sparserefine.sparse.interface import Engine, Perceptron
-from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
+from sparserefine.sparse.interface import Perceptron
+from sparserefine.sparse.plan import Plan, PlanSpec
 from sparserefine.sparse.sites import PaddedSites, Sites
 
 
@@ -22,7 +21,7 @@ class TorchEngine:
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
         """Neighbour tables of all levels; see :func:`sparserefine.engines.reference.geometry.build_plan`."""
-        return build_plan(sites, spec, self)
+        return build_plan(sites, spec)
 
     def plan(self, mask: Tensor, spec: PlanSpec) -> Plan:
         """Plan of the sites where ``mask``, ``bool [B, H, W]``, is true; they are those of its first level."""
@@ -31,19 +30,6 @@ class TorchEngine:
     def keep_largest(self, values: Tensor, mask: Tensor, budget: int) -> None:
         """Clears ``mask`` in place but for the largest values of each image; see :func:`keep_largest`."""
         keep_largest(values, mask, budget)
-
-    def on(self, device: torch.device) -> Engine:
-        """What executes on that device: this engine, or where it has no code of its own, the one it inherits from."""
-        return self
-
-    def conv(self, x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
-        """``[N_in, C_in]``, ``[T, C_in, C_out]`` -> ``[N_out, C_out]``, differentiable in ``x`` and ``weight``."""
-        y: Tensor
-        if stencil.single is not None:
-            y = gemm_gather(x, weight, stencil.single, stencil.table, stencil.reverse)
-        else:
-            y = gather_gemm(x, weight, stencil.table, stencil.reverse, stencil.mirrored, stencil.reverse_single)
-        return y
 
     def prepare(self, network: torch.nn.Module) -> None:
         """A packed form of a whole network; ``None``: there is none, run the modules one by one."""

@@ -7,12 +7,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparserefine.sparse.interface import Engine
+from sparserefine.engines.reference.convolution import convolve
 from sparserefine.sparse.plan import DownKind, Level, Plan, PlanSpec, Stencil, coarser_size, kernel_size
 from sparserefine.sparse.sites import Sites
 
 
-def build_plan(sites: Sites, spec: PlanSpec, engine: Engine) -> Plan:
+class TableStencil(Stencil):
+    """A stencil of plain tables, on any device."""
+
+    def conv(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See :meth:`Stencil.conv`."""
+        return convolve(x, weight, self)
+
+    def transposed(self) -> TableStencil:
+        """The stencil of the transposed convolution."""
+        return TableStencil(self.reverse, self.table, self.mirrored, self.reverse_single, self.single)
+
+
+def build_plan(sites: Sites, spec: PlanSpec) -> Plan:
     """The reference geometry, on any device: index images, no hash map.
 
     An image is a grid: a padded int32 image holds each active cell's row, so that a neighbour costs one read.
@@ -21,7 +33,7 @@ def build_plan(sites: Sites, spec: PlanSpec, engine: Engine) -> Plan:
     index = _index_image(sites)
     for depth in range(spec.levels):
         table = _neighbour_table(sites, index)
-        around = Stencil(table, table, True, engine)
+        around = TableStencil(table, table, True)
         if depth == spec.levels - 1:
             levels.append(Level(sites, around, None))
             break
@@ -29,10 +41,10 @@ def build_plan(sites: Sites, spec: PlanSpec, engine: Engine) -> Plan:
         coarser_index = _index_image(coarser)
         parents, single = _parents_table(sites, coarser, coarser_index, spec.down)
         children = _children_table(coarser, index, spec.down)
-        down = Stencil(children, parents, False, engine, reverse_single=single)
+        down = TableStencil(children, parents, False, reverse_single=single)
         levels.append(Level(sites, around, down))
         sites, index = coarser, coarser_index
-    return Plan(tuple(levels), spec)
+    return Plan(tuple(levels), spec, "torch")
 
 
 _READ_ROWS = 1 << 18

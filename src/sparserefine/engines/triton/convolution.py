@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparserefine.engines.triton.geometry import GpuStencil, Order
 from sparserefine.engines.triton.kernels import convolution as kernels
 from sparserefine.engines.triton.launch import allows_tf32, blocks, launch
 from sparserefine.sparse.epilogue import Epilogue
-from sparserefine.sparse.plan import Stencil
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What the kernels compute in; sums are float32."""
@@ -25,6 +23,20 @@ _MULTIPROCESSORS = 132  # of an H100 or H200; where there are others, sums are s
 _SHORTEST_SUM, _MOST_SHARES = 512, 8  # taps times channels of a share, at least; programs of one sum, at most
 _FINISHED_ROWS, _FINISHED_COLUMNS = 16, 128  # of a program that adds up shares
 _GRADIENT_PROGRAMS = 512  # that the gradient of a weight is spread over: fixed, for bits must not depend on the GPU
+
+
+@dataclass(frozen=True)
+class Order:
+    """Outputs of an up-sampling by the parity of their row and column, which tells the taps that each can have.
+
+    Attributes:
+        rows: ``int32 [N]``: the rows of parity (even, even) first, then (even, odd), (odd, even), (odd, odd); ascending
+            within each.
+        counts: ``int32 [4]`` on the device: how many of each.
+    """
+
+    rows: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -332,19 +344,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 triton_conv.register_autograd(_backward, setup_context=_save)
-
-
-def operands(x: Tensor, weight: Tensor, stencil: Stencil) -> tuple[Any, ...]:
-    """Arguments of :func:`triton_conv`: the stencil as a relation and its transpose."""
-    order, back = (stencil.order, stencil.reverse_order) if isinstance(stencil, GpuStencil) else (None, None)
-    return (
-        x,
-        weight,
-        *(stencil.table, *_tensors(order, stencil.table)),
-        *(stencil.reverse, *_tensors(back, stencil.table)),
-        stencil.mirrored,
-    )
-
-
-def _tensors(order: Order | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    return (order.rows, order.counts) if order else (like.new_empty(0), like.new_empty(0))

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from sparserefine.engines.reference.engine import TorchEngine
 from sparserefine.engines.triton import uncertainty as fused
-from sparserefine.engines.triton.convolution import DTYPES, operands, precision_of, triton_conv
+from sparserefine.engines.triton.convolution import DTYPES, precision_of
 from sparserefine.engines.triton.gate import gated
-from sparserefine.engines.triton.geometry import GpuStencil, build_padded_plan, build_plan
+from sparserefine.engines.triton.geometry import NAME, build_padded_plan, build_plan
 from sparserefine.engines.triton.launch import INTERPRETED, runs_on
-from sparserefine.engines.triton.network import PackedUNet
+from sparserefine.engines.triton.network import PackedNetwork
 from sparserefine.engines.triton.selection import keep_largest
 from sparserefine.images.coarse import Coarse
-from sparserefine.sparse.interface import Engine, Perceptron, Unavailable
-from sparserefine.sparse.plan import PaddedPlan, Plan, PlanSpec, Stencil
+from sparserefine.sparse.interface import Perceptron, Unavailable
+from sparserefine.sparse.plan import PaddedPlan, Plan, PlanSpec
 from sparserefine.sparse.sites import PaddedSites, Sites
 from sparserefine.sparse.unet import SparseUNet, is_packable
 
@@ -33,19 +33,15 @@ class TritonEngine(TorchEngine):
         sparserefine.sparse.interface.Unavailable: there is no GPU, or it is too old.
     """
 
-    name = "triton"
+    name = NAME
 
     def __init__(self) -> None:
         if not INTERPRETED:
             _check_gpu()
-        self._packed: weakref.WeakKeyDictionary[SparseUNet, tuple[object, PackedUNet]] = weakref.WeakKeyDictionary()
+        self._packed: weakref.WeakKeyDictionary[SparseUNet, tuple[object, PackedNetwork]] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type[TritonEngine], tuple[()]]:
         return type(self), ()  # for copy and pickle; packed weights stay here
-
-    def on(self, device: torch.device) -> Engine:
-        """This engine where its kernels run, else the torch engine."""
-        return self if runs_on(device) else TorchEngine()
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
         """Plan of the sites; reads the number of sites of each level from the GPU."""
@@ -53,25 +49,16 @@ class TritonEngine(TorchEngine):
 
     def plan(self, mask: Tensor, spec: PlanSpec) -> Plan:
         """Plan of the true pixels of ``mask [B, H, W]``; reads the number of sites of each level from the GPU."""
-        return build_plan(mask, spec, self) if runs_on(mask.device) else super().plan(mask, spec)
+        return build_plan(mask, spec) if runs_on(mask.device) else super().plan(mask, spec)
 
     def padded_plan(self, mask: Tensor, spec: PlanSpec, capacities: Sequence[int]) -> PaddedPlan:
         """As :meth:`plan`, with as many rows at each level as ``capacities`` says; reads nothing from the GPU.
 
         Such plans are for packed networks (:meth:`prepare`), which stop at the number of sites that there are.
         """
-        return build_padded_plan(mask, spec, self, capacities)
+        return build_padded_plan(mask, spec, capacities)
 
-    def conv(self, x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
-        """``[N_in, C_in]``, ``[T, C_in, C_out]`` -> ``[N_out, C_out]``, differentiable in ``x`` and ``weight``."""
-        if isinstance(stencil, GpuStencil) and stencil.count is not None:
-            raise ValueError("a padded plan serves packed networks only; build one by engine.plan for single layers")
-        if x.dtype in DTYPES and runs_on(x.device):
-            y: Tensor = triton_conv(*operands(x, weight, stencil))
-            return y
-        return super().conv(x, weight, stencil)
-
-    def prepare(self, network: torch.nn.Module) -> PackedUNet | None:  # type: ignore[override]
+    def prepare(self, network: torch.nn.Module) -> PackedNetwork | None:  # type: ignore[override]
         """The network packed, once for as long as its parameters stay what they are; ``None`` for what is not packed.
 
         Packed is :class:`SparseUNet` in evaluation mode on the GPU: in the precision of autocast where that is on, else
@@ -92,7 +79,7 @@ class TritonEngine(TorchEngine):
         state = (dtype, precision_of(dtype), *((t.data_ptr(), t._version) for t in tensors))
         known = self._packed.get(network)
         if known is None or known[0] != state:
-            known = (state, PackedUNet(network, dtype))
+            known = (state, PackedNetwork(network, dtype))
             self._packed[network] = known
         return known[1]
 
@@ -105,19 +92,19 @@ class TritonEngine(TorchEngine):
 
     def uncertainty(self, coarse: Coarse) -> tuple[Tensor, Tensor]:
         """Labels and entropy at full size, in one pass."""
-        if fused.takes(*coarse.logits):
+        if fused.runs_kernels_on(*coarse.logits):
             return fused.uncertainty(coarse)
         return super().uncertainty(coarse)
 
     def sample(self, coarse: Coarse, coords: Tensor) -> Tensor:
         """Full-resolution logits at the sites, ``float32 [N, K]``."""
-        if fused.takes(coords, *coarse.logits):
+        if fused.runs_kernels_on(coords, *coarse.logits):
             return fused.sample(coarse, coords)
         return super().sample(coarse, coords)
 
     def pixels(self, image: Tensor, coords: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
-        if fused.takes(image, coords, scale, shift) and image.dtype in (torch.uint8, *DTYPES):
+        if fused.runs_kernels_on(image, coords, scale, shift) and image.dtype in (torch.uint8, *DTYPES):
             return fused.pixels(image, coords, scale, shift)
         return super().pixels(image, coords, scale, shift)
 
@@ -129,7 +116,7 @@ class TritonEngine(TorchEngine):
 
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
         """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
-        if fused.takes(labels, logits) and logits.dtype in DTYPES:
+        if fused.runs_kernels_on(labels, logits) and logits.dtype in DTYPES:
             fused.write_labels(labels, logits, sites)
         else:
             super().write_labels(labels, logits, sites)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparserefine.engines.triton.kernels import gate as kernels
 from sparserefine.engines.triton.launch import allows_tf32, blocks, launch
-from sparserefine.engines.triton.uncertainty import takes
+from sparserefine.engines.triton.uncertainty import runs_kernels_on
 from sparserefine.sparse.interface import Perceptron
 
 MAX_CLASSES = 256
@@ -28,7 +28,7 @@ def gated(coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, r
         ``float32 [N, K]``; ``None`` where no kernel does it: a gradient is wanted, tensors lie elsewhere, logits are of
         another dtype, or K is above :data:`MAX_CLASSES`.
     """
-    if not takes(coarse, sparse, *gate, *fuser) or not coarse.dtype == sparse.dtype == torch.float32:
+    if not runs_kernels_on(coarse, sparse, *gate, *fuser) or not coarse.dtype == sparse.dtype == torch.float32:
         return None
     sites, classes = coarse.shape
     if classes > MAX_CLASSES:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparserefine.engines.reference.convolution import convolve
+from sparserefine.engines.triton.convolution import DTYPES, Order, triton_conv
 from sparserefine.engines.triton.kernels import geometry as kernels
-from sparserefine.engines.triton.launch import blocks, launch
+from sparserefine.engines.triton.launch import blocks, launch, runs_on
 from sparserefine.sparse.plan import (
     DownKind,
     Level,
@@ -24,28 +26,14 @@ from sparserefine.sparse.plan import (
 )
 from sparserefine.sparse.sites import PaddedSites, Sites
 
-if TYPE_CHECKING:
-    from sparserefine.sparse.interface import Engine
+NAME = "triton"
+"""Of the engine, and of its plans."""
 
 _BLOCK = 1024  # cells of a program, at most; even, so that the first of a block is in an even column
 _CHUNK = 2048  # blocks that are summed at once
 _ROWS = 256  # of a program that makes tables
 _LARGEST = 2**31 - 1
 _ALIGNED = 16  # bytes and entries: kernels are compiled anew for pointers that are less aligned
-
-
-@dataclass(frozen=True)
-class Order:
-    """Outputs of an up-sampling by the parity of their row and column, which tells the taps that each can have.
-
-    Attributes:
-        rows: ``int32 [N]``: the rows of parity (even, even) first, then (even, odd), (odd, even), (odd, odd); ascending
-            within each.
-        counts: ``int32 [4]`` on the device: how many of each.
-    """
-
-    rows: Tensor
-    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,13 +52,31 @@ class GpuStencil(Stencil):
     count: Tensor | None = None
     reverse_count: Tensor | None = None
 
+    def conv(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See :meth:`Stencil.conv`: on kernels in their dtypes, else the torch engine's code.
+
+        Raises:
+            ValueError: the stencil is of a padded plan.
+        """
+        if self.count is not None:
+            raise ValueError("a padded plan serves packed networks only; build one by engine.plan for single layers")
+        if x.dtype not in DTYPES or not runs_on(x.device):
+            return convolve(x, weight, self)
+        y: Tensor = triton_conv(*self.operands(x, weight))
+        return y
+
+    def operands(self, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
+        """Arguments of :func:`sparserefine.engines.triton.convolution.triton_conv`."""
+        forth = (self.table, *_tensors(self.order, self.table))
+        back = (self.reverse, *_tensors(self.reverse_order, self.table))
+        return (x, weight, *forth, *back, self.mirrored)
+
     def transposed(self) -> GpuStencil:
         """The stencil of the transposed convolution."""
         return GpuStencil(
             self.reverse,
             self.table,
             self.mirrored,
-            self.engine,
             self.reverse_single,
             self.single,
             self.reverse_order,
@@ -80,28 +86,33 @@ class GpuStencil(Stencil):
         )
 
 
-def build_plan(mask: Tensor, spec: PlanSpec, engine: Engine) -> Plan:
+def _tensors(order: Order | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    return (order.rows, order.counts) if order else (like.new_empty(0), like.new_empty(0))
+
+
+def build_plan(mask: Tensor, spec: PlanSpec) -> Plan:
     """What :mod:`sparserefine.engines.reference` makes of the sites, with one wait of the host: for their number.
 
     Args:
         mask: ``bool [B, H, W]``, true at the sites.
         spec: levels and kind of down-sampling.
-        engine: what executes convolutions; its stencils are :class:`GpuStencil` without ``single``, with orders.
+
+    Returns:
+        Its stencils are :class:`GpuStencil` without ``single``, with orders.
 
     Raises:
         ValueError: shape or dtype of the mask, or more cells than int32 can number.
     """
     cells = _count(mask, spec, None)
-    return Plan(_levels(cells, spec, engine, cells.totals.tolist(), padded=False), spec)
+    return Plan(_levels(cells, spec, cells.totals.tolist(), padded=False), spec, NAME)
 
 
-def build_padded_plan(mask: Tensor, spec: PlanSpec, engine: Engine, capacities: Sequence[int]) -> PaddedPlan:
+def build_padded_plan(mask: Tensor, spec: PlanSpec, capacities: Sequence[int]) -> PaddedPlan:
     """:func:`build_plan` into memory of given size, without a wait of the host; may be captured in a CUDA graph.
 
     Args:
         mask: ``bool [B, H, W]``, true at the sites.
         spec: levels and kind of down-sampling.
-        engine: what executes convolutions.
         capacities: rows of each level.
 
     Raises:
@@ -112,9 +123,9 @@ def build_padded_plan(mask: Tensor, spec: PlanSpec, engine: Engine, capacities: 
     cells = _count(mask, spec, capacities)
     levels = tuple(
         PaddedLevel(PaddedSites(level.sites, kept[:1]), level.around, level.down)
-        for level, kept in zip(_levels(cells, spec, engine, capacities, padded=True), cells.kept, strict=True)
+        for level, kept in zip(_levels(cells, spec, capacities, padded=True), cells.kept, strict=True)
     )
-    return PaddedPlan(levels, spec, cells.totals)
+    return PaddedPlan(levels, spec, NAME, cells.totals)
 
 
 @dataclass(frozen=True)
@@ -223,9 +234,7 @@ def _aligned(count: int) -> int:
     return max(1, blocks(count, _ALIGNED)) * _ALIGNED
 
 
-def _levels(
-    cells: _Cells, spec: PlanSpec, engine: Engine, capacities: Sequence[int], *, padded: bool
-) -> tuple[Level, ...]:
+def _levels(cells: _Cells, spec: PlanSpec, capacities: Sequence[int], *, padded: bool) -> tuple[Level, ...]:
     """Levels of so many rows each, of which ``cells.kept`` are in use."""
     numbered = [_number(cells, level, rows, level < spec.levels - 1, padded) for level, rows in enumerate(capacities)]
     found = [_tables(cells, level, numbered, spec.down) for level in range(spec.levels)]
@@ -235,13 +244,13 @@ def _levels(
         count = counts[level]
         batch, height, width = cells.active[level].shape
         sites = Sites(number.coords, batch, height, width)
-        around = GpuStencil(made.around, made.around, True, engine, count=count, reverse_count=count)
+        around = GpuStencil(made.around, made.around, True, count=count, reverse_count=count)
         down = None
         if made.parents is not None:
             children = found[level + 1].children
             assert children is not None
             down = GpuStencil(
-                *(children, made.parents, False, engine),
+                *(children, made.parents, False),
                 reverse_order=number.order,
                 count=counts[level + 1],
                 reverse_count=count,

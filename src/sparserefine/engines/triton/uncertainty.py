@@ -42,7 +42,7 @@ class _Taps:
     length: int
 
 
-def takes(*tensors: Tensor) -> bool:
+def runs_kernels_on(*tensors: Tensor) -> bool:
     """On a device that kernels run on, and no gradient is wanted of them: what the functions below are for."""
     return all(runs_on(t.device) and not (t.requires_grad and torch.is_grad_enabled()) for t in tensors)
 

@@ -29,7 +29,7 @@ from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.onnx import OnnxModel
 from sparserefine.bases.loaded import LoadedModel, tensor_of
 from sparserefine.bases.runtimes import NEEDS
-from sparserefine.engines.choose import get_engine
+from sparserefine.engines.choose import EngineChoice
 from sparserefine.engines.cpu.engine import CpuEngine
 from sparserefine.machine.device import device_named, on_gpu_in
 from sparserefine.machine.memory import PeakMemory
@@ -80,7 +80,7 @@ def benchmark(
     """
     tell = tell or (lambda line: None)
     device = device_named(settings.device)
-    engine = get_engine(settings.engine).on(device)
+    engine = EngineChoice(settings.engine).on(device)
     others = [runtime for runtime in settings.runtimes if runtime != "torch"]
     if others and device.type != "cpu":
         raise ValueError(f"{', '.join(others)} run on the CPU, the device is {device}; choose --device cpu")

@@ -19,6 +19,9 @@ struct Convolution {
   float* scratch;      // [threads, sr_convolution_scratch]
   int64_t threads;
 };
+SR_SIZE_OF(Activated)
+SR_SIZE_OF(Epilogue)
+SR_SIZE_OF(Convolution)
 
 extern "C" int omp_get_thread_num(void);
 

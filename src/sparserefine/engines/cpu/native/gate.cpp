@@ -271,6 +271,8 @@ void chunk(const Gated& g, const float* coarse, const float* sparse, int64_t cla
 
 }  // namespace
 
+SR_SIZE_OF(Mlp)
+
 // Floats that one thread of sr_gate needs.
 SR_API int64_t sr_gate_scratch(int64_t classes) { return scratch_floats(classes); }
 

@@ -8,6 +8,7 @@ struct Grid {
   int32_t* rank;
   int64_t batch, height, width;
 };
+SR_SIZE_OF(Grid)
 
 extern "C" int omp_get_thread_num(void);
 

@@ -14,6 +14,7 @@ struct WeightGradient {
   float* scratch;  // [threads, sr_weight_gradient_scratch]
   int64_t threads;
 };
+SR_SIZE_OF(WeightGradient)
 
 extern "C" int omp_get_thread_num(void);
 

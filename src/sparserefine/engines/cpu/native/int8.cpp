@@ -17,6 +17,7 @@ struct Int8Convolution {
   Epilogue epilogue;
   int64_t threads;
 };
+SR_SIZE_OF(Int8Convolution)
 
 #if VL == 16 && defined(__AVX512F__)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparserefine.engines.cpu.native import structures
 from sparserefine.engines.cpu.native.build import DIGEST, INSTRUCTION_SETS, NOTE, OBJECTS, sources_digest
 from sparserefine.sparse.interface import Unavailable
 
@@ -25,6 +26,9 @@ _OPENMP = ("libgomp", "libiomp5", "libomp")
 class Library:
     """One loaded object.
 
+    Raises:
+        Unavailable: it does not load, or its structures are of other sizes than ours.
+
     Attributes:
         name: its instruction set.
         lanes: floats of a vector.
@@ -36,6 +40,22 @@ class Library:
             self._object = ctypes.CDLL(str(folder / f"{name}.so"))
         except OSError as error:
             raise Unavailable(f"{name}.so does not load: {error}") from error
+        self._check_structures()
+
+    def _check_structures(self) -> None:
+        """Refuses an object whose structures are not those that Python would fill."""
+        for structure in structures.STRUCTURES:
+            name, size = structure.__name__, ctypes.sizeof(structure)
+            try:
+                compiled = self.function(f"sr_size_of_{name}")()
+            except AttributeError:
+                compiled = None
+            if compiled != size:
+                there = "is not there" if compiled is None else f"has {compiled} bytes there"
+                raise Unavailable(
+                    f"{self.name}.so was built from other sources: structure {name} {there}, {size} bytes here; "
+                    "reinstall (pip install -e .)"
+                )
 
     def function(self, name: str, *arguments: type, result: type | None = ctypes.c_int64) -> ctypes._NamedFuncPointer:
         """The entry point of that name, with types."""

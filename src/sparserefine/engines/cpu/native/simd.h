@@ -12,6 +12,9 @@
 #endif
 
 #define SR_API extern "C" __attribute__((visibility("default")))
+// Tells Python the size of a structure that it fills (structures.py), for a comparison when the object is loaded.
+#define SR_SIZE_OF(structure) \
+  SR_API int64_t sr_size_of_##structure() { return sizeof(structure); }
 #define SR_INLINE static inline __attribute__((always_inline))
 #define SR_UNROLL _Pragma("GCC unroll 64")
 #define SR_ROLLED _Pragma("GCC unroll 1")

@@ -289,14 +289,16 @@ SR_INLINE void log_shares(float* row, int64_t classes) {
   }
 }
 
-// values[site, channel] = convert(image[batch, channel, row, column], channel)
-template <class T, class Out, class Convert>
-int64_t gather(const Image& image, const Sites& sites, Out* values, int64_t threads, Convert convert) {
+// values[site, channel] = image[batch, channel, row, column] * scale[channel] + shift[channel]
+template <class T>
+int64_t gather(const Image& image, const Sites& sites, const float* scale, const float* shift, float* values,
+               int64_t threads) {
   const int64_t channels = image.channels, plane = image.height * image.width;
   return each_site(sites, 0, image.batches, image.height, image.width, threads,
                    [&](int64_t i, int64_t b, int64_t r, int64_t c) {
                      const T* pixel = (const T*)image.values + b * channels * plane + r * image.width + c;
-                     for (int64_t k = 0; k < channels; k++) values[i * channels + k] = convert(pixel[k * plane], k);
+                     for (int64_t k = 0; k < channels; k++)
+                       values[i * channels + k] = pixel[k * plane] * scale[k] + shift[k];
                    });
 }
 
@@ -317,6 +319,10 @@ int64_t scatter(const float* logits, int64_t classes, const Sites& sites, const 
 }
 
 }  // namespace
+
+SR_SIZE_OF(Axis)
+SR_SIZE_OF(Sites)
+SR_SIZE_OF(Image)
 
 // Floats that one thread of sr_uncertainty needs.
 SR_API int64_t sr_uncertainty_scratch(int64_t classes) { return scratch_floats(classes); }
@@ -369,9 +375,8 @@ SR_API int64_t sr_sample(const float* cells, int64_t classes, int64_t h, int64_t
 // image of uint8 or float32 -> values [sites, channels], float32: value * scale[channel] + shift[channel].
 SR_API int64_t sr_gather_normalised(const Image* image, const Sites* sites, const float* scale, const float* shift,
                                     float* values, int64_t threads) {
-  const auto normalise = [&](float value, int64_t k) { return value * scale[k] + shift[k]; };
-  if (image->bytes == 1) return gather<uint8_t>(*image, *sites, values, threads, normalise);
-  return gather<float>(*image, *sites, values, threads, normalise);
+  if (image->bytes == 1) return gather<uint8_t>(*image, *sites, scale, shift, values, threads);
+  return gather<float>(*image, *sites, scale, shift, values, threads);
 }
 
 // The first class of largest logit goes into labels of uint8 or int16 at the sites; the rest of them stays.

@@ -18,6 +18,7 @@ struct Winograd {
   float* scratch;      // [threads, sr_winograd_scratch]
   int64_t threads;
 };
+SR_SIZE_OF(Winograd)
 
 extern "C" int omp_get_thread_num(void);
 

@@ -1,0 +1,172 @@
+"""The structures of the C++ sources as ctypes has them: same names, same fields in the same order.
+
+Their sizes are compared with the compiled ones when an object is loaded (``native/library.py``).
+"""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_int64, c_void_p
+
+
+class Activated(Structure):
+    """An output of an epilogue, see ``gemm.h``."""
+
+    _fields_ = (
+        ("out", c_void_p),
+        ("stride", c_int64),
+        ("scale", c_void_p),
+        ("shift", c_void_p),
+        ("quantised", c_int64),
+    )
+
+
+class Epilogue(Structure):
+    """What becomes of sums, see ``gemm.h``."""
+
+    _fields_ = (
+        ("residual", c_void_p),
+        ("residual_stride", c_int64),
+        ("bias", c_void_p),
+        ("raw", c_void_p),
+        ("raw_stride", c_int64),
+        ("activated", Activated * 2),
+    )
+
+
+class Convolution(Structure):
+    """A call of ``sr_convolve``."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("n_in", c_int64),
+        ("cin", c_int64),
+        ("table", c_void_p),
+        ("n", c_int64),
+        ("taps", c_int64),
+        ("weight", c_void_p),
+        ("cout", c_int64),
+        ("rows", c_void_p),
+        ("n_out", c_int64),
+        ("epilogue", Epilogue),
+        ("zeros", c_void_p),
+        ("scratch", c_void_p),
+        ("threads", c_int64),
+    )
+
+
+class Winograd(Structure):
+    """A call of ``sr_winograd``."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("n", c_int64),
+        ("cin", c_int64),
+        ("tiles", c_void_p),
+        ("quarters", c_void_p),
+        ("n_tiles", c_int64),
+        ("count", c_int64),
+        ("m", c_int64),
+        ("weight", c_void_p),
+        ("cout", c_int64),
+        ("epilogue", Epilogue),
+        ("zeros", c_void_p),
+        ("scratch", c_void_p),
+        ("threads", c_int64),
+    )
+
+
+class Int8Convolution(Structure):
+    """A call of ``sr_convolve_int8``."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("n_in", c_int64),
+        ("cin", c_int64),
+        ("table", c_void_p),
+        ("n", c_int64),
+        ("taps", c_int64),
+        ("weight", c_void_p),
+        ("cout", c_int64),
+        ("rows", c_void_p),
+        ("n_out", c_int64),
+        ("scale", c_void_p),
+        ("epilogue", Epilogue),
+        ("threads", c_int64),
+    )
+
+
+class WeightGradient(Structure):
+    """A call of ``sr_weight_gradient``."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("n_in", c_int64),
+        ("cin", c_int64),
+        ("grad", c_void_p),
+        ("cout", c_int64),
+        ("table", c_void_p),
+        ("n", c_int64),
+        ("taps", c_int64),
+        ("result", c_void_p),
+        ("scratch", c_void_p),
+        ("threads", c_int64),
+    )
+
+
+class Grid(Structure):
+    """A level of the geometry, see ``geometry.cpp``."""
+
+    _fields_ = (
+        ("bits", c_void_p),
+        ("rank", c_void_p),
+        ("batch", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+    )
+
+
+class Mlp(Structure):
+    """Weights of a :data:`sparserefine.sparse.interface.Perceptron`, see ``gate.cpp``."""
+
+    _fields_ = (
+        ("weight1", c_void_p),
+        ("bias1", c_void_p),
+        ("weight2", c_void_p),
+        ("bias2", c_void_p),
+        ("hidden", c_int64),
+    )
+
+
+class Axis(Structure):
+    """Taps of one axis, see ``uncertainty.cpp``."""
+
+    _fields_ = (("low", c_void_p), ("high", c_void_p), ("weight", c_void_p), ("size", c_int64))
+
+
+class Sites(Structure):
+    """Coordinates of the sites, in any layout."""
+
+    _fields_ = (("coords", c_void_p), ("count", c_int64), ("site_stride", c_int64), ("column_stride", c_int64))
+
+
+class Image(Structure):
+    """``[B, C, H, W]``."""
+
+    _fields_ = (
+        ("values", c_void_p),
+        ("bytes", c_int64),
+        ("batches", c_int64),
+        ("channels", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+    )
+
+
+STRUCTURES: tuple[type[Structure], ...] = (
+    *(Activated, Epilogue, Convolution, Winograd, Int8Convolution, WeightGradient),
+    *(Grid, Mlp, Axis, Sites, Image),
+)
+"""All there are; the compiled objects have an entry point for the size of each."""

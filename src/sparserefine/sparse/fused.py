@@ -1,0 +1,337 @@
+"""A network in evaluation mode as one flat list of fused convolutions: what engines that run whole networks execute.
+
+But for the modules themselves, nothing else knows how layers follow each other. A step is a convolution and what
+becomes of its sums before they are stored (``epilogue.py``): normalisation, ReLU, residuals and the concatenation of
+skips are no steps of their own. A new layer is a change here; engines only know steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparserefine.sparse.layers import ResidualBlock, SparseBatchNorm, SparseConv
+from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
+from sparserefine.sparse.quantisation import step_of
+from sparserefine.sparse.unet import SparseUNet
+
+Kind = Literal["around", "down", "up", "own"]
+"""Which rows a step reads: ``around``, neighbours in its level; ``down`` and ``up``, the next finer and the next
+coarser level; ``own``, each row itself, as linear layers do."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Features that one step writes for others.
+
+    Attributes:
+        level: whose sites are the rows.
+        channels: of a row.
+        rounded: the steps that read it may do so in 8 bits (``quantisation.py``).
+    """
+
+    level: int
+    channels: int
+    rounded: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """Channels ``start`` to ``stop`` of a buffer, which is named by its number."""
+
+    buffer: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Batch normalisation with running statistics: ``x * scale + shift``.
+
+    Attributes:
+        scale: ``float64 [C]``.
+        shift: ``float64 [C]``.
+        step: what one unit of 8 bits is worth to the step that reads the result, ``float32 [C]``; ``None``: that step
+            reads floats, or the network is not calibrated.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    step: Tensor | None
+
+    def factors(self, *, int8: bool = False) -> tuple[Tensor, Tensor]:
+        """Scale and shift, ``float32 [C]``; with ``int8`` those of a result in units of ``step``, if there is one."""
+        scale, shift = self.scale, self.shift
+        if int8 and self.step is not None:
+            scale, shift = scale / self.step, shift / self.step
+        return scale.float(), shift.float()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The numbers of a step.
+
+    Attributes:
+        weight: ``[T, C_in, C_out]``; shares memory with the network's.
+        input_step: what one unit of 8-bit inputs is worth, ``float32 [C_in]``; ``None``: inputs are floats, or the
+            network is not calibrated.
+        bias: ``[C_out]``.
+        norms: one for each of the step's ``activated``.
+    """
+
+    weight: Tensor
+    input_step: Tensor | None
+    bias: Tensor | None
+    norms: tuple[Norm, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """``v = sum + bias + residual``; ``raw`` gets v, each of ``activated`` gets ``relu(v * scale + shift)``.
+
+    Attributes:
+        kind: which rows are read.
+        level: of the rows that are written.
+        source: buffer that is read; ``None``: the features that the network is given.
+        residual: buffer that is added.
+        raw: where v goes.
+        activated: up to two, for those who read v normalised.
+        begins: buffers that are written here for the first time.
+        ends: buffers that nobody needs after this.
+    """
+
+    kind: Kind
+    level: int
+    source: int | None
+    residual: int | None
+    raw: Part | None
+    activated: tuple[Part, ...]
+    begins: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+
+    @property
+    def finer(self) -> int:
+        """The finer one of the levels that are read and written."""
+        return self.level - 1 if self.kind == "down" else self.level
+
+    def stencil(self, plan: Plan) -> Stencil | None:
+        """Who reads whom; ``None``: each row itself."""
+        if self.kind == "own":
+            return None
+        level = plan.levels[self.finer]
+        if self.kind == "around":
+            return level.around
+        assert level.down is not None
+        return level.down if self.kind == "down" else level.down.transposed()
+
+
+@dataclass(frozen=True)
+class Program:
+    """Steps in order, and the buffers between them.
+
+    Attributes:
+        spec: what plans must be made for.
+        channels: of the features that the network is given.
+        buffers: by number.
+        steps: in order.
+        result: buffer of the logits, float32; it has no end.
+    """
+
+    spec: PlanSpec
+    channels: int
+    buffers: tuple[Buffer, ...]
+    steps: tuple[Step, ...]
+    result: int
+
+    def check(self, features: Tensor, plan: Plan, stencil: type[Stencil], engine: str) -> None:
+        """Refuses features and plans that do not fit.
+
+        Args:
+            features: should be ``[N, channels]``.
+            plan: should be of the N sites.
+            stencil: what the plan must be made of.
+            engine: which makes those.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        if plan.spec != self.spec:
+            raise ValueError(f"plan was built for {plan.spec}, this network needs {self.spec}")
+        around = plan.levels[0].around
+        if not isinstance(around, stencil):
+            raise ValueError(f"plan was built by engine {plan.engine!r}; build it by engine {engine!r}")
+        if features.dim() != 2 or features.shape != (around.num_outputs, self.channels):
+            raise ValueError(f"features are {tuple(features.shape)}, expected [{around.num_outputs}, {self.channels}]")
+
+
+def fuse(network: SparseUNet) -> tuple[Program, tuple[Weights, ...]]:
+    """The steps of a network that :func:`sparserefine.sparse.unet.is_packable` allows, and the numbers of each step."""
+    write = _Writer()
+    last = network.spec.levels - 1
+    descend, ascend = ([_blocks_of(blocks) for blocks in part] for part in (network.descend, network.ascend))
+    planes = [blocks[0].conv2.weight.shape[2] for blocks in descend]
+    skips: list[tuple[Part, _Activated]] = []
+
+    def leaving(depth: int) -> _Activated:
+        """What the last block of a level writes for the next finer one, or for the head."""
+        if not depth:
+            return write.activated(0, planes[0], network.head_norm, network.head)
+        return write.activated(depth, planes[depth], network.up_norms[depth - 1], network.up_convs[depth - 1])
+
+    def enter(kind: Kind, depth: int, layer: nn.Module, source: Part | None) -> tuple[Part, _Activated]:
+        """The convolution that leads to a level, on the way down."""
+        raw, first = write.buffer(depth, planes[depth]), descend[depth][0]
+        active = write.activated(depth, planes[depth], first.norm1, first.conv1)
+        write.step(kind, depth, layer, source, raw=raw, activated=(active,))
+        return raw, active
+
+    raw, active = enter("around", 0, network.stem, None)
+    for depth in range(last):
+        c, down, first = planes[depth], network.down_convs[depth], ascend[depth][0]
+        skip, whole = write.buffer(depth, 2 * c), write.activated(depth, 2 * c, first.norm1, first.conv1)
+        below = write.activated(depth, c, network.down_norms[depth], down)
+        write.blocks(depth, descend[depth], raw, active.part, _channels(skip, 0, c), (below, whole.channels(0, c)))
+        skips.append((skip, whole))
+        raw, active = enter("down", depth + 1, down, below.part)
+    result = leaving(last)
+    write.blocks(last, descend[last], raw, active.part, None, (result,))
+    for depth in reversed(range(last)):
+        c, (skip, whole), blocks = planes[depth], skips.pop(), ascend[depth]
+        up = (whole.channels(c, 2 * c),)
+        write.step("up", depth, network.up_convs[depth], result.part, raw=_channels(skip, c, 2 * c), activated=up)
+        residual = skip
+        if isinstance(blocks[0].shortcut, nn.Linear):
+            residual = write.buffer(depth, c)
+            write.step("own", depth, blocks[0].shortcut, skip, raw=residual)
+        result = leaving(depth)
+        write.blocks(depth, blocks, residual, whole.part, None, (result,))
+    logits = write.buffer(0, network.head.out_features)
+    write.step("own", 0, network.head, result.part, raw=logits)
+    return write.finish(network.spec, network.stem.weight.shape[1], logits.buffer), tuple(write.weights)
+
+
+@dataclass(frozen=True)
+class _Activated:
+    """An output of an epilogue before it is split into what is written and with which numbers."""
+
+    part: Part
+    norm: Norm
+
+    def channels(self, start: int, stop: int) -> _Activated:
+        norm, step = self.norm, self.norm.step
+        some = Norm(norm.scale[start:stop], norm.shift[start:stop], None if step is None else step[start:stop])
+        return _Activated(_channels(self.part, start, stop), some)
+
+
+class _Writer:
+    """Buffers and steps as they are written down."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Buffer] = []
+        self.steps: list[Step] = []
+        self.weights: list[Weights] = []
+
+    def buffer(self, level: int, channels: int, *, rounded: bool = False) -> Part:
+        self.buffers.append(Buffer(level, channels, rounded))
+        return Part(len(self.buffers) - 1, 0, channels)
+
+    def activated(self, level: int, channels: int, norm: nn.Module, reader: nn.Module) -> _Activated:
+        """A buffer for what ``reader`` reads through ``norm``."""
+        assert isinstance(norm, SparseBatchNorm)
+        part = self.buffer(level, channels, rounded=isinstance(reader, SparseConv))
+        return _Activated(part, Norm(*norm.folded(), _input_step(reader)))
+
+    def step(
+        self,
+        kind: Kind,
+        level: int,
+        layer: nn.Module,
+        source: Part | None,
+        *,
+        residual: Part | None = None,
+        raw: Part | None = None,
+        activated: Sequence[_Activated] = (),
+    ) -> None:
+        assert isinstance(layer, SparseConv | nn.Linear)
+        weight = layer.weight.detach()
+        bias = layer.bias.detach() if isinstance(layer, nn.Linear) and layer.bias is not None else None
+        self.steps.append(
+            Step(
+                kind,
+                level,
+                None if source is None else source.buffer,
+                None if residual is None else residual.buffer,
+                raw,
+                tuple(out.part for out in activated),
+            )
+        )
+        self.weights.append(
+            Weights(
+                weight.t()[None] if isinstance(layer, nn.Linear) else weight,
+                None if source is None else _input_step(layer),  # the stem reads floats
+                bias,
+                tuple(out.norm for out in activated),
+            )
+        )
+
+    def blocks(
+        self,
+        level: int,
+        blocks: Sequence[ResidualBlock],
+        residual: Part,
+        active: Part,
+        raw: Part | None,
+        activated: Sequence[_Activated],
+    ) -> None:
+        """Residual blocks of a level, the last of which writes ``raw`` and ``activated``."""
+        for i, block in enumerate(blocks):
+            channels = block.conv2.weight.shape[2]
+            between = self.activated(level, channels, block.norm2, block.conv2)
+            self.step("around", level, block.conv1, active, activated=(between,))
+            if i == len(blocks) - 1:
+                self.step("around", level, block.conv2, between.part, residual=residual, raw=raw, activated=activated)
+                return
+            after = blocks[i + 1]
+            sums = self.buffer(level, channels)
+            following = self.activated(level, channels, after.norm1, after.conv1)
+            self.step("around", level, block.conv2, between.part, residual=residual, raw=sums, activated=(following,))
+            residual, active = sums, following.part
+
+    def finish(self, spec: PlanSpec, channels: int, result: int) -> Program:
+        """With begin and end of each buffer."""
+        begins: dict[int, int] = {}
+        ends: dict[int, int] = {}
+        for number, step in enumerate(self.steps):
+            written = [part.buffer for part in (step.raw, *step.activated) if part is not None]
+            for buffer in written:
+                begins.setdefault(buffer, number)
+            used = {step.source, step.residual, *written} - {None, result}
+            ends.update((buffer, number) for buffer in used if buffer is not None)
+
+        def at(places: dict[int, int], number: int) -> tuple[int, ...]:
+            return tuple(buffer for buffer, place in places.items() if place == number)
+
+        steps = [
+            Step(s.kind, s.level, s.source, s.residual, s.raw, s.activated, at(begins, n), at(ends, n))
+            for n, s in enumerate(self.steps)
+        ]
+        return Program(spec, channels, tuple(self.buffers), tuple(steps), result)
+
+
+def _blocks_of(blocks: nn.Module) -> list[ResidualBlock]:
+    return cast("list[ResidualBlock]", list(blocks.children()))
+
+
+def _channels(part: Part, start: int, stop: int) -> Part:
+    return Part(part.buffer, part.start + start, part.start + stop)
+
+
+def _input_step(reader: nn.Module) -> Tensor | None:
+    if not isinstance(reader, SparseConv) or reader.input_max is None:
+        return None
+    with torch.no_grad():
+        return step_of(reader)
