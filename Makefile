@@ -1,5 +1,7 @@
 # make demo    installs into .venv and shows the method on an embedded 8-megapixel photograph
-# make test    the same for linters, types and the test-suite
+# make test    the same for linters, types and the fast tests; WORKERS=8: on eight cores
+# make test-all  the same with the slow tests
+# make test-gpu  the tests that need a GPU
 # make sanitize  the tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make parity  rewrites tests/data/parity with what mmsegmentation computes, in an environment of its own (.venv-mmseg);
 #              the test-suite compares with those files and needs none of it
@@ -14,15 +16,21 @@ CONSTRAINTS ?= constraints.txt
 NATIVE = src/sparserefine/engines/cpu/native
 KERNELS = hatch_build.py $(NATIVE)/build.py $(wildcard $(NATIVE)/*.h $(NATIVE)/*.cpp)
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS)
+# Tests of one group (tests/conftest.py) run in one worker, so that what they share is made once.
+WORKERS ?= 2
+PARALLEL = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 MMENGINE_FILE = tests/data/parity/mmengine.pth
 
-.PHONY: demo test test-gpu sanitize parity lint clean
+.PHONY: demo test test-all test-gpu sanitize parity lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/sparserefine demo --out demo/
 
 test: lint
-	$(VENV)/bin/python -m pytest -m "not gpu"
+	$(PARALLEL) -m "not gpu and not slow"
+
+test-all: lint
+	$(PARALLEL) -m "not gpu"
 
 test-gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m gpu

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,23 @@ PATTERNS = ("none", "one", "border", "all", "random")
 SIZES = [pytest.param(size, id="{}x{}".format(*size)) for size in ((1, 1), (1, 7), (2, 2), (3, 3), (6, 8), (9, 7))]
 KERNEL = {"paper": 3, "cell": 2}
 """Width of the convolution between two levels."""
+
+
+
+def slow_if_interpreted(
+    engines: Iterable[Any], cases: Iterable[tuple[Any, ...]], fast: Iterable[tuple[Any, ...]]
+) -> list[Any]:
+    """Parameters ``(engine, *case)`` for each of both; where kernels are interpreted, those not ``fast`` are slow."""
+    cases, fast, found = list(cases), set(fast), []
+    assert fast <= set(cases), fast
+    for engine in engines:
+        name, marks = (engine, ()) if isinstance(engine, str) else (engine.values[0], engine.marks)
+        for case in cases:
+            late = [pytest.mark.slow] if name == "triton" and case not in fast else []
+            words = ("x".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in case)
+            found.append(pytest.param(name, *case, marks=[*marks, *late], id="-".join((name, *words))))
+    return found
+
 
 CLASSIFIER = "decode_head.conv_seg.weight"
 """The classifier of mmsegmentation's models."""
@@ -176,8 +194,11 @@ def _mend_interpreter() -> None:
 
 
 def device_of(engine: str) -> torch.device:
-    """Where the tensors lie that one of :data:`ENGINES` is tested with."""
-    return torch.device("cuda" if engine == "triton-gpu" else "cpu")
+    """Where the tensors lie that one of :data:`ENGINES` is tested with; skips the test where there is no GPU for it."""
+    if engine == "triton-gpu":
+        needs_triton(gpu=True)
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 @cache
