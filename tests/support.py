@@ -38,6 +38,8 @@ TRITON_ENGINES = ("triton", pytest.param("triton-gpu", marks=pytest.mark.gpu))
 ENGINES = ("torch", *CPU_ENGINES, *TRITON_ENGINES)
 
 PATTERNS = ("none", "one", "border", "all", "random")
+FEW_PATTERNS = [p if p in ("none", "random") else pytest.param(p, marks=pytest.mark.slow) for p in PATTERNS]
+"""For what sees tables only, and takes its time."""
 SIZES = [pytest.param(size, id="{}x{}".format(*size)) for size in ((1, 1), (1, 7), (2, 2), (3, 3), (6, 8), (9, 7))]
 KERNEL = {"paper": 3, "cell": 2}
 """Width of the convolution between two levels."""
