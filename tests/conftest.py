@@ -1,4 +1,4 @@
-"""What every test starts from: the same random numbers, whatever ran before it, and one thread. And the time it takes."""
+"""What every test starts from: the same random numbers, whatever ran before it, and one thread; and its time."""
 
 from __future__ import annotations
 

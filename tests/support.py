@@ -45,7 +45,6 @@ KERNEL = {"paper": 3, "cell": 2}
 """Width of the convolution between two levels."""
 
 
-
 def slow_if_interpreted(
     engines: Iterable[Any], cases: Iterable[tuple[Any, ...]], fast: Iterable[tuple[Any, ...]]
 ) -> list[Any]:
@@ -180,7 +179,7 @@ def needs_triton(*, gpu: bool = False) -> None:
 
 @cache
 def _mend_interpreter() -> None:
-    """Makes Triton 3.9's right, where it multiplies the bits of bfloat16 as if they were integers, and three times as fast."""
+    """Triton 3.9's multiplies the bits of bfloat16 as if they were integers; and it takes twice the time it needs."""
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

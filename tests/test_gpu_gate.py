@@ -68,7 +68,9 @@ def logits_of(sites: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("fuser", ["residual", "paper"])
-@pytest.mark.parametrize("classes", [1, 2, 16, 17, 19, 64, 65, *(pytest.param(k, marks=pytest.mark.slow) for k in (150, 256))])
+@pytest.mark.parametrize(
+    "classes", [1, 2, 16, 17, 19, 64, 65, *(pytest.param(k, marks=pytest.mark.slow) for k in (150, 256))]
+)
 def test_classes(device: torch.device, classes: int, fuser: Fuser) -> None:
     ensembler, both = ensembler_of(classes, fuser), logits_of(41, classes)
     assert_close(run(device, ensembler, *both), expected_of(ensembler, *both))
