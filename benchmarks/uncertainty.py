@@ -33,7 +33,7 @@ from benchmarks.common import (
     write_report,
 )
 from sparserefine.engines.choose import get_engine
-from sparserefine.images.upsampling import Upsampling
+from sparserefine.images.coarse import Coarse
 
 ENGINES = ("plain", "torch", "cpu")
 
@@ -121,7 +121,7 @@ def _function(engine: str) -> Callable[[Tensor, tuple[int, int]], tuple[Tensor, 
     if engine == "plain":
         return plain
     chosen_engine = get_engine(engine)
-    return lambda logits, size: chosen_engine.uncertainty(logits, size, Upsampling())
+    return lambda logits, size: chosen_engine.uncertainty(Coarse(logits, size))
 
 
 def _smooth_logits(case: Case) -> Tensor:

@@ -32,10 +32,11 @@ from triton.runtime.driver import driver
 
 from sparserefine.engines.triton import engine, launch
 from sparserefine.engines.triton.engine import TritonEngine
+from sparserefine.images.coarse import Coarse
 from sparserefine.images.uncertainty import label_dtype
 from sparserefine.images.upsampling import Upsampling
 from sparserefine.sparse import Plan, SparseBatchNorm, SparseUNet
-from sparserefine.sparse.sites import Sites
+from sparserefine.sparse.sites import PaddedSites, Sites
 from sparserefine.stages.ensembler import GatedEnsembler
 from sparserefine.stages.extractor import PRESETS, ExtractorConfig
 
@@ -57,7 +58,7 @@ PLANS = {
     "small": ExtractorConfig((32, 32), blocks=1, down="cell"),
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-HOW = {
+UPSAMPLING = {
     "logits": Upsampling(),
     "nearest": Upsampling("nearest", input_size=(512, 1024)),
     "scores": Upsampling(outputs="scores"),
@@ -244,20 +245,22 @@ def selection() -> None:
     TritonEngine().keep_largest(torch.empty(1, *SIZE), torch.ones(1, *SIZE, dtype=torch.bool), 100_000)
 
 
-def uncertainty(classes: int, dtype: torch.dtype, how: Upsampling) -> None:
+def uncertainty(classes: int, dtype: torch.dtype, upsampling: Upsampling) -> None:
     """Labels and entropy of all pixels, logits at the sites."""
     logits = torch.zeros(1, classes, SIZE[0] // 8, SIZE[1] // 8, dtype=dtype)
-    TritonEngine().uncertainty(logits, SIZE, how)
-    TritonEngine().sample(logits, chosen().coords, SIZE, how)
+    coarse = Coarse(logits, SIZE, upsampling)
+    TritonEngine().uncertainty(coarse)
+    TritonEngine().sample(coarse, chosen().coords)
 
 
 def pixels(dtype: torch.dtype) -> None:
-    TritonEngine().pixels(torch.zeros(1, 3, *SIZE, dtype=dtype), chosen(), torch.ones(3), torch.zeros(3))
+    TritonEngine().pixels(torch.zeros(1, 3, *SIZE, dtype=dtype), chosen().coords, torch.ones(3), torch.zeros(3))
 
 
 def write_labels(classes: int, padded: bool) -> None:
     labels = torch.zeros(1, *SIZE, dtype=label_dtype(classes))
-    TritonEngine().write_labels(labels, torch.zeros(CHOSEN, classes), chosen(padded))
+    sites = PaddedSites(chosen(), torch.empty(1, dtype=torch.int32)) if padded else chosen()
+    TritonEngine().write_labels(labels, torch.zeros(CHOSEN, classes), sites)
 
 
 def gated(classes: int, fuser: Literal["residual", "paper"]) -> None:
@@ -265,9 +268,8 @@ def gated(classes: int, fuser: Literal["residual", "paper"]) -> None:
     GatedEnsembler(classes, fuser)(logits, logits.clone(), TritonEngine())
 
 
-def chosen(padded: bool = False) -> Sites:
-    count = torch.empty(1, dtype=torch.int32) if padded else None
-    return Sites(torch.zeros(CHOSEN, 3, dtype=torch.int32), 1, *SIZE, count)
+def chosen() -> Sites:
+    return Sites(torch.zeros(CHOSEN, 3, dtype=torch.int32), 1, *SIZE)
 
 
 def cases(recorder: Recorder, everything: bool) -> Iterator[tuple[str, Case]]:
@@ -282,9 +284,9 @@ def cases(recorder: Recorder, everything: bool) -> Iterator[tuple[str, Case]]:
             yield f"{preset} {dtype}, training", partial(training, recorder, preset, DTYPES[dtype], CHOSEN)
     yield "selection", selection
     for classes in (2, 19, 150):
-        for name, how in HOW.items():
+        for name, upsampling in UPSAMPLING.items():
             for dtype in DTYPES if everything else ("float16",):
-                yield f"uncertainty {classes} {dtype}, {name}", partial(uncertainty, classes, DTYPES[dtype], how)
+                yield f"uncertainty {classes} {dtype}, {name}", partial(uncertainty, classes, DTYPES[dtype], upsampling)
     for classes in (2, 19, 150) if everything else (19,):
         for fuser in ("residual", "paper") if everything else ("residual",):
             yield f"gated {classes}, {fuser}", partial(gated, classes, fuser)

@@ -9,8 +9,9 @@ from torch import Tensor
 from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.unet import UNet
 from sparserefine.capture import CapturedRefiner
-from sparserefine.refiner import Refinement, SparseRefiner
+from sparserefine.refiner import SparseRefiner
 from sparserefine.stages.extractor import ExtractorConfig
+from sparserefine.stages.refinement import Refinement
 from sparserefine.stages.selector import Selector
 from support import TRITON_ENGINES, assert_close, device_of, engine_of
 
@@ -49,7 +50,8 @@ def eager(refiner: SparseRefiner, image: Tensor) -> Refinement:
 def assert_same(actual: Refinement, expected: Refinement) -> None:
     """Bit for bit."""
     assert torch.equal(actual.sites.coords, expected.sites.coords)
-    for name in ("coarse", "coarse_labels", "coarse_entropy", "coarse_logits", "sparse_logits", "refined_logits"):
+    assert torch.equal(actual.coarse.logits, expected.coarse.logits)
+    for name in ("coarse_labels", "coarse_entropy", "coarse_logits", "sparse_logits", "refined_logits"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
     for what in ("labels", "logits", "entropy"):
         assert torch.equal(getattr(actual, what)(), getattr(expected, what)())
@@ -102,7 +104,7 @@ def test_no_site(device: torch.device) -> None:
 def test_given_coarse_logits(device: torch.device) -> None:
     refiner = refiner_of(device)
     image = pixels(device, 1)
-    coarse = 3 * torch.randn_like(eager(refiner, image).coarse)
+    coarse = 3 * torch.randn_like(eager(refiner, image).coarse.logits)
     captured = refiner.capture(pixels(device), coarse)
     with torch.inference_mode():
         assert_same(captured.refine(image, coarse), refiner.refine(image, coarse))
@@ -114,13 +116,13 @@ def test_in_half_precision(device: torch.device) -> None:
     refiner, image = refiner_of(device), pixels(device, 1)
     with torch.autocast(device.type, torch.bfloat16):
         captured, expected = refiner.capture(pixels(device)), eager(refiner, image)
-    assert expected.coarse.dtype == torch.bfloat16
+    assert expected.coarse.logits.dtype == torch.bfloat16
     assert_same(captured(image), expected)
     captured.capacities = (1, 1)  # as if there were more sites than there is room for
     assert_same(captured(image), expected)
     assert captured.overflows == 1
     with pytest.raises(ValueError, match=r"coarse logits: torch.float32 .* captured for torch.bfloat16"):
-        captured.refine(image, expected.coarse.float())
+        captured.refine(image, expected.coarse.logits.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -168,7 +170,7 @@ def test_room_is_no_more_than_there_can_be(device: torch.device) -> None:
 def test_values_that_are_not_finite_are_refused(device: torch.device) -> None:
     refiner = refiner_of(device)
     captured, image = refiner.capture(pixels(device)), pixels(device, 1)
-    coarse = eager(refiner, image).coarse.clone()
+    coarse = eager(refiner, image).coarse.logits.clone()
     coarse[0, 1, 2, 3] = torch.nan
     with pytest.raises(ValueError, match=r"1 of .* coarse logits are NaN or infinite"):
         captured.refine(image, coarse)
@@ -180,7 +182,7 @@ def test_negative_scores_are_refused(device: torch.device) -> None:
     refiner = SparseRefiner(base, selector=Selector(budget=20), extractor=TINY, engine="triton").eval().to(device)
     captured, image = refiner.capture(pixels(device)), pixels(device, 1)
     with pytest.raises(ValueError, match="outputs='scores' but the smallest is -1"):
-        captured.refine(image, torch.where(torch.rand_like(eager(refiner, image).coarse) < 0.5, -1.0, 0.5))
+        captured.refine(image, torch.where(torch.rand_like(eager(refiner, image).coarse.logits) < 0.5, -1.0, 0.5))
 
 
 # ---- what it is valid for
@@ -250,7 +252,7 @@ def test_bad_arguments(device: torch.device, arguments: dict, words: str) -> Non
 def test_coarse_logits_for_other_images(device: torch.device) -> None:
     refiner, image = refiner_of(device), pixels(device)
     with pytest.raises(ValueError, match="2 coarse logits for 1 images"):
-        refiner.capture(image, 2 * [eager(refiner, image).coarse])
+        refiner.capture(image, 2 * [eager(refiner, image).coarse.logits])
 
 
 def test_no_image(device: torch.device) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparserefine.engines.cpu.engine import CpuEngine
 from sparserefine.engines.cpu.gate import Perceptron, gated
 from sparserefine.engines.cpu.native.build import INSTRUCTION_SETS
 from sparserefine.engines.cpu.native.library import Library, available, load
@@ -155,18 +156,18 @@ def test_no_result_depends_on_the_threads(library: Library, threads: Callable[[i
         ({"sparse": torch.zeros(4, 3, dtype=torch.float16)}, "sparse logits is torch.float16"),
         ({"sparse": torch.zeros(3, 4).t()}, "not contiguous"),
         ({"coarse": torch.zeros(4, 3, device="meta")}, "on meta"),
-        ({"coarse": torch.zeros(4, 3, requires_grad=True)}, "want a gradient"),
     ],
 )
-def test_wrong_logits(library: Library, change: dict[str, Tensor], words: str) -> None:
+def test_wrong_logits(change: dict[str, Tensor], words: str) -> None:
     ensembler = ensembler_of(3)
     arguments: dict[str, Any] = {"coarse": torch.zeros(4, 3), "sparse": torch.zeros(4, 3), **change}
     with pytest.raises(ValueError, match=words):
-        run(library, ensembler, **arguments)
+        run(load(available()[0]), ensembler, **arguments)
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_wrong_weights(library: Library, part: int) -> None:
+def test_wrong_weights(part: int) -> None:
+    library = load(available()[0])
     ensembler, both = ensembler_of(3), logits_of(4, 3)
     gate, fuser = weights_of(ensembler.gate), weights_of(ensembler.fuser)
     name = ("first weight", "first bias", "second weight", "second bias")[part]
@@ -182,19 +183,24 @@ def test_wrong_weights(library: Library, part: int) -> None:
     call(lambda t: t[None])
     call(lambda t: t.double())
     call(lambda t: t.to("meta"))
-    call(lambda t: t.clone().requires_grad_())
 
 
-def test_no_hidden_units(library: Library) -> None:
+def test_no_hidden_units() -> None:
+    library = load(available()[0])
     ensembler, both = ensembler_of(3), logits_of(4, 3)
     empty = (torch.zeros(0, 8), torch.zeros(0), torch.zeros(1, 0), torch.zeros(1))
     with pytest.raises(ValueError, match="first weight of the gate"):
         gated(library, *both, empty, weights_of(ensembler.fuser), True)
 
 
-def test_gradients_are_not_wanted_where_they_are_switched_off(library: Library) -> None:
-    ensembler, both = ensembler_of(3).requires_grad_(), logits_of(4, 3)
-    with pytest.raises(ValueError, match=r"first weight of the gate want a gradient.*GatedEnsembler"):
-        run(library, ensembler, *both)
+def test_where_a_gradient_is_wanted_the_modules_run(library: Library) -> None:
+    engine, ensembler, (coarse, sparse) = CpuEngine(library.name), ensembler_of(3), logits_of(4, 3)
+    weights = weights_of(ensembler.gate), weights_of(ensembler.fuser)
+    assert engine.gated(coarse, sparse, *weights, True) is not None
+    assert engine.gated(coarse, sparse.clone().requires_grad_(), *weights, True) is None
+    ensembler.requires_grad_()
+    assert engine.gated(coarse, sparse, *weights, True) is None
+    ensembler(coarse, sparse, engine).sum().backward()
+    assert all(p.grad is not None for p in ensembler.parameters())
     with torch.no_grad():
-        assert_close(run(library, ensembler, *both), expected_of(ensembler, *both))
+        assert_close(run(library, ensembler, coarse, sparse), expected_of(ensembler, coarse, sparse))

@@ -6,8 +6,8 @@ import torch
 from sparserefine.data.crops import AugmentConfig, CropBatch, CropDataset, EpochSampler, Uniform, random_crop
 from sparserefine.data.readers.dataset import Dataset, Sample
 from sparserefine.images.classes import IGNORE, Classes
+from sparserefine.images.coarse import Coarse
 from sparserefine.images.uncertainty import dense
-from sparserefine.images.upsampling import Upsampling, taps_of
 
 
 def ramps(height, width):
@@ -19,7 +19,8 @@ def ramps(height, width):
 
 def seen_logits(crop):
     """The crop's coarse logits at each of its pixels."""
-    rows, columns = taps_of(crop.logits, tuple(crop.label.shape), Upsampling(), crop.window)
+    coarse = Coarse(crop.logits[None], tuple(crop.label.shape), windows=[crop.window])
+    rows, columns = (axis.taps() for axis in coarse.axes(0))
     along = torch.lerp(crop.logits[:, rows.low], crop.logits[:, rows.high], rows.weight[:, None])
     return torch.lerp(along[..., columns.low], along[..., columns.high], columns.weight)
 
@@ -125,7 +126,7 @@ def test_batch_keeps_logits_of_differing_sizes(dataset):
     batch = CropBatch.collate([crops[i] for i in range(3)])
     assert batch.image.shape == (3, 3, 32, 32)
     assert {item.shape[1] for item in batch.logits} == {5, 6, 7}
-    assert dense(batch.logits[0][None], (8, 8)).shape == (1, 2, 8, 8)
+    assert dense(Coarse(batch.logits[0][None], (8, 8))).shape == (1, 2, 8, 8)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from sparserefine.engines import choose as engine
 from sparserefine.engines.auto import AutoEngine
 from sparserefine.engines.choose import engine_report, get_engine
 from sparserefine.engines.reference.engine import TorchEngine
-from sparserefine.images.upsampling import Upsampling
+from sparserefine.images.coarse import Coarse
 from sparserefine.refiner import SparseRefiner
 from sparserefine.sparse import Engine, PlanSpec, Sites
 from sparserefine.sparse.interface import Unavailable
@@ -206,16 +206,16 @@ def calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
     rows, pixels = torch.zeros(1, 2, device=device), torch.zeros(1, 2, 3, device=device)
     mask, logits = pixels > 0, torch.zeros(1, 2, 2, 3, device=device)
     sites, spec = Sites(torch.zeros(1, 3, dtype=torch.int32, device=device), 1, 2, 3), PlanSpec(1, "cell")
-    how = Upsampling("bilinear", "logits")
+    coarse = Coarse(logits, (2, 3))
     return {
         "keep_largest": (pixels, mask, 1),
         "plan": (mask, spec),
         "geometry": (sites, spec),
         "conv": (rows, rows, None),
         "prepare": (nn.Linear(1, 1, device=device),),
-        "uncertainty": (logits, (2, 3), how),
-        "sample": ([logits[0]], sites.coords, (2, 3), how),
-        "pixels": (logits, sites, rows, rows),
+        "uncertainty": (coarse,),
+        "sample": (coarse, sites.coords),
+        "pixels": (logits, sites.coords, rows, rows),
         "gated": (rows, rows, (), (), True),
         "write_labels": (pixels, rows, sites),
     }

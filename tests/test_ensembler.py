@@ -148,3 +148,19 @@ def test_macs_are_those_of_the_linear_layers(config: EnsemblerConfig) -> None:
 def test_bad_configuration(arguments: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         EnsemblerConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("coarse", "sparse", "words"),
+    [
+        ((4, K + 1), (4, K), r"coarse logits are \(4, 6\), sparse ones \(4, 5\); expected \[N, 5\] of both"),
+        ((4, K + 1), (4, K + 1), r"expected \[N, 5\] of both"),
+        ((4,), (4, K), r"coarse logits are \(4,\)"),
+        ((4, K), (5, K), r"sparse ones \(5, 5\)"),
+    ],
+    ids=["classes", "of another base", "one dimension", "sites"],
+)
+def test_wrong_logits(coarse: tuple[int, ...], sparse: tuple[int, ...], words: str) -> None:
+    """Refused before an engine sees them."""
+    with pytest.raises(ValueError, match=words):
+        GatedEnsembler(K)(torch.zeros(coarse), torch.zeros(sparse))

@@ -124,7 +124,7 @@ def check_padded(plan: PaddedPlan, expected: Plan, capacities: list[int]) -> Non
     totals = [len(level.sites) for level in expected.levels]
     kept = [min(total, capacity) for total, capacity in zip(totals, capacities, strict=True)]
     equal(plan.totals.cpu(), torch.tensor(totals, dtype=torch.int32))
-    assert plan.capacities == tuple(capacities)
+    assert plan.rows == tuple(capacities)
 
     def check(table: Tensor, wanted: Tensor, own: int, read: int) -> None:
         assert table.shape == (capacities[own], wanted.shape[1])
@@ -132,9 +132,10 @@ def check_padded(plan: PaddedPlan, expected: Plan, capacities: list[int]) -> Non
 
     for at, (found, wanted) in enumerate(zip(plan.levels, expected.levels, strict=True)):
         coords = wanted.sites.coords[: kept[at]]
-        equal(found.sites.coords[: kept[at]], coords)
-        assert found.sites.coords.shape == (capacities[at], 3)
-        assert not found.sites.coords[kept[at] :].any()
+        rows = found.sites.rows.coords
+        equal(rows[: kept[at]], coords)
+        assert rows.shape == (capacities[at], 3)
+        assert not rows[kept[at] :].any()
         check(found.around.table, wanted.around.table, at, at)
         counts = [found.sites.count, found.around.count, found.around.reverse_count]
         check_layout(found.around)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sparserefine.images import uncertainty as definition
+from sparserefine.images.coarse import Coarse
 from sparserefine.images.uncertainty import label_dtype
-from sparserefine.images.upsampling import Upsampling, Window
-from sparserefine.sparse import Sites
+from sparserefine.images.upsampling import Axis, Upsampling, Window
+from sparserefine.sparse import PaddedSites, Sites
 from support import TRITON_ENGINES, assert_close, device_of, mask_of, needs_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter divides by 0 aloud
 
-HOWS = [
+UPSAMPLINGS = [
     pytest.param(Upsampling(), id="logits"),
     pytest.param(Upsampling(outputs="scores"), id="scores"),
     pytest.param(Upsampling("nearest", input_size=(14, 20)), id="nearest"),
@@ -53,9 +53,9 @@ def gpu(device: torch.device) -> Iterator[ModuleType]:
     torch.use_deterministic_algorithms(before)
 
 
-def coarse_of(classes: int, size: tuple[int, int], how: Upsampling = Upsampling(), batch: int = 1) -> Tensor:  # noqa: B008
+def coarse_of(classes: int, size: tuple[int, int], upsampling: Upsampling = Upsampling(), batch: int = 1) -> Tensor:  # noqa: B008
     values = 3 * torch.randn(batch, classes, *size)
-    return values.exp() if how.outputs == "scores" else values
+    return values.exp() if upsampling.outputs == "scores" else values
 
 
 def check(
@@ -63,24 +63,24 @@ def check(
     device: torch.device,
     logits: Tensor | Sequence[Tensor],
     size: tuple[int, int],
-    how: Upsampling,
+    upsampling: Upsampling,
     windows: Sequence[Window] | None = None,
 ) -> None:
     """Uncertainty of all pixels and samples of some, against the definitions."""
     there = logits.to(device) if isinstance(logits, Tensor) else [image.to(device) for image in logits]
-    labels, entropies = (t.cpu() for t in gpu.uncertainty(there, size, how, windows))
-    expected_labels, expected_entropies = definition.uncertainty(logits, size, how, windows)
+    labels, entropies = (t.cpu() for t in gpu.uncertainty(Coarse(there, size, upsampling, windows)))
+    expected_labels, expected_entropies = definition.uncertainty(Coarse(logits, size, upsampling, windows))
     assert labels.dtype == expected_labels.dtype
     assert_close(entropies, expected_entropies)
     assert entropies.min() >= 0
     coords = torch.ones(len(logits), *size).nonzero().int()
-    dense = definition.sample(logits, coords, size, how, windows)
+    dense = definition.sample(Coarse(logits, size, upsampling, windows), coords)
     best = dense.topk(min(2, dense.shape[1])).values
     clear = ((best[:, 0] - best[:, -1] > 1e-5) | (dense.shape[1] == 1)).view_as(labels)
     assert torch.equal(labels[clear], expected_labels[clear])
     assert clear.float().mean() > 0.95
     some = coords[::3].contiguous()
-    assert_close(gpu.sample(there, some.to(device), size, how, windows).cpu(), dense[::3])
+    assert_close(gpu.sample(Coarse(there, size, upsampling, windows), some.to(device)).cpu(), dense[::3])
 
 
 # ---- uncertainty and samples
@@ -95,33 +95,33 @@ def test_sizes(
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 4, 19])
-@pytest.mark.parametrize("how", HOWS)
-def test_classes_and_modes(gpu: ModuleType, device: torch.device, classes: int, how: Upsampling) -> None:
-    check(gpu, device, coarse_of(classes, (3, 7), how, batch=2), (9, 23), how)
+@pytest.mark.parametrize("upsampling", UPSAMPLINGS)
+def test_classes_and_modes(gpu: ModuleType, device: torch.device, classes: int, upsampling: Upsampling) -> None:
+    check(gpu, device, coarse_of(classes, (3, 7), upsampling, batch=2), (9, 23), upsampling)
 
 
 @pytest.mark.parametrize("outputs", ["logits", "scores"])
 def test_many_classes(gpu: ModuleType, device: torch.device, outputs: str) -> None:
     """Labels are int16 then."""
-    how = Upsampling(outputs=outputs)  # type: ignore[arg-type]
-    logits = coarse_of(257, (1, 3), how)
+    upsampling = Upsampling(outputs=outputs)  # type: ignore[arg-type]
+    logits = coarse_of(257, (1, 3), upsampling)
     logits[:, 256, :, 1] = 30
-    check(gpu, device, logits, (1, 5), how)
+    check(gpu, device, logits, (1, 5), upsampling)
 
 
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("upsampling", UPSAMPLINGS)
 @pytest.mark.parametrize("classes", [2, 4])
-def test_windows(gpu: ModuleType, device: torch.device, classes: int, how: Upsampling) -> None:
+def test_windows(gpu: ModuleType, device: torch.device, classes: int, upsampling: Upsampling) -> None:
     windows = [Window((31.7, 36.2), (0.4, 13.9)), Window((10.5, 21.25), (-2.5, -1.0)), Window((400, 400), (131, 199))]
-    check(gpu, device, coarse_of(classes, (8, 10), how, batch=3), (13, 21), how, windows)
+    check(gpu, device, coarse_of(classes, (8, 10), upsampling, batch=3), (13, 21), upsampling, windows)
 
 
 @pytest.mark.parametrize("outputs", ["logits", "scores"])
 def test_images_of_several_sizes(gpu: ModuleType, device: torch.device, outputs: str) -> None:
-    how = Upsampling(outputs=outputs)  # type: ignore[arg-type]
-    logits = [coarse_of(3, size, how)[0] for size in ((4, 5), (10, 13), (1, 2))]
-    check(gpu, device, logits, (11, 17), how)
-    check(gpu, device, logits[1:2], (11, 17), how)
+    upsampling = Upsampling(outputs=outputs)  # type: ignore[arg-type]
+    logits = [coarse_of(3, size, upsampling)[0] for size in ((4, 5), (10, 13), (1, 2))]
+    check(gpu, device, logits, (11, 17), upsampling)
+    check(gpu, device, logits[1:2], (11, 17), upsampling)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -134,19 +134,21 @@ def test_other_precisions_and_layouts(gpu: ModuleType, device: torch.device, cla
     check(gpu, device, logits[:1].expand(2, -1, -1, -1), (5, 23), Upsampling())
 
 
-@pytest.mark.parametrize("how", [Upsampling(), Upsampling(outputs="scores")], ids=["logits", "scores"])
+@pytest.mark.parametrize("upsampling", [Upsampling(), Upsampling(outputs="scores")], ids=["logits", "scores"])
 @pytest.mark.parametrize("classes", [2, 19])
-def test_precision(gpu: ModuleType, device: torch.device, classes: int, how: Upsampling) -> None:
+def test_precision(gpu: ModuleType, device: torch.device, classes: int, upsampling: Upsampling) -> None:
     """Without interpolation, so that exp, log and the sums are what is judged."""
-    logits = coarse_of(classes, (8, 120), how) * (1e-3 if how.outputs == "scores" else torch.rand(1, 1, 8, 120) * 6)
+    logits = coarse_of(classes, (8, 120), upsampling) * (
+        1e-3 if upsampling.outputs == "scores" else torch.rand(1, 1, 8, 120) * 6
+    )
     values = logits.double()
-    if how.outputs == "scores":
+    if upsampling.outputs == "scores":
         values = (values / values.sum(1, keepdim=True)).clamp_min(1e-10).log()
     log_p = values.log_softmax(1)
     expected = -(log_p.exp() * log_p).sum(1)
-    entropies = gpu.uncertainty(logits.to(device), (8, 120), how)[1].cpu()
+    entropies = gpu.uncertainty(Coarse(logits.to(device), (8, 120), upsampling))[1].cpu()
     assert (entropies - expected).abs().max() < 1.5e-6
-    if classes == 2 and how.outputs == "logits":  # as precise where the entropy is tiny
+    if classes == 2 and upsampling.outputs == "logits":  # as precise where the entropy is tiny
         small = (expected > 1e-9) & (expected < 1e-3)
         assert small.any()
         assert ((entropies - expected).abs() / expected)[small].max() < 5e-6
@@ -156,41 +158,47 @@ def test_precision(gpu: ModuleType, device: torch.device, classes: int, how: Ups
 @pytest.mark.parametrize("value", [200.0, 1e4])
 def test_certain_pixels(gpu: ModuleType, device: torch.device, classes: int, value: float) -> None:
     certain = value * torch.eye(classes, device=device).view(1, classes, 1, classes)
-    labels, entropies = gpu.uncertainty(certain, (1, classes))
+    labels, entropies = gpu.uncertainty(Coarse(certain, (1, classes)))
     assert labels[0, 0].tolist() == list(range(classes))
     assert entropies.abs().max() == 0
-    opposite = gpu.uncertainty(-certain, (1, classes))[1]
+    opposite = gpu.uncertainty(Coarse(-certain, (1, classes)))[1]
     assert_close(opposite.cpu(), torch.full((1, 1, classes), math.log(classes - 1)))
 
 
 @pytest.mark.parametrize("classes", [2, 3, 20])
 def test_uniform_pixels(gpu: ModuleType, device: torch.device, classes: int) -> None:
-    for how, value in ((Upsampling(), 7.0), (Upsampling(outputs="scores"), 0.0), (Upsampling(outputs="scores"), 0.25)):
-        labels, entropies = gpu.uncertainty(torch.full((1, classes, 1, 5), value, device=device), (2, 10), how)
+    for upsampling, value in (
+        (Upsampling(), 7.0),
+        (Upsampling(outputs="scores"), 0.0),
+        (Upsampling(outputs="scores"), 0.25),
+    ):
+        labels, entropies = gpu.uncertainty(
+            Coarse(torch.full((1, classes, 1, 5), value, device=device), (2, 10), upsampling)
+        )
         assert labels.max() == 0
         assert_close(entropies.cpu(), torch.full((1, 2, 10), math.log(classes)))
 
 
 def test_some_pixels_without_any_score(gpu: ModuleType, device: torch.device) -> None:
-    how = Upsampling(outputs="scores")
-    scores = coarse_of(4, (6, 9), how)
+    upsampling = Upsampling(outputs="scores")
+    scores = coarse_of(4, (6, 9), upsampling)
     scores[..., 2:5, 3:7] = 0
-    labels, entropies = gpu.uncertainty(scores.to(device), (12, 18), how)
-    expected = definition.uncertainty(scores, (12, 18), how)
+    labels, entropies = gpu.uncertainty(Coarse(scores.to(device), (12, 18), upsampling))
+    expected = definition.uncertainty(Coarse(scores, (12, 18), upsampling))
     assert torch.equal(labels.cpu(), expected[0])
     assert_close(entropies.cpu(), expected[1])
     coords = torch.ones(1, 12, 18).nonzero().int()
-    sampled = gpu.sample(scores.to(device), coords.to(device), (12, 18), how)
-    assert_close(sampled.cpu(), definition.sample(scores, coords, (12, 18), how))
+    sampled = gpu.sample(Coarse(scores.to(device), (12, 18), upsampling), coords.to(device))
+    assert_close(sampled.cpu(), definition.sample(Coarse(scores, (12, 18), upsampling), coords))
 
 
-@pytest.mark.parametrize("how", [Upsampling(), Upsampling(outputs="scores")], ids=["logits", "scores"])
-def test_of_equals_the_first_wins(gpu: ModuleType, device: torch.device, how: Upsampling) -> None:
-    half = coarse_of(5, (4, 9), how).to(device)
-    labels, _ = gpu.uncertainty(half, (11, 30), how)
-    doubled, _ = gpu.uncertainty(torch.cat([half, half], dim=1), (11, 30), how)
+@pytest.mark.parametrize("upsampling", [Upsampling(), Upsampling(outputs="scores")], ids=["logits", "scores"])
+def test_of_equals_the_first_wins(gpu: ModuleType, device: torch.device, upsampling: Upsampling) -> None:
+    half = coarse_of(5, (4, 9), upsampling).to(device)
+    labels, _ = gpu.uncertainty(Coarse(half, (11, 30), upsampling))
+    doubled, _ = gpu.uncertainty(Coarse(torch.cat([half, half], dim=1), (11, 30), upsampling))
     assert torch.equal(doubled, labels)
-    assert gpu.uncertainty(torch.zeros(1, 2, 3, 5, device=device), (6, 10), how)[0].max() == 0
+    assert gpu.uncertainty(Coarse(torch.zeros(1, 2, 3, 5, device=device), (6, 10), upsampling))[0].max() == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, 3e38])
@@ -200,11 +208,11 @@ def test_of_equals_the_first_wins(gpu: ModuleType, device: torch.device, how: Up
 def test_bad_values_stay_where_they_are(
     gpu: ModuleType, device: torch.device, channel: int, classes: int, outputs: str, bad: float
 ) -> None:
-    how = Upsampling(outputs=outputs)  # type: ignore[arg-type]
-    logits = coarse_of(classes, (5, 12), how).to(device)
-    expected_labels, expected = gpu.uncertainty(logits, (10, 24), how)
+    upsampling = Upsampling(outputs=outputs)  # type: ignore[arg-type]
+    logits = coarse_of(classes, (5, 12), upsampling).to(device)
+    expected_labels, expected = gpu.uncertainty(Coarse(logits, (10, 24), upsampling))
     logits[0, channel, 2, 6] = bad
-    labels, entropies = gpu.uncertainty(logits, (10, 24), how)
+    labels, entropies = gpu.uncertainty(Coarse(logits, (10, 24), upsampling))
     assert labels.max() < classes
     touched = torch.zeros(10, 24, dtype=torch.bool, device=device)
     touched[3:7, 11:15] = True
@@ -212,30 +220,30 @@ def test_bad_values_stay_where_they_are(
     assert torch.equal(labels[0, ~touched], expected_labels[0, ~touched])
     if outputs == "logits" and not math.isfinite(bad):
         assert entropies[0, touched].isnan().all()
-    assert gpu.sample(logits, touched[None].nonzero().int(), (10, 24), how).shape == (16, classes)
+    assert gpu.sample(Coarse(logits, (10, 24), upsampling), touched[None].nonzero().int()).shape == (16, classes)
 
 
 @pytest.mark.parametrize("outputs", ["logits", "scores"])
 def test_coords_of_any_layout_and_order(gpu: ModuleType, device: torch.device, outputs: str) -> None:
     """Padding, too, is sampled: rows of zeros behind those of the last image."""
-    how = Upsampling(outputs=outputs)  # type: ignore[arg-type]
-    logits = coarse_of(18, (5, 6), how, batch=2)
+    upsampling = Upsampling(outputs=outputs)  # type: ignore[arg-type]
+    logits = coarse_of(18, (5, 6), upsampling, batch=2)
     coords = torch.cat([mask_of("random", (17, 21), 2).nonzero().int(), torch.zeros(9, 3, dtype=torch.int32)])
     order = coords[:, 0].sort(stable=True).indices
-    expected = definition.sample(logits, coords[order], (17, 21), how)[order.argsort()]
+    expected = definition.sample(Coarse(logits, (17, 21), upsampling), coords[order])[order.argsort()]
     wide = torch.zeros(len(coords), 2, 4, dtype=torch.int32, device=device)
     wide[:, 1, 1:] = coords.to(device)
     for images in (logits.to(device), list(logits.to(device))):
         for given in (coords.to(device), coords.t().contiguous().t().to(device), wide[:, 1, 1:]):
-            assert_close(gpu.sample(images, given, (17, 21), how).cpu(), expected)
+            assert_close(gpu.sample(Coarse(images, (17, 21), upsampling), given).cpu(), expected)
 
 
 def test_no_site(gpu: ModuleType, device: torch.device) -> None:
     sites = Sites.from_mask(torch.zeros(2, 9, 13, dtype=torch.bool, device=device))
     logits = coarse_of(5, (4, 5), batch=2).to(device)
-    assert gpu.sample(logits, sites.coords, (9, 13)).shape == (0, 5)
+    assert gpu.sample(Coarse(logits, (9, 13)), sites.coords).shape == (0, 5)
     image, ones = torch.rand(2, 3, 9, 13, device=device), torch.ones(3, device=device)
-    assert gpu.pixels(image, sites, ones, ones).shape == (0, 3)
+    assert gpu.pixels(image, sites.coords, ones, ones).shape == (0, 3)
     labels = torch.ones(2, 9, 13, dtype=torch.uint8, device=device)
     gpu.write_labels(labels, torch.zeros(0, 5, device=device), sites)
     assert labels.min() == 1
@@ -248,7 +256,7 @@ def test_rows_are_split_where_their_coarse_rows_change(device: torch.device) -> 
     from sparserefine.engines.triton.uncertainty import _device_taps
 
     for out, coarse, full, offset in ((37, 5, 37.0, 0.0), (40, 10, 40.0, 0.0), (9, 30, 9.0, 0.0), (50, 4, 20.0, -9.5)):
-        taps = _device_taps((out, coarse, full, offset, None, device))
+        taps = _device_taps(Axis(out, coarse, full, offset), device)
         assert taps.low.dtype == taps.high.dtype == taps.blocks.dtype == torch.int32
         covered: list[int] = []
         for first, end in taps.blocks.tolist():
@@ -258,18 +266,15 @@ def test_rows_are_split_where_their_coarse_rows_change(device: torch.device) -> 
         assert covered == list(range(out))
 
 
-def test_taps_of_graphs_are_kept(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparserefine.engines.triton import uncertainty as gpu
-
-    monkeypatch.setattr(gpu, "_captured", {})
-    monkeypatch.setattr(gpu, "_is_capturing", lambda device: True)
-    key = (6, 3, 6.0, 0.0, None, device)
-    kept = gpu._kept_taps(key)
+def test_taps_live_as_long_as_the_logits(gpu: ModuleType, device: torch.device) -> None:
+    """A CUDA graph reads them as often as it is replayed, and owns its coarse logits."""
+    coarse = Coarse(coarse_of(2, (3, 4)).to(device), (6, 8))
+    gpu.uncertainty(coarse)
+    kept = {axis: id(taps) for axis, taps in coarse.kept.items()}
+    assert set(kept) == set(coarse.axes(0))
     gpu._device_taps.cache_clear()
-    assert gpu._kept_taps(key) is kept
-    monkeypatch.setattr(gpu, "_is_capturing", lambda device: False)
-    gpu._kept_taps((7, 3, 7.0, 0.0, None, device))
-    assert list(gpu._captured) == [key]
+    gpu.sample(coarse, torch.zeros(1, 3, dtype=torch.int32, device=device))
+    assert {axis: id(taps) for axis, taps in coarse.kept.items()} == kept
 
 
 # ---- sites
@@ -284,7 +289,7 @@ def test_pixels(gpu: ModuleType, device: torch.device, channels: int, dtype: tor
     scale, shift = torch.rand(channels, device=device) + 0.5, torch.rand(2 * channels, device=device)[::2]
     expected = sites.gather(image).float() * scale + shift
     for given in (image, image.to(memory_format=torch.channels_last), image.flip(0).flip(3).flip(3).flip(0)):
-        actual = gpu.pixels(given, sites, scale, shift)
+        actual = gpu.pixels(given, sites.coords, scale, shift)
         assert actual.shape == expected.shape
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-5)
 
@@ -294,7 +299,7 @@ def test_pixels_of_a_part_of_an_image(gpu: ModuleType, device: torch.device) -> 
     image = torch.rand(1, 4, 20, 30, device=device)[:, 1:, 3:11, 2:20:2]
     expected = sites.gather(image) * 2 - 1
     factors = torch.tensor([2.0] * 3, device=device), torch.tensor([-1.0] * 3, device=device)
-    assert_close(gpu.pixels(image, sites, *factors), expected)
+    assert_close(gpu.pixels(image, sites.coords, *factors), expected)
 
 
 @pytest.mark.parametrize("pattern", ["one", "random", "all"])
@@ -319,7 +324,7 @@ def test_padding_is_not_written(gpu: ModuleType, device: torch.device, used: int
     coords = Sites.from_mask(mask).coords
     coords[used:] = 0
     count = torch.tensor([used], dtype=torch.int32, device=device)
-    sites = Sites(coords, 1, 10, 20, count)
+    sites = PaddedSites(Sites(coords, 1, 10, 20), count)
     logits = torch.randn(len(coords), 3, device=device).to(dtype)
     logits[used:, 2] = math.nan
     wide = torch.full((1, 10, 40), 77, dtype=torch.int16, device=device)
@@ -333,54 +338,16 @@ def test_padding_is_not_written(gpu: ModuleType, device: torch.device, used: int
     assert wide[..., 1::2].eq(77).all()
 
 
-# ---- refusals
+# ---- which tensors
 
 IMAGE = torch.rand(2, 3, 8, 9)
-COORDS = torch.zeros(4, 3, dtype=torch.int32)
-SITES = Sites(COORDS, 2, 8, 9)
-LABELS = torch.zeros(2, 8, 9, dtype=torch.uint8)
-ONES = torch.ones(3)
-REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {
-    "integer logits": ("uncertainty", (IMAGE.int(), (8, 9)), "torch.int32 on cpu, expected floating point"),
-    "meta logits": ("uncertainty", (IMAGE.to("meta"), (8, 9)), "on meta, expected floating point on the GPU"),
-    "logits of one image": ("uncertainty", (IMAGE[0], (8, 9)), r"\(8, 9\), expected \[K, h, w\]"),
-    "no image": ("uncertainty", (IMAGE[:0], (8, 9)), "of 0 images"),
-    "no class": ("uncertainty", (IMAGE[:, :0], (8, 9)), r"\(0, 8, 9\), expected"),
-    "no coarse pixel": ("uncertainty", (IMAGE[..., :0], (8, 9)), r"\(3, 8, 0\), expected"),
-    "too many classes": ("uncertainty", (torch.zeros(1, 32768, 1, 1), (8, 9)), "32767"),
-    "classes that differ": ("uncertainty", ([IMAGE[0], IMAGE[0, :2]], (8, 9)), "the same K"),
-    "no pixel": ("uncertainty", (IMAGE, (0, 9)), r"size = \(0, 9\)"),
-    "windows missing": ("uncertainty", (IMAGE, (8, 9), None, [Window((8, 9))]), "1 windows .* 2 images"),
-    "window of no extent": ("uncertainty", (IMAGE[:1], (8, 9), None, [Window((math.nan, 9))]), "taps reach outside"),
-    "sample: int64 coords": ("sample", (IMAGE, COORDS.long(), (8, 9)), "coords are torch.int64 .* expected int32"),
-    "sample: coords [N, 2]": ("sample", (IMAGE, COORDS[:, :2], (8, 9)), r"\(4, 2\) on cpu, expected int32 \[N, 3\]"),
-    "sample: coords elsewhere": ("sample", (IMAGE, COORDS.to("meta"), (8, 9)), r"on meta, expected .* on cpu"),
-    "pixels: [C, H, W]": ("pixels", (IMAGE[0], SITES, ONES, ONES), r"expected the same batch"),
-    "pixels: size": ("pixels", (IMAGE[..., 1:], SITES, ONES, ONES), r"the sites are of \[2, C, 8, 9\]"),
-    "pixels: float64": ("pixels", (IMAGE.double(), SITES, ONES, ONES), "image is torch.float64"),
-    "pixels: scale": (
-        "pixels",
-        (IMAGE, SITES, ONES[:2], ONES),
-        r"scale is torch.float32 \(2,\), expected float32 \[3\]",
-    ),
-    "pixels: shift": ("pixels", (IMAGE, SITES, ONES, ONES.double()), "shift is torch.float64"),
-    "labels: rows": ("write_labels", (LABELS, torch.rand(5, 3), SITES), r"logits are torch.float32 \(5, 3\) for 4"),
-    "labels: no class": ("write_labels", (LABELS, torch.rand(4, 0), SITES), r"logits are torch.float32 \(4, 0\)"),
-    "labels: double": ("write_labels", (LABELS, torch.rand(4, 3).double(), SITES), "logits are torch.float64"),
-    "labels: int64": ("write_labels", (LABELS.long(), torch.rand(4, 3), SITES), "labels are torch.int64"),
-    "labels: size": ("write_labels", (LABELS[:1], torch.rand(4, 3), SITES), r"expected torch.uint8 \[2, 8, 9\]"),
-    "labels: 300": ("write_labels", (LABELS, torch.rand(4, 300), SITES), "expected torch.int16"),
-}
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str) -> None:
-    needs_triton()
-    from sparserefine.engines.triton import uncertainty as gpu
-
-    name, arguments, words = REFUSED[case]
-    with pytest.raises(ValueError, match=words):
-        getattr(gpu, name)(*arguments)
+def test_taps_outside_are_refused(gpu: ModuleType, device: torch.device) -> None:
+    coarse = Coarse(IMAGE[:1].to(device), (8, 9), windows=[Window((8, 9))])
+    object.__setattr__(coarse, "windows", (Window((math.nan, 9)),))
+    with pytest.raises(ValueError, match="taps reach outside"):
+        gpu.uncertainty(coarse)
 
 
 def test_what_is_taken(gpu: ModuleType, device: torch.device) -> None:
@@ -398,17 +365,17 @@ def test_in_a_cuda_graph() -> None:
     needs_triton(gpu=True)
     from sparserefine.engines.triton import uncertainty as gpu
 
-    logits = coarse_of(19, (16, 32), batch=2).cuda()
+    coarse = Coarse(coarse_of(19, (16, 32), batch=2).cuda(), (64, 128))
     coords = mask_of("random", (64, 128), 2).nonzero().int().cuda()
 
     def call() -> list[Tensor]:
-        return [*gpu.uncertainty(logits, (64, 128)), gpu.sample(logits, coords, (64, 128))]
+        return [*gpu.uncertainty(coarse), gpu.sample(coarse, coords)]
 
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = call()
-    logits.copy_(coarse_of(19, (16, 32), batch=2))
+    coarse.logits.copy_(coarse_of(19, (16, 32), batch=2))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(results, call(), strict=True))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.unet import UNet, save_unet
 from sparserefine.images.classes import Classes
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from sparserefine.images.upsampling import Window
-from sparserefine.refiner import Refinement, SparseRefiner
+from sparserefine.refiner import SparseRefiner
+from sparserefine.sparse import Engine
 from sparserefine.stages.ensembler import EnsemblerConfig
 from sparserefine.stages.extractor import ExtractorConfig
+from sparserefine.stages.refinement import Refinement
 from sparserefine.stages.selector import Selector
-from support import assert_close, at_sites
+from support import CPU_ENGINES, assert_close, at_sites, engine_of
 
 K = 3
 HALF = BaseConfig(ratio=0.5)
@@ -48,9 +53,15 @@ def pixels(batch: int = 1, size: tuple[int, int] = (9, 14)) -> Tensor:
     return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
 
 
+@pytest.fixture
+def triton() -> Engine:
+    """The engine of GPUs, interpreted."""
+    return engine_of("triton")
+
+
 def upsampled(result: Refinement) -> Tensor:
     size = (result.sites.height, result.sites.width)
-    return F.interpolate(result.coarse.double(), size, mode="bilinear", align_corners=False)
+    return F.interpolate(result.coarse.logits.double(), size, mode="bilinear", align_corners=False)
 
 
 def assert_labels(labels: Tensor, logits: Tensor) -> None:
@@ -117,10 +128,10 @@ def test_entropy_is_that_of_the_logits(selector: Selector) -> None:
 
 def test_asking_changes_nothing() -> None:
     result = refiner_of()(pixels())
-    before = result.coarse_labels.clone(), result.coarse_entropy.clone(), result.coarse.clone()
+    before = result.coarse_labels.clone(), result.coarse_entropy.clone(), result.coarse.logits.clone()
     asked = [(result.labels(), result.entropy(), result.logits()) for _ in range(2)]
     assert all(torch.equal(first, again) for first, again in zip(*asked, strict=True))
-    after = result.coarse_labels, result.coarse_entropy, result.coarse
+    after = result.coarse_labels, result.coarse_entropy, result.coarse.logits
     assert all(torch.equal(was, now) for was, now in zip(before, after, strict=True))
 
 
@@ -206,9 +217,9 @@ def test_scores() -> None:
 def test_nearest_upsampling_goes_by_way_of_the_bases_input_size() -> None:
     base = FrozenBase(lambda x: F.avg_pool2d(x, 4), K, HALF)
     result = refiner_of(NOTHING, base, upsampling="nearest")(pixels(size=(16, 24)))
-    assert result.coarse.shape == (1, K, 2, 3)
-    assert result.how.input_size == (8, 12)
-    middle = F.interpolate(result.coarse, (8, 12), mode="bilinear", align_corners=False)
+    assert result.coarse.logits.shape == (1, K, 2, 3)
+    assert result.coarse.upsampling.input_size == (8, 12)
+    middle = F.interpolate(result.coarse.logits, (8, 12), mode="bilinear", align_corners=False)
     expected = F.interpolate(middle, (16, 24), mode="nearest")
     assert_close(result.logits(), expected)
     assert_labels(result.labels(), expected)
@@ -269,7 +280,123 @@ def test_training_on_hardly_any_site(selector: Selector) -> None:
         assert parameter.grad.isfinite().all()
 
 
+# ---- what the host waits for
+
+READS = {"item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__contains__", "equal"}
+"""Ways from a tensor's values to the host, which waits for a GPU."""
+
+
+class Unread(Tensor):
+    """A tensor whose values must not be asked for, nor those of what is computed from it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in READS:
+            raise AssertionError(f"{func.__name__} of coarse logits")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Reads(TorchFunctionMode):
+    """Counts reads of values by functions of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if getattr(func, "__name__", "") in READS and caller.startswith("sparserefine."):
+            self.seen.append(f"{func.__name__} in {caller}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("engine", ["torch", *CPU_ENGINES[-1:]])
+def test_training_does_not_look_at_the_values_of_given_logits(engine: str) -> None:
+    refiner, logits = refiner_of(), torch.randn(2, K, 5, 7)
+    refiner.engine = engine_of(engine)
+    for given in (logits.as_subclass(Unread), [one.as_subclass(Unread) for one in logits]):
+        with pytest.raises(AssertionError, match="tolist of coarse logits"):
+            refiner.eval().refine(pixels(2), given)
+        result = refiner.train().refine(pixels(2), given, windows=[Window((9, 14))] * 2)
+        (result.refined_logits.sum() + result.sparse_logits.sum()).backward()
+
+
+def test_a_training_step_waits_once(triton: Engine) -> None:
+    """For the number of sites."""
+    refiner, image, logits = refiner_of().train(), pixels(2), [torch.randn(K, 5, 7), torch.randn(K, 4, 6)]
+    refiner.engine, valid = triton, torch.ones(2, 9, 14, dtype=torch.bool)
+    refiner.refine(image, logits)  # makes the tables of taps, on the CPU
+    with Reads() as reads:
+        refiner.refine(image, logits, valid=valid).refined_logits.sum().backward()
+    assert reads.seen == ["tolist in sparserefine.engines.triton.geometry"]
+
+
+def test_a_prediction_looks_at_the_values_when_it_has_waited_anyway(triton: Engine) -> None:
+    """First for the number of sites; then what was found about the values is there already."""
+    refiner, image = refiner_of(), pixels(2)
+    refiner.engine = triton
+    expected = ["tolist in sparserefine.engines.triton.geometry", "tolist in sparserefine.bases.base"]
+    with torch.no_grad():
+        refiner(image)  # makes the tables of taps, on the CPU
+        with Reads() as reads:
+            logits = refiner(image).coarse.logits
+        assert reads.seen == expected
+        with Reads() as reads:
+            refiner.refine(image, [*logits])
+        assert reads.seen == expected
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_bad_logits_of_the_base_are_refused(training: bool) -> None:
+    """Whatever the mode: here they are seen first."""
+    base = FrozenBase(lambda x: x[:, :K] / 0, K, BaseConfig("broken", ratio=0.5))
+    with pytest.raises(ValueError, match="base broken: 168 of 168 coarse logits are NaN or infinite"):
+        refiner_of(base=base).train(training)(pixels(2, (8, 14)))
+
+
+def test_bad_logits_of_several_sizes_are_counted_together() -> None:
+    bad = torch.full((K, 2, 2), torch.nan)
+    with pytest.raises(ValueError, match="24 of 129 coarse logits are NaN or infinite"):
+        refiner_of().refine(pixels(3), [torch.randn(K, 5, 7), bad, -bad])
+
+
 # ---- what is reported
+
+
+def test_a_step_reads_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    refiner, image = refiner_of(), pixels(2)
+    expected = refiner(image)
+    monkeypatch.delattr("time.perf_counter")
+    result = refiner.step(image, expected.coarse)
+    assert result.timings_ms == {}
+    assert torch.equal(result.refined_logits, expected.refined_logits)
+    assert result.macs == expected.macs
+
+
+def test_a_plan_of_ones_own() -> None:
+    """As a step's argument: here of all pixels, whatever was selected."""
+    refiner, image = refiner_of(NOTHING), pixels(2)
+    coarse = refiner.coarse_of(torch.randn(2, K, 5, 7), (9, 14))
+    result = refiner.step(
+        image, coarse, plan_of=lambda mask: refiner.engine.plan(torch.ones_like(mask), refiner.extractor.spec)
+    )
+    assert result.density == 1
+
+
+def test_logits_of_crops_are_those_of_their_windows() -> None:
+    """Where the crops lie in one image."""
+    refiner, logits, image = refiner_of(NOTHING), torch.randn(1, K, 5, 7), pixels(1, (10, 14))
+    whole = refiner.refine(image, logits).logits()
+    windows = [Window((10, 14), (2, 3)), Window((10, 14), (4, 6))]
+    crops = torch.cat([image[..., 2:8, 3:11], image[..., 4:10, 6:14]])
+    result = refiner.refine(crops, logits.expand(2, -1, -1, -1), windows=windows)
+    assert_close(result.logits(), torch.cat([whole[..., 2:8, 3:11], whole[..., 4:10, 6:14]]))
+
+
+def test_logits_of_other_sites_are_no_refinement() -> None:
+    result = refiner_of()(pixels())
+    with pytest.raises(ValueError, match=r"refined_logits are \(29, 3\), expected \[N, K\] = \[30, 3\]"):
+        replace(result, refined_logits=result.refined_logits[:-1])
 
 
 def test_timings() -> None:
@@ -277,7 +404,7 @@ def test_timings() -> None:
     result = refiner(pixels())
     assert list(result.timings_ms) == STAGES
     assert all(ms >= 0 for ms in result.timings_ms.values())
-    assert list(refiner.refine(pixels(), result.coarse).timings_ms) == STAGES[1:]
+    assert list(refiner.refine(pixels(), result.coarse.logits).timings_ms) == STAGES[1:]
 
 
 def test_macs() -> None:

@@ -23,7 +23,6 @@ ROOMS = (
 EXEMPT = ("__init__", "__main__")
 """Of the package itself: they open its doors."""
 KNOWN = {
-    ("capture", "refiner"),
     ("storage", "refiner"),
     ("sparse/plan", "sparse/interface"),
     ("engines/auto", "engines/choose"),

@@ -60,6 +60,10 @@ def test_stored_logits_refuse_what_is_not_theirs(tmp_path):
         store.read("a/b", base="UNet:1", image_size=(9, 10))
     with pytest.raises(ValueError, match="sparserefine logits"):
         store.read("none", base="UNet:1", image_size=(8, 10))
+    store.write("bad", logits.where(logits > 0, torch.nan), base="UNet:1", image_size=(8, 10))
+    bad = int((logits <= 0).sum())
+    with pytest.raises(ValueError, match=rf"bad.*: {bad} of 60 coarse logits of base UNet:1 are NaN or infinite"):
+        store.read("bad", base="UNet:1", image_size=(8, 10))
     store.path("cut").write_bytes(store.path("a/b").read_bytes()[:50])
     with pytest.raises(ValueError, match="cut"):
         store.read("cut", base="UNet:1", image_size=(8, 10))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparserefine.images.uncertainty as module
+from sparserefine.images.coarse import Coarse
 from sparserefine.images.uncertainty import dense, entropy, label_dtype, sample, uncertainty
 from sparserefine.images.upsampling import Upsampling, Window, entropy_limit
 from support import assert_close, mask_of
@@ -25,15 +26,15 @@ SHAPES = [  # classes, coarse size, full size
 ]
 
 
-def log_probabilities(logits: Tensor, size: tuple[int, int], how: Upsampling) -> Tensor:
+def log_probabilities(logits: Tensor, size: tuple[int, int], upsampling: Upsampling) -> Tensor:
     """``float64 [B, K, H, W]``: interpolate, then softmax (of scores: normalise, clip at 1e-10, softmax of the log)."""
     values = logits.double()
-    if how.mode == "nearest":
-        values = F.interpolate(values, how.input_size, mode="bilinear", align_corners=False)
+    if upsampling.mode == "nearest":
+        values = F.interpolate(values, upsampling.input_size, mode="bilinear", align_corners=False)
         values = F.interpolate(values, size, mode="nearest-exact")
     else:
         values = F.interpolate(values, size, mode="bilinear", align_corners=False)
-    if how.outputs == "scores":
+    if upsampling.outputs == "scores":
         values = (values / values.sum(1, keepdim=True)).nan_to_num(1 / values.shape[1]).clamp_min(1e-10).log()
     return values.log_softmax(1)
 
@@ -49,25 +50,25 @@ def check(labels: Tensor, entropies: Tensor, log_p: Tensor) -> None:
     assert entropies.max() <= math.log(log_p.shape[1]) + 1e-5
 
 
-def coarse_of(classes: int, size: tuple[int, int], how: Upsampling, batch: int = 2) -> Tensor:
+def coarse_of(classes: int, size: tuple[int, int], upsampling: Upsampling, batch: int = 2) -> Tensor:
     values = 3 * torch.randn(batch, classes, *size)
-    return values.exp() if how.outputs == "scores" else values
+    return values.exp() if upsampling.outputs == "scores" else values
 
 
 @pytest.mark.parametrize("outputs", ["logits", "scores"])
 @pytest.mark.parametrize(("classes", "coarse", "full"), SHAPES)
 def test_bilinear(classes: int, coarse: tuple[int, int], full: tuple[int, int], outputs: str) -> None:
-    how = Upsampling(outputs=outputs)
-    logits = coarse_of(classes, coarse, how)
-    check(*uncertainty(logits, full, how), log_probabilities(logits, full, how))
+    upsampling = Upsampling(outputs=outputs)
+    logits = coarse_of(classes, coarse, upsampling)
+    check(*uncertainty(Coarse(logits, full, upsampling)), log_probabilities(logits, full, upsampling))
 
 
 @pytest.mark.parametrize("outputs", ["logits", "scores"])
 @pytest.mark.parametrize("input_size", [(8, 12), (7, 5), (16, 24), (40, 30)], ids="{0[0]}x{0[1]}".format)
 def test_nearest_goes_by_way_of_the_input_size(input_size: tuple[int, int], outputs: str) -> None:
-    how = Upsampling("nearest", outputs, input_size)
-    logits = coarse_of(3, (4, 6), how)
-    check(*uncertainty(logits, (16, 24), how), log_probabilities(logits, (16, 24), how))
+    upsampling = Upsampling("nearest", outputs, input_size)
+    logits = coarse_of(3, (4, 6), upsampling)
+    check(*uncertainty(Coarse(logits, (16, 24), upsampling)), log_probabilities(logits, (16, 24), upsampling))
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])
@@ -76,19 +77,19 @@ def test_nearest_by_a_whole_factor_is_torchs_nearest(factor: int) -> None:
     logits, size = torch.randn(1, 3, 4, 6), (10, 14)
     full = (factor * size[0], factor * size[1])
     expected = F.interpolate(F.interpolate(logits, size, mode="bilinear", align_corners=False), full, mode="nearest")
-    assert_close(dense(logits, full, Upsampling("nearest", "logits", size)), expected)
+    assert_close(dense(Coarse(logits, full, Upsampling("nearest", "logits", size))), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_coarse_logits_of_other_precisions(dtype: torch.dtype) -> None:
     logits = torch.randn(2, 3, 4, 5).to(dtype)
-    check(*uncertainty(logits, (9, 13)), log_probabilities(logits, (9, 13), Upsampling()))
+    check(*uncertainty(Coarse(logits, (9, 13))), log_probabilities(logits, (9, 13), Upsampling()))
 
 
 def test_coarse_logits_of_any_memory_layout() -> None:
     logits = torch.randn(2, 3, 4, 5)
-    expected = uncertainty(logits, (9, 13))
-    actual = uncertainty(logits.contiguous(memory_format=torch.channels_last), (9, 13))
+    expected = uncertainty(Coarse(logits, (9, 13)))
+    actual = uncertainty(Coarse(logits.contiguous(memory_format=torch.channels_last), (9, 13)))
     assert torch.equal(actual[0], expected[0])
     assert_close(actual[1], expected[1])
 
@@ -96,9 +97,9 @@ def test_coarse_logits_of_any_memory_layout() -> None:
 @pytest.mark.parametrize("elements", [1, 3 * 13 * 2, 3 * 13 * 4])
 def test_strips_smaller_than_the_image(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(2, 3, 4, 5)
-    labels, entropies = uncertainty(logits, (9, 13))
+    labels, entropies = uncertainty(Coarse(logits, (9, 13)))
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", elements)
-    in_strips = uncertainty(logits, (9, 13))
+    in_strips = uncertainty(Coarse(logits, (9, 13)))
     assert torch.equal(in_strips[0], labels)
     assert_close(in_strips[1], entropies)
 
@@ -107,16 +108,16 @@ def test_strips_smaller_than_the_image(elements: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "how",
+    "upsampling",
     [Upsampling(), Upsampling(outputs="scores"), Upsampling("nearest", input_size=(6, 7))],
     ids=["logits", "scores", "nearest"],
 )
 @pytest.mark.parametrize("pattern", ["none", "one", "random", "all"])
-def test_sample_is_dense_read_at_the_sites(pattern: str, how: Upsampling) -> None:
+def test_sample_is_dense_read_at_the_sites(pattern: str, upsampling: Upsampling) -> None:
     mask = mask_of(pattern, (9, 13), batch=3)  # the second image has no site
-    logits = coarse_of(4, (4, 5), how, batch=3)
-    expected = dense(logits, (9, 13), how).permute(0, 2, 3, 1)[mask]
-    actual = sample(logits, mask.nonzero().int(), (9, 13), how)
+    logits = coarse_of(4, (4, 5), upsampling, batch=3)
+    expected = dense(Coarse(logits, (9, 13), upsampling)).permute(0, 2, 3, 1)[mask]
+    actual = sample(Coarse(logits, (9, 13), upsampling), mask.nonzero().int())
     assert actual.shape == (int(mask.sum()), 4)
     assert_close(actual, expected)
 
@@ -125,7 +126,7 @@ def test_sample_is_dense_read_at_the_sites(pattern: str, how: Upsampling) -> Non
 def test_dense_against_torch(classes: int, coarse: tuple[int, int], full: tuple[int, int]) -> None:
     logits = torch.randn(2, classes, *coarse)
     expected = F.interpolate(logits.double(), full, mode="bilinear", align_corners=False)
-    actual = dense(logits, full)
+    actual = dense(Coarse(logits, full))
     assert actual.dtype == torch.float32
     assert_close(actual, expected)
 
@@ -134,13 +135,13 @@ def test_coarse_logits_of_several_sizes() -> None:
     logits = [torch.randn(3, 4, 5), torch.randn(3, 7, 2)]
     alone = [image[None] for image in logits]
     size = (9, 13)
-    labels, entropies = uncertainty(logits, size)
-    assert torch.equal(labels, torch.cat([uncertainty(image, size)[0] for image in alone]))
-    assert_close(entropies, torch.cat([uncertainty(image, size)[1] for image in alone]))
-    expected = torch.cat([dense(image, size) for image in alone])
+    labels, entropies = uncertainty(Coarse(logits, size))
+    assert torch.equal(labels, torch.cat([uncertainty(Coarse(image, size))[0] for image in alone]))
+    assert_close(entropies, torch.cat([uncertainty(Coarse(image, size))[1] for image in alone]))
+    expected = torch.cat([dense(Coarse(image, size)) for image in alone])
     mask = mask_of("random", size, batch=2)
-    assert_close(sample(logits, mask.nonzero().int(), size), expected.permute(0, 2, 3, 1)[mask])
-    assert_close(dense(logits, size), expected)
+    assert_close(sample(Coarse(logits, size), mask.nonzero().int()), expected.permute(0, 2, 3, 1)[mask])
+    assert_close(dense(Coarse(logits, size)), expected)
 
 
 # ---- windows
@@ -157,11 +158,11 @@ def grid_sampled(logits: Tensor, size: tuple[int, int], window: Window) -> Tenso
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 def test_a_window_of_the_image_is_a_crop_of_the_whole_result(mode: str) -> None:
-    how = Upsampling(mode, input_size=(12, 10) if mode == "nearest" else None)
+    upsampling = Upsampling(mode, input_size=(12, 10) if mode == "nearest" else None)
     logits = torch.randn(2, 3, 6, 5)
-    labels, entropies = uncertainty(logits, (24, 20), how)
+    labels, entropies = uncertainty(Coarse(logits, (24, 20), upsampling))
     windows = [Window((24, 20), (3, 4)), Window((24, 20), (13, 9))]
-    crop_labels, crop_entropies = uncertainty(logits, (11, 8), how, windows)
+    crop_labels, crop_entropies = uncertainty(Coarse(logits, (11, 8), upsampling, windows))
     for b, (top, left) in enumerate([(3, 4), (13, 9)]):
         assert torch.equal(crop_labels[b], labels[b, top : top + 11, left : left + 8])
         assert_close(crop_entropies[b], entropies[b, top : top + 11, left : left + 8])
@@ -173,16 +174,16 @@ def test_a_window_of_a_resized_image() -> None:
     resized = log_probabilities(logits, (31, 26), Upsampling())
     windows = [Window((31, 26), (0, 0)), Window((31, 26), (20, 15))]
     expected = torch.stack([resized[0, :, :11, :9], resized[1, :, 20:, 15:24]])
-    check(*uncertainty(logits, (11, 9), windows=windows), expected)
+    check(*uncertainty(Coarse(logits, (11, 9), windows=windows)), expected)
 
 
 def test_windows_need_not_lie_on_pixels() -> None:
     logits = torch.randn(2, 3, 6, 5)
     windows = [Window((31.7, 26.2), (0.4, 13.9)), Window((9.5, 8.25), (-2.5, -1.0))]  # the second reaches outside
     expected = torch.stack([grid_sampled(image, (11, 9), w) for image, w in zip(logits, windows, strict=True)])
-    check(*uncertainty(logits, (11, 9), windows=windows), expected.log_softmax(1))
+    check(*uncertainty(Coarse(logits, (11, 9), windows=windows)), expected.log_softmax(1))
     mask = mask_of("random", (11, 9), batch=2)
-    at_sites = sample(logits, mask.nonzero().int(), (11, 9), windows=windows)
+    at_sites = sample(Coarse(logits, (11, 9), windows=windows), mask.nonzero().int())
     assert_close(at_sites, expected.permute(0, 2, 3, 1)[mask])
 
 
@@ -191,27 +192,27 @@ def test_windows_need_not_lie_on_pixels() -> None:
 
 def test_pixels_without_any_score_are_uniform() -> None:
     scores = torch.zeros(1, 4, 2, 2)
-    _, entropies = uncertainty(scores, (4, 4), Upsampling(outputs="scores"))
+    _, entropies = uncertainty(Coarse(scores, (4, 4), Upsampling(outputs="scores")))
     assert_close(entropies, torch.full((1, 4, 4), math.log(4)))
-    assert_close(dense(scores, (4, 4), Upsampling(outputs="scores")).softmax(1), torch.full((1, 4, 4, 4), 0.25))
+    assert_close(dense(Coarse(scores, (4, 4), Upsampling(outputs="scores"))).softmax(1), torch.full((1, 4, 4, 4), 0.25))
 
 
 def test_some_pixels_without_any_score() -> None:
     scores = torch.rand(1, 4, 2, 2)
     scores[..., 0, 0] = 0
-    how = Upsampling(outputs="scores")
-    check(*uncertainty(scores, (6, 6), how), log_probabilities(scores, (6, 6), how))
+    upsampling = Upsampling(outputs="scores")
+    check(*uncertainty(Coarse(scores, (6, 6), upsampling)), log_probabilities(scores, (6, 6), upsampling))
 
 
 def test_probabilities_are_clipped_at_1e_10() -> None:
     scores = torch.tensor([3.0, 0.0, 1e-12, 1.0]).view(1, 4, 1, 1)
     expected = torch.tensor([0.75, 1e-10, 1e-10, 0.25]).log().view(1, 4, 1, 1)
-    assert_close(dense(scores, (1, 1), Upsampling(outputs="scores")), expected)
+    assert_close(dense(Coarse(scores, (1, 1), Upsampling(outputs="scores"))), expected)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
 def test_large_logits(scale: float) -> None:
-    labels, entropies = uncertainty(scale * torch.randn(1, 5, 4, 4), (9, 9))
+    labels, entropies = uncertainty(Coarse(scale * torch.randn(1, 5, 4, 4), (9, 9)))
     assert entropies.isfinite().all()
     assert entropies.min() >= 0
     assert labels.max() < 5
@@ -255,7 +256,7 @@ def test_label_dtype(classes: int, dtype: torch.dtype) -> None:
 def test_labels_above_255() -> None:
     logits = torch.zeros(1, 300, 2, 2)
     logits[:, 299] = 1
-    assert torch.equal(uncertainty(logits, (3, 3))[0], torch.full((1, 3, 3), 299, dtype=torch.int16))
+    assert torch.equal(uncertainty(Coarse(logits, (3, 3)))[0], torch.full((1, 3, 3), 299, dtype=torch.int16))
 
 
 @pytest.mark.parametrize(

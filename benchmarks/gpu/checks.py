@@ -15,9 +15,9 @@ from benchmarks.gpu.run import Run, UncertaintyCase, input_sets, network_of, rel
 from benchmarks.gpu.unet import Packed, Replayed, capacities_of
 from sparserefine.engines.choose import get_engine
 from sparserefine.engines.reference.geometry import build_plan
+from sparserefine.images.coarse import Coarse
 from sparserefine.images.uncertainty import sample, uncertainty
-from sparserefine.images.upsampling import Upsampling
-from sparserefine.sparse import Engine, Plan, Sites, Stencil, conv
+from sparserefine.sparse import Engine, PaddedPlan, PaddedSites, Plan, Sites, Stencil, conv
 from sparserefine.stages.extractor import ExtractorConfig
 
 ROWS = 2000  # of a convolution that are computed in float64
@@ -86,11 +86,12 @@ def _tables(run: Run, plan: str, config: ExtractorConfig, batch: int) -> Iterato
     yield judged(f"{plan}, batch {batch}, padded plan: counts", float(padded.totals.tolist() != counts), 0)
 
 
-def _differences(actual: Plan, expected: Plan) -> Iterator[float]:
+def _differences(actual: Plan | PaddedPlan, expected: Plan) -> Iterator[float]:
     counts = [len(level.sites) for level in expected.levels]
     for depth, (ours, theirs) in enumerate(zip(actual.levels, expected.levels, strict=True)):
         n = counts[depth]
-        wrong = _unlike(ours.sites.coords[:n], theirs.sites.coords)
+        sites = ours.sites.rows if isinstance(ours.sites, PaddedSites) else ours.sites
+        wrong = _unlike(sites.coords[:n], theirs.sites.coords)
         wrong += _unlike(_clamped(ours.around.table, n, n), theirs.around.table)
         if theirs.down is not None:
             assert ours.down is not None
@@ -232,15 +233,16 @@ def _uncertainty(case: UncertaintyCase, device: torch.device) -> Iterator[Check]
     engine: Engine = get_engine("triton")
     for batch in (1, 2):
         logits = 4 * torch.randn(batch, case.classes, *case.coarse, device=device)
-        expected, exact = uncertainty(logits, case.full)
-        labels, entropy = engine.uncertainty(logits, case.full, Upsampling())
+        coarse = Coarse(logits, case.full)
+        expected, exact = uncertainty(coarse)
+        labels, entropy = engine.uncertainty(coarse)
         name = f"uncertainty, {case}, batch {batch}"
         yield judged(f"{name}: entropy, largest difference", float((entropy - exact).abs().max()), ENTROPY_BOUND)
         places = (labels != expected).nonzero().int()
         margin = 0.0
         if len(places):
             at = tuple(places.long().unbind(1))
-            values = sample(logits, places, case.full)
+            values = sample(coarse, places)
             ours, theirs = (values.gather(1, chosen[at].long()[:, None]) for chosen in (labels, expected))
             margin = float((ours - theirs).abs().max())
         yield judged(f"{name}: labels, largest margin between those that differ", margin, TIE)

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu.device import DTYPES, ITEM_BYTES, Spread, peak_mb, precision, timed, timed_in_graph
 from benchmarks.gpu.layers import floor_of, layers
@@ -15,7 +14,7 @@ from benchmarks.gpu.records import Ceiling, TrainingRecord, UncertaintyRecord
 from benchmarks.gpu.run import SETS, Inputs, Run, UncertaintyCase, input_sets, network_of
 from benchmarks.uncertainty import plain
 from sparserefine.engines.choose import get_engine
-from sparserefine.images.upsampling import Upsampling
+from sparserefine.images.coarse import Coarse
 
 MOST_SETS = 16  # of logits and results, to be more than the cache holds
 
@@ -58,9 +57,9 @@ def _ceiling(run: Run, name: str, rate: float, unit: str, spread: Spread) -> Non
 def uncertainty(run: Run) -> None:
     """Labels and entropy: engine ``triton`` and what one writes in torch."""
     engine = get_engine("triton")
-    engines: dict[str, Callable[[Tensor, tuple[int, int]], object]] = {
-        "triton": lambda logits, size: engine.uncertainty(logits, size, Upsampling()),
-        "plain": plain,
+    engines: dict[str, Callable[[Coarse], object]] = {
+        "triton": engine.uncertainty,
+        "plain": lambda coarse: plain(coarse.logits, coarse.size),
     }
     for case in run.options.cases:
         for dtype in (name for name in ("float32", "float16") if name in run.options.dtypes):
@@ -70,27 +69,25 @@ def uncertainty(run: Run) -> None:
                     case: UncertaintyCase = case,
                     dtype: str = dtype,
                     name: str = name,
-                    compute: Callable[[Tensor, tuple[int, int]], object] = compute,
+                    compute: Callable[[Coarse], object] = compute,
                 ) -> None:
                     _uncertainty(run, case, dtype, name, compute)
 
                 run.attempt(f"uncertainty, {case}, {dtype}, {name}", measure, peer=name == "plain")
 
 
-def _uncertainty(
-    run: Run, case: UncertaintyCase, dtype: str, name: str, compute: Callable[[Tensor, tuple[int, int]], object]
-) -> None:
+def _uncertainty(run: Run, case: UncertaintyCase, dtype: str, name: str, compute: Callable[[Coarse], object]) -> None:
     read = case.classes * case.coarse[0] * case.coarse[1] * ITEM_BYTES[dtype]
     moved = read + 5 * case.full[0] * case.full[1]
     sets = min(MOST_SETS, max(SETS, -(-2 * run.device.cache_bytes // read)))
-    logits = [
-        (4 * torch.randn(1, case.classes, *case.coarse, device=run.device.device)).to(DTYPES[dtype])
+    inputs = [
+        Coarse((4 * torch.randn(1, case.classes, *case.coarse, device=run.device.device)).to(DTYPES[dtype]), case.full)
         for _ in range(sets)
     ]
     kept: list[object] = [None] * (sets if name == "triton" else 1)  # so that results lie elsewhere each time
 
     def once(i: int) -> None:
-        kept[i % len(kept)] = compute(logits[i], case.full)
+        kept[i % len(kept)] = compute(inputs[i])
 
     with torch.no_grad():
         spreads = {"eager": timed(run.device, once, sets)}

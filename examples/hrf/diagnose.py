@@ -15,6 +15,7 @@ from torch import Tensor
 from sparserefine import BaseConfig, SparseRefiner
 from sparserefine.bases.load import load_base
 from sparserefine.data.readers.hrf import hrf
+from sparserefine.images.coarse import Coarse
 from sparserefine.images.uncertainty import uncertainty
 from sparserefine.scores.confusion import confusion, dice
 from sparserefine.stages.ensembler import MeanEnsembler, MinimumEntropyEnsembler
@@ -46,7 +47,7 @@ def main() -> None:
         for name, ensembler in (("mean", MeanEnsembler()), ("minimum entropy", MinimumEntropyEnsembler())):
             labels[name] = result.with_sites(ensembler(result.coarse_logits, result.sparse_logits).argmax(1))[0]
         for name, peer in peers.items():
-            labels[name] = uncertainty(peer(image[None]), (truth.shape[0], truth.shape[1]))[0][0]
+            labels[name] = uncertainty(Coarse(peer(image[None]), (truth.shape[0], truth.shape[1])))[0][0]
             labels[f"{name} at our sites"] = torch.where(mask, labels[name], labels["coarse"])
         for name, found in labels.items():
             everywhere[name] += confusion(found, truth, 2)

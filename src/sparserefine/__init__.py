@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from sparserefine.files.images import read_label as read_label
     from sparserefine.images.classes import Classes as Classes
     from sparserefine.inference.predict import predict as predict
-    from sparserefine.refiner import Refinement as Refinement
     from sparserefine.refiner import SparseRefiner as SparseRefiner
     from sparserefine.sparse import SparseUNet as SparseUNet
     from sparserefine.stages.ensembler import EnsemblerConfig as EnsemblerConfig
     from sparserefine.stages.extractor import PRESETS as PRESETS
     from sparserefine.stages.extractor import ExtractorConfig as ExtractorConfig
+    from sparserefine.stages.refinement import Refinement as Refinement
     from sparserefine.stages.selector import Selector as Selector
     from sparserefine.studies.evaluate import evaluate as evaluate
     from sparserefine.training.config import Config as Config
@@ -38,7 +38,7 @@ _HOMES = {
     "ExtractorConfig": "stages.extractor",
     "Selector": "stages.selector",
     "SparseUNet": "sparse",
-    "Refinement": "refiner",
+    "Refinement": "stages.refinement",
     "SparseRefiner": "refiner",
     "predict": "inference.predict",
     "train": "training.loop",

@@ -2,27 +2,174 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from sparserefine.bases.base import FrozenBase
+from sparserefine.images.coarse import Coarse
 from sparserefine.images.normalisation import check_image
 from sparserefine.machine.timing import StageTimer
-from sparserefine.sparse import Engine, Plan, Sites
+from sparserefine.sparse import Engine, PaddedPlan, Plan, SparseUNet
 from sparserefine.sparse.plan import coarser_size
+from sparserefine.stages.refinement import Refinement
+from sparserefine.stages.selector import Selector
 
 if TYPE_CHECKING:
     from sparserefine.engines.triton.engine import TritonEngine
-    from sparserefine.engines.triton.geometry import PaddedPlan
-    from sparserefine.refiner import Refinement, SparseRefiner
 
 _WARM_UP = 3  # runs before the recording: kernels are compiled, and libraries take the memory that they keep
 
 _CHANGED = "the refiner {} since it was captured; call refiner.eval() and refiner.capture(...) again"
+
+
+class Step(Protocol):
+    """All stages after the base; :meth:`sparserefine.refiner.SparseRefiner.step` is one."""
+
+    def __call__(
+        self,
+        image: Tensor,
+        coarse: Coarse,
+        *,
+        plan_of: Callable[[Tensor], Plan | PaddedPlan] | None = None,
+        timer: StageTimer | None = None,
+    ) -> Refinement:
+        """The refinement of an image; see :meth:`sparserefine.refiner.SparseRefiner.step`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is to be captured, as values.
+
+    Attributes:
+        step: what the graph holds.
+        base: makes the coarse logits, outside the graph.
+        coarse_of: logits ``[B, K, h, w]`` and the images' size -> what the step takes.
+        engine: of the step.
+        extractor: the network of the step.
+        selector: of the step; its budget limits the room that is needed.
+        macs: multiply-accumulates of each stage, from the sites of each level.
+        trained: parameters and buffers that the graph reads. It is refused once they have changed.
+        changed: what else has changed since, in words that follow "the refiner"; ``None``: nothing.
+    """
+
+    step: Step
+    base: FrozenBase
+    coarse_of: Callable[[Tensor, tuple[int, int]], Coarse]
+    engine: Engine
+    extractor: SparseUNet
+    selector: Selector
+    macs: Callable[[Sequence[int]], dict[str, int]]
+    trained: Sequence[Tensor]
+    changed: Callable[[], str | None]
+
+
+class Graph:
+    """One step recorded on buffers of its own: image and coarse logits in, labels and logits at the sites out.
+
+    Whatever the recorded kernels read or write is held here: the buffers, packed weights, and the tables of taps that
+    the engine keeps with the coarse logits. Tensors of the results lie where they lay before, and are written anew by
+    each run.
+
+    Args:
+        recipe: the step.
+        engine: of the GPU.
+        packed: the packed network that the engine has for the step now.
+        image: like the ones to come.
+        coarse: likewise.
+        capacities: rows of each level.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: TritonEngine,
+        packed: object,
+        image: Tensor,
+        coarse: Coarse,
+        capacities: Sequence[int],
+    ) -> None:
+        assert isinstance(coarse.logits, Tensor)
+        self._recipe, self._engine, self._packed, self._capacities = recipe, engine, packed, tuple(capacities)
+        self.image = image.clone()
+        self.logits = coarse.logits.detach().clone(memory_format=torch.preserve_format)
+        self._coarse = replace(coarse, logits=self.logits)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        # Not in inference mode: the generator of random numbers would keep a tensor of it, and other graphs fail then.
+        with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
+            self._record()
+
+    def _record(self) -> None:
+        device = self.image.device
+        if device.type != "cuda":  # kernels are interpreted: the same steps, one by one
+            self._step()
+            return
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                self._step()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Threads that do not take part, of loaders for one, may use the GPU meanwhile.
+        recording = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(device), recording:
+            self._step()
+
+    def _step(self) -> None:
+        """All stages after the base, without the host: what the graph holds."""
+        plans: list[PaddedPlan] = []
+
+        def plan_of(mask: Tensor) -> PaddedPlan:
+            plans.append(self._engine.padded_plan(mask, self._recipe.extractor.spec, self._capacities))
+            return plans[0]
+
+        self.result = self._recipe.step(self.image, self._coarse, plan_of=plan_of)
+        (plan,) = plans
+        self._sites = plan.levels[0].sites
+        self.labels = self.result.coarse_labels.clone()
+        self._engine.write_labels(self.labels, self.result.refined_logits, self._sites)
+        self._report = torch.cat([plan.totals, self._recipe.base.bad_values(self.logits)[None]])
+
+    def run(self, image: Tensor, logits: Tensor) -> None:
+        """Queues one run on an image and its coarse logits; the host waits for nothing."""
+        self.image.copy_(image)
+        self.logits.copy_(logits)
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+
+    def report(self) -> tuple[list[int], int]:
+        """Of the last run: the sites of each level, and how many coarse logits are no good. Waits for the GPU."""
+        counts: list[int]
+        *counts, bad = self._report.tolist()
+        return counts, bad
+
+    def refinement(self, counts: Sequence[int], timer: StageTimer) -> Refinement:
+        """The last run's result without padding, in memory of its own.
+
+        Args:
+            counts: its sites at each level, none of them above the capacity.
+            timer: what has timed it.
+        """
+        n, held = counts[0], self.result
+        return replace(
+            held,
+            coarse=replace(self._coarse, logits=self.logits.clone()),
+            coarse_labels=held.coarse_labels.clone(),
+            coarse_entropy=held.coarse_entropy.clone(),
+            sites=self._sites.first(n),
+            coarse_logits=held.coarse_logits[:n].clone(),
+            sparse_logits=held.sparse_logits[:n].clone(),
+            refined_logits=held.refined_logits[:n].clone(),
+            _timer=timer,
+            _sparse_macs=self._recipe.macs(counts),
+        )
 
 
 class CapturedRefiner:
@@ -42,53 +189,20 @@ class CapturedRefiner:
     """
 
     def __init__(
-        self, refiner: SparseRefiner, engine: TritonEngine, image: Tensor, coarse: Tensor, capacities: Sequence[int]
+        self,
+        recipe: Recipe,
+        engine: TritonEngine,
+        packed: object,
+        image: Tensor,
+        coarse: Coarse,
+        capacities: Sequence[int],
     ) -> None:
         self.capacities, self.calls, self.overflows = tuple(capacities), 0, 0
-        self._refiner, self._engine, self._selector = refiner, engine, refiner.selector
-        self._image, self._coarse = image.clone(), coarse.detach().clone(memory_format=torch.preserve_format)
-        self._packed = engine.prepare(refiner.extractor)  # its memory is the graph's, whatever the engine packs next
-        self._watched = [*refiner.trained_parameters(), *refiner.extractor.buffers()]
-        self._state = self._versions()
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._recipe, self._state = recipe, _versions(recipe.trained)
         kind = image.device.type
         half, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self._autocast: dict[str, Any] = {"enabled": half, "dtype": dtype}
-        # Not in inference mode: the generator of random numbers would keep a tensor of it, and other graphs fail then.
-        with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
-            self._record()
-
-    def _record(self) -> None:
-        device = self._image.device
-        if device.type != "cuda":  # kernels are interpreted: the same steps, one by one
-            self._step()
-            return
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                self._step()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Threads that do not take part, of loaders for one, may use the GPU meanwhile.
-        recording = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
-        with torch.cuda.device(device), recording:
-            self._step()
-
-    def _step(self) -> None:
-        """All stages after the base, without the host: what the graph holds. Results lie where they lay before."""
-        timer = StageTimer(torch.device("cpu"))  # of the recording; nobody asks it
-        self._result = self._refiner._refine(self._image, self._coarse, None, None, timer, self._plan)
-        self._labels = self._result.labels()
-        bad = ~self._coarse.isfinite()
-        if self._refiner.base.outputs == "scores":
-            bad |= self._coarse < 0
-        self._report = torch.cat([self._totals, bad.sum(dtype=torch.int32)[None]])
-
-    def _plan(self, mask: Tensor) -> Plan:
-        plan: PaddedPlan = self._engine.padded_plan(mask, self._refiner.extractor.spec, self.capacities)
-        self._totals = plan.totals
-        return plan
+        self._graph = Graph(recipe, engine, packed, image, coarse, self.capacities)
 
     def __call__(self, image: Tensor) -> Refinement:
         """Predicts full-size labels; as :meth:`SparseRefiner.forward`.
@@ -104,8 +218,8 @@ class CapturedRefiner:
         timer = StageTimer(image.device)
         with self._as_recorded():
             with timer.stage("base"):
-                coarse = self._refiner.base.unchecked(image)
-            return self._refine(image, coarse, timer)
+                logits = self._recipe.base.unchecked(image)
+            return self._refine(image, logits, timer)
 
     def refine(self, image: Tensor, coarse: Tensor) -> Refinement:
         """From given coarse logits on; as :meth:`SparseRefiner.refine`. Raises as a call does."""
@@ -122,74 +236,50 @@ class CapturedRefiner:
         """
         check_image(image)
         with self._as_recorded():
-            coarse = self._refiner.base.unchecked(image) if coarse is None else coarse
-            if self._run(image, coarse) is None:
-                return self._eager(image, coarse, StageTimer(image.device)).labels()
-            return self._labels.clone()
+            logits = self._recipe.base.unchecked(image) if coarse is None else coarse
+            if self._run(image, logits) is None:
+                return self._without_graph(image, logits, StageTimer(image.device)).labels()
+            return self._graph.labels.clone()
 
     @contextmanager
     def _as_recorded(self) -> Iterator[None]:
         """In the precision of the recording, whatever is on around the call: base, and images with too many sites."""
-        with torch.inference_mode(), torch.autocast(self._image.device.type, **self._autocast):
+        with torch.inference_mode(), torch.autocast(self._graph.image.device.type, **self._autocast):
             yield
 
-    def _refine(self, image: Tensor, coarse: Tensor, timer: StageTimer) -> Refinement:
+    def _refine(self, image: Tensor, logits: Tensor, timer: StageTimer) -> Refinement:
         with timer.stage("refine"):
-            counts = self._run(image, coarse)
+            counts = self._run(image, logits)
         if counts is None:
-            return self._eager(image, coarse, timer)
-        return self._copy(counts, timer)
+            return self._without_graph(image, logits, timer)
+        return self._graph.refinement(counts, timer)
 
-    def _eager(self, image: Tensor, coarse: Tensor, timer: StageTimer) -> Refinement:
-        return self._refiner._refine(image, coarse, None, None, timer)
+    def _without_graph(self, image: Tensor, logits: Tensor, timer: StageTimer) -> Refinement:
+        coarse = self._recipe.coarse_of(logits, (image.shape[2], image.shape[3]))
+        return self._recipe.step(image, coarse, timer=timer)
 
-    def _run(self, image: Tensor, coarse: Tensor) -> list[int] | None:
+    def _run(self, image: Tensor, logits: Tensor) -> list[int] | None:
         """Sites of each level, results being in place; ``None`` where they were too many."""
-        _check_like("image", image, self._image)
-        _check_like("coarse logits", coarse, self._coarse)
-        if self._refiner.training:
-            raise RuntimeError(_CHANGED.format("is in training mode"))
-        if self._refiner.selector is not self._selector:
-            raise RuntimeError(_CHANGED.format("has another selector"))
-        self._image.copy_(image)
-        self._coarse.copy_(coarse)
-        if self._graph is None:
-            self._step()
-        else:
-            self._graph.replay()
-        if self._versions() != self._state:  # asked while the GPU is busy
+        _check_like("image", image, self._graph.image)
+        _check_like("coarse logits", logits, self._graph.logits)
+        changed = self._recipe.changed()
+        if changed is not None:
+            raise RuntimeError(_CHANGED.format(changed))
+        self._graph.run(image, logits)
+        if _versions(self._recipe.trained) != self._state:  # asked while the GPU is busy
             raise RuntimeError(_CHANGED.format("has other weights"))
-        counts: list[int]
-        *counts, bad = self._report.tolist()
+        counts, bad = self._graph.report()
         if bad:
-            self._refiner.base.checked(coarse, len(image))  # which says what is wrong
+            self._recipe.base.checked(logits, len(image))  # which says what is wrong
         self.calls += 1
         if any(count > capacity for count, capacity in zip(counts, self.capacities, strict=True)):
             self.overflows += 1
             return None
         return counts
 
-    def _copy(self, counts: list[int], timer: StageTimer) -> Refinement:
-        """The result without padding, in memory of its own: the graph's is written anew by the next image."""
-        n, held = counts[0], self._result
-        sites = Sites(held.sites.coords[:n].clone(), held.sites.batch_size, held.sites.height, held.sites.width)
-        refiner = self._refiner
-        macs = {"extractor": refiner.extractor.macs_of(counts), "ensembler": refiner.ensembler.macs(n)}
-        return replace(
-            held,
-            coarse=self._coarse.clone(),
-            coarse_labels=held.coarse_labels.clone(),
-            coarse_entropy=held.coarse_entropy.clone(),
-            sites=sites,
-            coarse_logits=held.coarse_logits[:n].clone(),
-            sparse_logits=held.sparse_logits[:n].clone(),
-            refined_logits=held.refined_logits[:n].clone(),
-            _timer=timer,
-            _sparse_macs=macs,
-        )
 
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._watched]
+def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
 @contextmanager
@@ -205,62 +295,61 @@ def _no_autocast_cache() -> Iterator[None]:
 
 
 def capture(
-    refiner: SparseRefiner,
+    recipe: Recipe,
     images: Sequence[Tensor],
-    coarse: Sequence[Tensor] | None,
+    logits: Sequence[Tensor] | None,
     headroom: float,
     capacities: Sequence[int] | None,
 ) -> CapturedRefiner:
-    """See :meth:`SparseRefiner.capture`, which is this."""
+    """Records a graph; :meth:`sparserefine.refiner.SparseRefiner.capture` tells of the arguments and errors."""
     if not images:
         raise ValueError("no image is given; capture learns from one or several how many sites there are")
-    if coarse is not None and len(coarse) != len(images):
-        raise ValueError(f"{len(coarse)} coarse logits for {len(images)} images; expected as many")
+    if logits is not None and len(logits) != len(images):
+        raise ValueError(f"{len(logits)} coarse logits for {len(images)} images; expected as many")
     if not headroom >= 1:
         raise ValueError(f"headroom = {headroom}, expected at least 1, the room that the given images need")
     for image in images:
         check_image(image)
         _check_like("image", image, images[0])
     first = images[0]
-    engine = refiner.engine.on(first.device)
+    engine = recipe.engine.on(first.device)
     if engine.name != "triton":
         raise ValueError(
             f"images are on {first.device}, where engine {engine.name!r} runs; a CUDA graph needs a GPU and engine "
             "'triton': move refiner and images to the GPU (`sparserefine info` says what is missing)"
         )
-    refiner.eval()
     with torch.inference_mode():
-        if coarse is None:
-            coarse = [refiner.base(image) for image in images]
-        for image, logits in zip(images, coarse, strict=True):
-            refiner.base.checked(logits, len(image))
-            _check_like("coarse logits", logits, coarse[0])
-        packed = engine.prepare(refiner.extractor)
+        if logits is None:
+            logits = [recipe.base(image) for image in images]
+        for image, given in zip(images, logits, strict=True):
+            recipe.base.checked(given, len(image))
+            _check_like("coarse logits", given, logits[0])
+        coarse = [recipe.coarse_of(given, (first.shape[2], first.shape[3])) for given in logits]
+        packed = engine.prepare(recipe.extractor)
         if packed is None:
             raise ValueError(
                 "this extractor cannot be packed, so it cannot be captured: its weights were made in inference mode, "
                 "or it has hooks, or is in a precision other than float16, bfloat16 and float32"
             )
         if capacities is None:
-            capacities = _capacities(refiner, engine, images, coarse, headroom)
-    levels = refiner.extractor.spec.levels
+            capacities = _capacities(recipe, engine, images, coarse, headroom)
+    levels = recipe.extractor.spec.levels
     if len(capacities) != levels or min(capacities) < 1:
         raise ValueError(f"capacities = {list(capacities)}, expected {levels} numbers of sites, one a level, above 0")
-    return CapturedRefiner(refiner, cast("TritonEngine", engine), first, coarse[0], capacities)
+    return CapturedRefiner(recipe, cast("TritonEngine", engine), packed, first, coarse[0], capacities)
 
 
 def _capacities(
-    refiner: SparseRefiner, engine: Engine, images: Sequence[Tensor], coarse: Sequence[Tensor], headroom: float
+    recipe: Recipe, engine: Engine, images: Sequence[Tensor], coarse: Sequence[Coarse], headroom: float
 ) -> list[int]:
     """Room for the most sites that any of the images has at each level, ``headroom`` times, in round numbers."""
-    spec, largest = refiner.extractor.spec, [0] * refiner.extractor.spec.levels
-    for image, logits in zip(images, coarse, strict=True):
-        size = (image.shape[2], image.shape[3])
-        _, entropies = engine.uncertainty(logits, size, refiner.how(size))
-        plan = engine.plan(refiner.selector.mask(entropies, None, engine), spec)
-        largest = [max(most, len(level.sites)) for most, level in zip(largest, plan.levels, strict=True)]
+    spec, largest = recipe.extractor.spec, [0] * recipe.extractor.spec.levels
+    for one in coarse:
+        _, entropies = engine.uncertainty(one)
+        plan = engine.plan(recipe.selector.mask(entropies, None, engine), spec)
+        largest = [max(most, rows) for most, rows in zip(largest, plan.rows, strict=True)]
     batch, _, height, width = images[0].shape
-    budget, result = refiner.selector.budget, []
+    budget, result = recipe.selector.budget, []
     for depth, most in enumerate(largest):
         cells = batch * height * width
         if depth == 0 and budget is not None:

@@ -6,27 +6,27 @@ image -> base -> coarse logits -> selector -> sites -> extractor -> sparse logit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sparserefine.bases.base import FrozenBase
+from sparserefine.capture import CapturedRefiner, Recipe, capture
 from sparserefine.engines.choose import get_engine
 from sparserefine.images.classes import Classes
+from sparserefine.images.coarse import Coarse
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, check_image, check_normalisation, constant
-from sparserefine.images.uncertainty import dense, entropy
+from sparserefine.images.uncertainty import entropy
 from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.machine.timing import StageTimer
-from sparserefine.sparse import Engine, Plan, Sites, calibrating
+from sparserefine.sparse import Engine, PaddedPlan, Plan, Sites, calibrating
 from sparserefine.stages.ensembler import EnsemblerConfig, build_ensembler
 from sparserefine.stages.extractor import PRESETS, ExtractorConfig
+from sparserefine.stages.gather import pixels, sample
+from sparserefine.stages.refinement import Refinement
 from sparserefine.stages.selector import Selector
-
-if TYPE_CHECKING:
-    from sparserefine.capture import CapturedRefiner
 
 
 class SparseRefiner(nn.Module):
@@ -83,8 +83,9 @@ class SparseRefiner(nn.Module):
         check_image(image)
         timer = StageTimer(image.device)
         with timer.stage("base"):
-            coarse = self.base(image)
-        return self._refine(image, coarse, None, None, timer)
+            logits, judge = self.base.begin(image)
+        coarse = self.coarse_of(logits, (image.shape[2], image.shape[3]))
+        return self.step(image, coarse, plan_of=self._judging(judge, image.device), timer=timer)
 
     def refine(
         self,
@@ -96,6 +97,9 @@ class SparseRefiner(nn.Module):
     ) -> Refinement:
         """The method from given coarse logits on.
 
+        In training mode nobody looks at the values of the logits, for which the host would wait for a GPU at each step:
+        they are looked at when they are made or read.
+
         Args:
             image: ``[B, 3, H, W]``.
             coarse: the base's outputs ``[B, K, h, w]``, or B times ``[K, h, w]`` where their sizes differ.
@@ -103,84 +107,93 @@ class SparseRefiner(nn.Module):
             valid: ``bool [B, H, W]``, false where the image is padding: never selected.
         """
         check_image(image)
-        self._check_inputs(image, coarse, windows, valid)
-        return self._refine(image, coarse, windows, valid, StageTimer(image.device))
+        given = self.coarse_of(coarse, (image.shape[2], image.shape[3]), windows)
+        _check_batch(given, len(image), valid)
+        plan_of = None
+        if not self.training:
+            logits = [given.logits] if isinstance(given.logits, Tensor) else given.logits
+            plan_of = self._judging(self.base.look_at(*logits), image.device)
+        return self.step(image, given, valid, plan_of=plan_of, timer=StageTimer(image.device))
 
-    def _refine(
+    def step(
         self,
         image: Tensor,
-        coarse: Tensor | Sequence[Tensor],
-        windows: Sequence[Window] | None,
-        valid: Tensor | None,
-        timer: StageTimer,
-        plan_of: Callable[[Tensor], Plan] | None = None,
+        coarse: Coarse,
+        valid: Tensor | None = None,
+        *,
+        plan_of: Callable[[Tensor], Plan | PaddedPlan] | None = None,
+        timer: StageTimer | None = None,
     ) -> Refinement:
-        """All stages after the base, on inputs that were checked; ``timer`` may have timed the base already.
+        """All stages after the base. Values are neither checked nor timed here: that is for who calls.
 
-        ``plan_of`` takes the place of the engine's ``plan``.
+        Args:
+            image: ``[B, 3, H, W]``.
+            coarse: of this image, see :meth:`coarse_of`.
+            valid: ``bool [B, H, W]``, false where nothing is to be selected.
+            plan_of: makes the plan of a mask ``bool [B, H, W]``; by default the engine. A padded plan makes rows that
+                are padding, sites and logits alike.
+            timer: has timed the base already; by default no clock is read.
         """
-        size = (image.shape[2], image.shape[3])
-        how, engine, spec = self.how(size), self.engine.on(image.device), self.extractor.spec
+        engine, timer = self.engine.on(image.device), timer or StageTimer(None)
         with timer.stage("uncertainty"), torch.no_grad():
-            labels, entropies = engine.uncertainty(coarse, size, how, windows)
+            labels, entropies = engine.uncertainty(coarse)
         with timer.stage("select"):
             mask = self.selector.mask(entropies, valid, engine)
         with timer.stage("plan"):
-            plan = plan_of(mask) if plan_of else engine.plan(mask, spec)
-            sites = plan.levels[0].sites
+            plan = plan_of(mask) if plan_of else engine.plan(mask, self.extractor.spec)
+            sites = plan.sites
         with timer.stage("gather"):
-            coarse_logits = engine.sample(coarse, sites.coords, size, how, windows)
+            coarse_logits = sample(coarse, sites, engine)
             features = self._features(image, sites, coarse_logits, engine)
         with timer.stage("extractor"):
             packed = None if torch.is_grad_enabled() else engine.prepare(self.extractor)
-            sparse_logits = (packed or self.extractor)(features, plan)
+            network: Callable[..., Tensor] = packed or self.extractor
+            sparse_logits = network(features, plan)
         with timer.stage("ensembler"):
             refined = self.ensembler(coarse_logits, sparse_logits.float(), engine)
-        sparse_macs = {"extractor": self.extractor.macs(plan), "ensembler": self.ensembler.macs(len(sites))}
-        return Refinement(
-            coarse,
-            labels,
-            entropies,
-            how,
-            sites,
-            coarse_logits,
-            sparse_logits,
-            refined,
-            timer,
-            sparse_macs,
-            self.base,
-            engine,
-        )
+        macs = self.sparse_macs(plan.rows)
+        outputs = coarse_logits, sparse_logits, refined
+        return Refinement(coarse, labels, entropies, sites, *outputs, timer, macs, self.base, engine)
 
-    def _check_inputs(
-        self,
-        image: Tensor,
-        coarse: Tensor | Sequence[Tensor],
-        windows: Sequence[Window] | None,
-        valid: Tensor | None,
-    ) -> None:
-        batch = len(image)
-        if isinstance(coarse, Tensor):
-            self.base.checked(coarse, batch)
-        else:
-            if len(coarse) != batch:
-                raise ValueError(f"{len(coarse)} coarse logits, expected {batch}, one for each image")
-            for item in coarse:
-                self.base.checked(item[None], 1)
-        if windows is not None and self.upsampling == "nearest" and self.base.config.size is None:
-            # The grid of the base's input follows from the size of the whole image, which a window does not tell.
-            raise ValueError("upsampling 'nearest' on crops needs a fixed base.size, not a base.ratio; give base.size")
-        if windows is not None and len(windows) != batch:
-            raise ValueError(f"{len(windows)} windows, expected {batch}, one for each image")
-        wanted = (batch, *image.shape[2:])
-        if valid is not None and (valid.dtype != torch.bool or tuple(valid.shape) != wanted):
-            raise ValueError(f"valid is {valid.dtype} {tuple(valid.shape)}, expected torch.bool {wanted}")
+    def coarse_of(
+        self, logits: Tensor | Sequence[Tensor], size: tuple[int, int], windows: Sequence[Window] | None = None
+    ) -> Coarse:
+        """What the base's outputs are for images of ``size`` [px].
 
-    def how(self, size: tuple[int, int]) -> Upsampling:
-        """How the base's outputs for an image of ``size`` [px] become full-resolution logits."""
+        Args:
+            logits: ``[B, K, h, w]``, or B times ``[K, h, w]``.
+            size: H and W of the images, or of the crops that ``windows`` tell of.
+            windows: the part of the whole image that each crop shows.
+
+        Raises:
+            ValueError: shapes, dtype or class count are wrong, or upsampling ``nearest`` cannot be told from a crop.
+        """
+        upsampling = Upsampling("bilinear", self.base.outputs)
         if self.upsampling == "nearest":
-            return Upsampling("nearest", self.base.outputs, self.base.input_size(*size))
-        return Upsampling("bilinear", self.base.outputs)
+            # The grid of the base's input follows from the size of the whole image, which a window does not tell.
+            if windows is not None and self.base.config.size is None:
+                raise ValueError(
+                    "upsampling 'nearest' on crops needs a fixed base.size, not a base.ratio; give base.size"
+                )
+            upsampling = Upsampling("nearest", self.base.outputs, self.base.input_size(*size))
+        coarse = Coarse(logits, size, upsampling, windows)
+        self.base.check_classes(coarse.num_classes)
+        return coarse
+
+    def sparse_macs(self, rows: Sequence[int]) -> dict[str, int]:
+        """Multiply-accumulates of extractor and ensembler for so many sites at each level, full size first."""
+        return {"extractor": self.extractor.macs_of(rows), "ensembler": self.ensembler.macs(rows[0])}
+
+    def _judging(self, judge: Callable[[], None], device: torch.device) -> Callable[[Tensor], Plan]:
+        """The engine's plan of a mask, then ``judge``: the host has just waited for the plan, so this is one wait."""
+        engine, spec = self.engine.on(device), self.extractor.spec
+
+        def plan_of(mask: Tensor) -> Plan:
+            plan = engine.plan(mask, spec)
+            judge()
+            return plan
+
+        return plan_of
 
     def _features(self, image: Tensor, sites: Sites, coarse_logits: Tensor, engine: Engine) -> Tensor:
         """``[N, F]``: what :class:`ExtractorConfig` lists, in its order."""
@@ -189,7 +202,7 @@ class SparseRefiner(nn.Module):
             if name == "rgb":
                 mean, std = (constant(v, image.device) for v in (self.mean, self.std))
                 white = 255 if image.dtype == torch.uint8 else 1
-                parts.append(engine.pixels(image, sites, 1 / (std * white), -mean / std))
+                parts.append(pixels(image, sites, 1 / (std * white), -mean / std, engine))
             elif name == "coords":
                 extents = ((1, sites.height), (2, sites.width))
                 parts += [((2 * sites.coords[:, axis] + 1) / extent - 1)[:, None] for axis, extent in extents]
@@ -223,10 +236,27 @@ class SparseRefiner(nn.Module):
         Raises:
             ValueError: there is no GPU, the images are of several shapes, or the numbers make no sense.
         """
-        from sparserefine.capture import capture
-
         given, logits = ([one] if isinstance(one, Tensor) else one for one in (images, coarse))
-        return capture(self, given or [], logits, headroom, capacities)
+        selector, trained = self.selector, [*self.trained_parameters(), *self.extractor.buffers()]
+
+        def changed() -> str | None:
+            if self.training:
+                return "is in training mode"
+            return None if self.selector is selector else "has another selector"
+
+        recipe = Recipe(
+            self.step,
+            self.base,
+            self.coarse_of,
+            self.engine,
+            self.extractor,
+            selector,
+            self.sparse_macs,
+            trained,
+            changed,
+        )
+        self.eval()
+        return capture(recipe, given or [], logits, headroom, capacities)
 
     def calibrate(self, images: Iterable[Tensor]) -> int:
         """Runs the method on a few typical images, so that engine ``cpu-int8`` knows how large activations get.
@@ -280,72 +310,12 @@ class SparseRefiner(nn.Module):
         return load_refiner(name, base=base, trust_base=trust_base, engine=engine, runtime=runtime)
 
 
-@dataclass(frozen=True)
-class Refinement:
-    """A prediction: coarse everywhere, refined at the sites. Nothing of size ``[K, H, W]`` until asked for.
-
-    Attributes:
-        coarse: the base's outputs, ``[B, K, h, w]`` (or a list of B).
-        coarse_labels: ``uint8 [B, H, W]`` (int16 above 255 classes), before refinement.
-        coarse_entropy: ``float32 [B, H, W]`` [nats], before refinement: what the selector saw.
-        how: how ``coarse`` was upsampled.
-        sites: the N selected pixels.
-        coarse_logits: the base's logits at the sites, ``[N, K]``.
-        sparse_logits: the extractor's, ``[N, K]``.
-        refined_logits: the ensembler's, ``[N, K]``.
-    """
-
-    coarse: Tensor | Sequence[Tensor]
-    coarse_labels: Tensor
-    coarse_entropy: Tensor
-    how: Upsampling
-    sites: Sites
-    coarse_logits: Tensor
-    sparse_logits: Tensor
-    refined_logits: Tensor
-    _timer: StageTimer
-    _sparse_macs: dict[str, int]
-    _base: FrozenBase
-    _engine: Engine
-
-    def labels(self) -> Tensor:
-        """Refined labels, ``uint8 [B, H, W]`` (int16 above 255 classes)."""
-        labels = self.coarse_labels.clone()
-        self._engine.write_labels(labels, self.refined_logits, self.sites)
-        return labels
-
-    def with_sites(self, site_labels: Tensor) -> Tensor:
-        """The coarse labels with ``site_labels [N]`` at the sites: how every variant of the method is scored."""
-        labels = self.coarse_labels.clone()
-        labels.view(-1)[self.sites.flat] = site_labels.to(labels.dtype)
-        return labels
-
-    def logits(self) -> Tensor:
-        """Refined logits of every pixel, ``float32 [B, K, H, W]``: 4 B K H W bytes, made by this call."""
-        size = (self.sites.height, self.sites.width)
-        result = dense(self.coarse, size, self.how)
-        batch, row, column = self.sites.coords.long().unbind(1)
-        result[batch, :, row, column] = self.refined_logits.to(result.dtype)
-        return result
-
-    def entropy(self) -> Tensor:
-        """Entropy that remains, ``float32 [B, H, W]`` [nats]: refined at the sites, the base's elsewhere."""
-        result = self.coarse_entropy.clone()
-        result.view(-1)[self.sites.flat] = entropy(self.refined_logits, 1).to(result.dtype)
-        return result
-
-    @property
-    def density(self) -> float:
-        """Share of the pixels that were looked at again, N / (B H W)."""
-        return self.sites.density
-
-    @property
-    def timings_ms(self) -> dict[str, float]:
-        """Milliseconds of each stage, in order; ``base`` is absent where coarse logits were given."""
-        return self._timer.milliseconds()
-
-    @property
-    def macs(self) -> dict[str, int | None]:
-        """Multiply-accumulates of the batch by stage; ``base`` is ``None`` where they cannot be counted."""
-        base = self._base.macs(self.sites.height, self.sites.width)
-        return {"base": None if base is None else base * self.sites.batch_size, **self._sparse_macs}
+def _check_batch(coarse: Coarse, batch: int, valid: Tensor | None) -> None:
+    if coarse.batch != batch:
+        one = isinstance(coarse.logits, Tensor)
+        given = tuple(coarse.logits.shape) if isinstance(coarse.logits, Tensor) else f"of {coarse.batch} images"
+        wanted = f"[{batch}, K, h, w]" if one else f"{batch}, one for each image"
+        raise ValueError(f"coarse logits are {given}, expected {wanted}")
+    wanted_shape = (batch, *coarse.size)
+    if valid is not None and (valid.dtype != torch.bool or tuple(valid.shape) != wanted_shape):
+        raise ValueError(f"valid is {valid.dtype} {tuple(valid.shape)}, expected torch.bool {wanted_shape}")

@@ -137,14 +137,22 @@ class FrozenBase(nn.Module):
             ValueError: wrong shape or class count, or values that are not finite (NaN, infinity).
             TypeError: the model returned something else than the forms above.
         """
-        return self._forward(image, self._check_values)
+        output = self._output(image)
+        self.look_at(output)()
+        return self._mapped(output)
+
+    def begin(self, image: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """Like a call, but nothing waits for a GPU: the second result does, and raises what a call would."""
+        output = self._output(image)
+        return self._mapped(output), self.look_at(output)
 
     def unchecked(self, image: Tensor) -> Tensor:
-        """As a call, but values are not looked at: for that the host waits for a GPU. :meth:`checked` does it later."""
-        return self._forward(image, lambda logits: None)
+        """Like a call, without the look at the values, for which the host waits for a GPU; see :meth:`bad_values`."""
+        return self._mapped(self._output(image))
 
     @torch.no_grad()
-    def _forward(self, image: Tensor, check: Callable[[Tensor], None]) -> Tensor:
+    def _output(self, image: Tensor) -> Tensor:
+        """What the model says, in its own classes; shape and dtype are checked."""
         check_image(image)
         x = resize(image, self.input_size(*image.shape[-2:]))
         scale = 255.0 if image.dtype == torch.uint8 else 1.0
@@ -154,7 +162,11 @@ class FrozenBase(nn.Module):
             x = x.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype))
         output = tensor_of((self._runtime or self.model)(x), self.label)
         self._check_form(output, len(image), self.num_classes if self.class_map is None else len(self.class_map))
-        check(output)
+        return output
+
+    @torch.no_grad()
+    def _mapped(self, output: Tensor) -> Tensor:
+        """In the classes of the data."""
         return output if self.class_map is None else merged(output, self.class_map, self.outputs)
 
     @property
@@ -165,40 +177,71 @@ class FrozenBase(nn.Module):
     def checked(self, logits: Tensor, batch: int) -> Tensor:
         """Returns ``logits [B, K, h, w]``, or raises ``ValueError`` if shape, class count or values are wrong."""
         self._check_form(logits, batch, self.num_classes)
-        self._check_values(logits)
+        self.look_at(logits)()
         return logits
+
+    def check_classes(self, found: int) -> None:
+        """Raises ``ValueError`` unless logits of so many classes can be this base's."""
+        self._check_classes(found, self.num_classes)
+
+    def bad_values(self, logits: Tensor) -> Tensor:
+        """How many values :meth:`checked` would refuse, ``int32 []`` on their device: nothing waits for a GPU."""
+        bad = ~logits.isfinite()
+        if self.outputs == "scores":
+            bad |= logits < 0
+        return bad.sum(dtype=torch.int32)
+
+    @torch.no_grad()
+    def look_at(self, *logits: Tensor) -> Callable[[], None]:
+        """Looks at the values of coarse logits, ``[..., K, h, w]`` each; nothing waits for a GPU.
+
+        Returns:
+            What waits, and raises ``ValueError`` where values are not finite, or scores are negative. If called when
+            the host has waited for something later anyway, it costs no wait of its own.
+        """
+        found = torch.stack([self._found(one) for one in logits])
+
+        def judge() -> None:
+            rows = found.tolist()  # one read of all: the host would wait for a GPU for each of them
+            bad, count = sum(row[0] for row in rows), sum(one.numel() for one in logits)
+            if bad:
+                raise ValueError(
+                    f"base {self.label}: {bad:.0f} of {count} coarse logits are NaN or infinite; check its weights, "
+                    "its normalisation, and the precision it runs in"
+                )
+            smallest = min(row[2] for row in rows)
+            if self.outputs == "scores" and smallest < 0:
+                raise ValueError(
+                    f"base {self.label}: outputs='scores' but the smallest is {smallest:.4g}, expected >= 0; "
+                    "say outputs='logits' if these are logits"
+                )
+            suspicious = self.outputs == "logits" and not self._warned and all(row[1] for row in rows)
+            if suspicious and all(_are_probabilities(one) for one in logits):
+                self._warned = True
+                _log.warning(
+                    "base %s: its outputs look like probabilities; if so, set base.outputs: scores", self.label
+                )
+
+        return judge
+
+    def _found(self, logits: Tensor) -> Tensor:
+        """``float32 [3]``: values that are not finite, whether these may be probabilities, the smallest score."""
+        few = logits[..., :1, :8].float()  # most logits cannot be probabilities: a few pixels tell
+        maybe = (few.min() >= 0) & ((few.sum(-3) - 1).abs().max() <= 1e-3)
+        smallest = logits.min() if self.outputs == "scores" else maybe
+        return torch.stack([value.float() for value in (logits.numel() - logits.isfinite().sum(), maybe, smallest)])
 
     def _check_form(self, logits: Tensor, batch: int, classes: int) -> None:
         if logits.dim() != 4 or logits.shape[0] != batch:
             raise ValueError(f"base {self.label}: output is {tuple(logits.shape)}, expected [{batch}, K, h, w]")
-        if logits.shape[1] != classes:
-            cure = f"; {_CURE}" if self.class_map is None else ""
-            raise ValueError(f"base {self.label}: {logits.shape[1]} classes, expected {classes}{cure}")
+        self._check_classes(logits.shape[1], classes)
         if not logits.is_floating_point():
             raise ValueError(f"base {self.label}: output is {logits.dtype}, expected floating-point logits, not labels")
 
-    def _check_values(self, logits: Tensor) -> None:
-        few = logits[:1, :, :1, :8].float()  # most logits cannot be probabilities: a few pixels tell
-        found = [
-            logits.numel() - logits.isfinite().sum(),
-            (few.min() >= 0) & ((few.sum(1) - 1).abs().max() <= 1e-3),
-            *([logits.min()] if self.outputs == "scores" else []),
-        ]
-        # One read: the host would wait for a GPU for each of them.
-        bad, maybe, *smallest = torch.stack([value.float() for value in found]).tolist()
-        if bad:
-            raise ValueError(
-                f"base {self.label}: {bad:.0f} of {logits.numel()} coarse logits are NaN or infinite; check its "
-                "weights, its normalisation, and the precision it runs in"
-            )
-        if smallest and smallest[0] < 0:
-            raise ValueError(
-                f"base {self.label}: outputs='scores' but the smallest is {smallest[0]:.4g}, expected >= 0; "
-                "say outputs='logits' if these are logits"
-            )
-        if self.outputs == "logits" and not self._warned and maybe and _are_probabilities(logits):
-            self._warned = True
-            _log.warning("base %s: its outputs look like probabilities; if so, set base.outputs: scores", self.label)
+    def _check_classes(self, found: int, expected: int) -> None:
+        if found != expected:
+            cure = f"; {_CURE}" if self.class_map is None else ""
+            raise ValueError(f"base {self.label}: {found} classes, expected {expected}{cure}")
 
     def macs(self, height: int, width: int) -> int | None:
         """Multiply-accumulates for one image of that size; ``None`` where torch cannot see them (not a torch model)."""
@@ -227,7 +270,7 @@ class FrozenBase(nn.Module):
 
 
 def _are_probabilities(logits: Tensor) -> bool:
-    return bool(logits.min() >= 0) and bool(((logits.float().sum(1) - 1).abs() < 1e-3).all())
+    return bool(logits.min() >= 0) and bool(((logits.float().sum(-3) - 1).abs() < 1e-3).all())
 
 
 def _name_of(model: Callable[..., Any]) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sparserefine.engines.choose import get_engine
-from sparserefine.images.upsampling import Upsampling, Window
+from sparserefine.images.coarse import Coarse
 from sparserefine.sparse.interface import Engine, Perceptron
 from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
-from sparserefine.sparse.sites import Sites
+from sparserefine.sparse.sites import PaddedSites, Sites
 
 
 class AutoEngine:
@@ -55,30 +55,17 @@ class AutoEngine:
         first = next(network.parameters(), None)
         return None if first is None else self.on(first.device).prepare(network)
 
-    def uncertainty(
-        self,
-        logits: Tensor | Sequence[Tensor],
-        size: tuple[int, int],
-        how: Upsampling,
-        windows: Sequence[Window] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Where the (first) logits are."""
-        return self.on(_device(logits)).uncertainty(logits, size, how, windows)
+    def uncertainty(self, coarse: Coarse) -> tuple[Tensor, Tensor]:
+        """Where the logits are."""
+        return self.on(coarse.device).uncertainty(coarse)
 
-    def sample(
-        self,
-        logits: Tensor | Sequence[Tensor],
-        coords: Tensor,
-        size: tuple[int, int],
-        how: Upsampling,
-        windows: Sequence[Window] | None = None,
-    ) -> Tensor:
-        """Where the (first) logits are."""
-        return self.on(_device(logits)).sample(logits, coords, size, how, windows)
+    def sample(self, coarse: Coarse, coords: Tensor) -> Tensor:
+        """Where the logits are."""
+        return self.on(coarse.device).sample(coarse, coords)
 
-    def pixels(self, image: Tensor, sites: Sites, scale: Tensor, shift: Tensor) -> Tensor:
+    def pixels(self, image: Tensor, coords: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """Where the image is."""
-        return self.on(image.device).pixels(image, sites, scale, shift)
+        return self.on(image.device).pixels(image, coords, scale, shift)
 
     def gated(
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
@@ -86,10 +73,6 @@ class AutoEngine:
         """Where ``coarse`` is."""
         return self.on(coarse.device).gated(coarse, sparse, gate, fuser, residual)
 
-    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
+    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
         """Where the labels are."""
         self.on(labels.device).write_labels(labels, logits, sites)
-
-
-def _device(logits: Tensor | Sequence[Tensor]) -> torch.device:
-    return logits.device if isinstance(logits, Tensor) else logits[0].device

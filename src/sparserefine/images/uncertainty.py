@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparserefine.images.upsampling import AxisTaps, Upsampling, Window, normalised, taps_of
+from sparserefine.images.coarse import Coarse
+from sparserefine.images.upsampling import AxisTaps, normalised
 
 _GPU_CHUNKS = 64  # a GPU takes larger strips: its time goes into launches
 _CHUNK_ELEMENTS = 1 << 20  # of one upsampled strip [K, rows, W]: 4 MiB, bounded whatever the image
@@ -42,34 +42,21 @@ def label_dtype(num_classes: int) -> torch.dtype:
     return torch.uint8 if num_classes <= 255 else torch.int16
 
 
-def uncertainty(
-    logits: Tensor | Sequence[Tensor],
-    size: tuple[int, int],
-    how: Upsampling | None = None,
-    windows: Sequence[Window] | None = None,
-) -> tuple[Tensor, Tensor]:
+def uncertainty(coarse: Coarse) -> tuple[Tensor, Tensor]:
     """Label and entropy of each full-resolution pixel: upsample, then softmax, entropy and argmax, strip by strip.
-
-    Args:
-        logits: the base's outputs, ``[B, K, h, w]``, floating point; or B times ``[K, h, w]`` where sizes differ.
-        size: H and W of the result [px].
-        how: interpolation and meaning of ``logits``.
-        windows: for each image the part of it that the result shows; ``None``: all of it.
 
     Returns:
         Labels ``[B, H, W]`` (uint8, int16 above 255 classes) and entropy ``float32 [B, H, W]`` [nats].
     """
-    how = how or Upsampling()
-    batch, classes, device = len(logits), logits[0].shape[0], logits[0].device
-    labels = torch.empty(batch, *size, dtype=label_dtype(classes), device=device)
-    entropies = torch.empty(batch, *size, dtype=torch.float32, device=device)
-    # Interpolation is linear, so of two classes only the difference of the logits need be interpolated.
-    margin_only = classes == 2 and how.outputs == "logits"
+    classes, device, size = coarse.num_classes, coarse.device, coarse.size
+    labels = torch.empty(coarse.batch, *size, dtype=label_dtype(classes), device=device)
+    entropies = torch.empty(coarse.batch, *size, dtype=torch.float32, device=device)
+    margin_only = is_margin(coarse)
     elements = _CHUNK_ELEMENTS * (1 if device.type == "cpu" else _GPU_CHUNKS)
     step = max(1, elements // max(1, classes * size[1]))
-    for b in range(batch):
-        rows, columns = taps_of(logits[b], size, how, windows[b] if windows else None)
-        image = logits[b].float()
+    for b in range(coarse.batch):
+        rows, columns = (axis.taps(device) for axis in coarse.axes(b))
+        image = coarse.logits[b].float()
         image = image[1:] - image[:1] if margin_only else image
         for top in range(0, size[0], step):
             part = slice(top, min(top + step, size[0]))
@@ -78,10 +65,15 @@ def uncertainty(
                 labels[b, part] = strip[0] > 0
                 entropies[b, part] = _entropy_of_two(strip[0])
             else:
-                strip = normalised(strip, how, dim=0)
+                strip = normalised(strip, coarse.upsampling, dim=0)
                 first_largest(strip, labels[b, part])
                 entropies[b, part] = entropy(strip, dim=0)
     return labels, entropies
+
+
+def is_margin(coarse: Coarse) -> bool:
+    """Whether the difference of two logits is all that counts; interpolation is linear, so only it is interpolated."""
+    return coarse.num_classes == 2 and coarse.upsampling.outputs == "logits"
 
 
 def first_largest(strip: Tensor, labels: Tensor) -> None:
@@ -93,52 +85,43 @@ def first_largest(strip: Tensor, labels: Tensor) -> None:
         torch.maximum(largest, strip[k], out=largest)
 
 
-def dense(logits: Tensor | Sequence[Tensor], size: tuple[int, int], how: Upsampling | None = None) -> Tensor:
+def dense(coarse: Coarse) -> Tensor:
     """Full-resolution logits ``float32 [B, K, H, W]``, for who asks for them: 4 K H W bytes an image."""
-    how = how or Upsampling()
     images = []
-    for image in logits:
-        rows, columns = taps_of(image, size, how, None)
-        images.append(normalised(_strip(image, rows, columns, slice(0, size[0])), how, dim=0))
+    for b in range(coarse.batch):
+        rows, columns = (axis.taps(coarse.device) for axis in coarse.axes(b))
+        strip = _strip(coarse.logits[b], rows, columns, slice(0, coarse.size[0]))
+        images.append(normalised(strip, coarse.upsampling, dim=0))
     return torch.stack(images)
 
 
-def sample(
-    logits: Tensor | Sequence[Tensor],
-    coords: Tensor,
-    size: tuple[int, int],
-    how: Upsampling | None = None,
-    windows: Sequence[Window] | None = None,
-) -> Tensor:
+def sample(coarse: Coarse, coords: Tensor) -> Tensor:
     """Full-resolution logits at some pixels only.
 
     Args:
-        logits: as for :func:`uncertainty`.
-        coords: ``int [N, 3]``: batch, row, column.
-        size: H and W [px] that rows and columns refer to.
-        how: as for :func:`uncertainty`.
-        windows: as for :func:`uncertainty`.
+        coarse: of B images.
+        coords: ``int [N, 3]``: batch, row, column; batches ascending.
 
     Returns:
         ``float32 [N, K]``.
     """
-    how = how or Upsampling()
-    result = torch.empty(coords.shape[0], logits[0].shape[0], device=coords.device)
-    bounds = torch.searchsorted(
-        coords[:, 0].contiguous(), torch.arange(len(logits) + 1, dtype=coords.dtype, device=coords.device)
-    ).tolist()
+    result = torch.empty(coords.shape[0], coarse.num_classes, device=coords.device)
+    batches = torch.arange(coarse.batch + 1, dtype=coords.dtype, device=coords.device)
+    bounds = torch.searchsorted(coords[:, 0].contiguous(), batches).tolist()
     for b, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
-        rows, columns = taps_of(logits[b], size, how, windows[b] if windows else None)
+        rows, columns = (axis.taps(coarse.device) for axis in coarse.axes(b))
         r, c = coords[start:end, 1].long(), coords[start:end, 2].long()
-        cells = logits[b].float().flatten(1).t().contiguous()  # [h w, K]: a site reads four whole rows
-        width = logits[b].shape[2]
+        image = coarse.logits[b]
+        cells = image.float().flatten(1).t().contiguous()  # [h w, K]: a site reads four whole rows
+        width = image.shape[2]
         top, bottom, left, right = rows.low[r] * width, rows.high[r] * width, columns.low[c], columns.high[c]
         across = columns.weight[c, None]
         upper = torch.lerp(cells[top + left], cells[top + right], across)
         lower = torch.lerp(cells[bottom + left], cells[bottom + right], across)
-        result[start:end] = normalised(torch.lerp(upper, lower, rows.weight[r, None]), how, dim=1)
+        values = torch.lerp(upper, lower, rows.weight[r, None])
+        result[start:end] = normalised(values, coarse.upsampling, dim=1)
     return result
 
 

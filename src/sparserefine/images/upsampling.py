@@ -32,6 +32,8 @@ class Upsampling:
             raise ValueError(f"outputs = {self.outputs!r}, expected 'logits' or 'scores'")
         if self.mode == "nearest" and self.input_size is None:
             raise ValueError("upsampling mode 'nearest' needs input_size, the size of the base's input")
+        if self.input_size is not None and (len(self.input_size) != 2 or min(self.input_size) < 1):
+            raise ValueError(f"input_size = {self.input_size}, expected height and width of at least 1 pixel")
 
 
 @dataclass(frozen=True)
@@ -56,51 +58,40 @@ class AxisTaps:
     weight: Tensor
 
 
-def axis_taps(
-    out: int, coarse: int, full: float, offset: float, input_size: int | None, device: torch.device
-) -> AxisTaps:
-    """Taps of pixels 0..out-1 of a window that starts at ``offset`` in an axis of ``full`` pixels.
+@dataclass(frozen=True)
+class Axis:
+    """Where the pixels along one axis lie in the coarse logits.
 
-    Args:
-        out: pixels of the window.
+    Attributes:
+        out: pixels 0..out-1 of a window.
         coarse: length of the coarse axis.
-        full: length of the whole axis [px].
-        offset: start of the window [px].
+        full: length of the whole axis that the window is a part of [px].
+        offset: where in it the window starts [px].
         input_size: length of the base's input for ``nearest``; ``None`` for ``bilinear``.
-        device: where the taps shall lie.
     """
-    # float64: at 100 megapixels, float32 positions would be off by visible fractions of a coarse pixel.
-    centre = torch.arange(out, dtype=torch.float64) + offset + 0.5
-    if input_size is not None:
-        centre = (centre * (input_size / full)).floor().clamp(0, input_size - 1) + 0.5
-        full = input_size
-    position = (centre * (coarse / full) - 0.5).clamp(0, coarse - 1)
-    low = position.floor()
-    high = (low + 1).clamp(max=coarse - 1)
-    return AxisTaps(low.long().to(device), high.long().to(device), (position - low).float().to(device))
+
+    out: int
+    coarse: int
+    full: float
+    offset: float = 0.0
+    input_size: int | None = None
+
+    def taps(self, device: torch.device | None = None) -> AxisTaps:
+        """Which coarse values each pixel is interpolated between, on ``device`` (the CPU)."""
+        # float64: at 100 megapixels, float32 positions would be off by visible fractions of a coarse pixel.
+        centre, full = torch.arange(self.out, dtype=torch.float64) + self.offset + 0.5, self.full
+        if self.input_size is not None:
+            centre = (centre * (self.input_size / full)).floor().clamp(0, self.input_size - 1) + 0.5
+            full = self.input_size
+        position = (centre * (self.coarse / full) - 0.5).clamp(0, self.coarse - 1)
+        low = position.floor()
+        high = (low + 1).clamp(max=self.coarse - 1)
+        return AxisTaps(low.long().to(device), high.long().to(device), (position - low).float().to(device))
 
 
-def taps_of(logits: Tensor, size: tuple[int, int], how: Upsampling, window: Window | None) -> tuple[AxisTaps, AxisTaps]:
-    """Row and column taps of a full-resolution ``size`` (or of a window of it) in ``logits [..., h, w]``."""
-    window = window or Window((float(size[0]), float(size[1])))
-    nearest = how.input_size if how.mode == "nearest" else None
-    rows, columns = (
-        axis_taps(
-            size[axis],
-            logits.shape[axis - 2],
-            window.full[axis],
-            window.offset[axis],
-            nearest[axis] if nearest else None,
-            logits.device,
-        )
-        for axis in (0, 1)
-    )
-    return rows, columns
-
-
-def normalised(values: Tensor, how: Upsampling, dim: int) -> Tensor:
+def normalised(values: Tensor, upsampling: Upsampling, dim: int) -> Tensor:
     """Upsampled base outputs -> logits: scores become log(p), p = score / sum, clipped at 1e-10."""
-    if how.outputs == "logits":
+    if upsampling.outputs == "logits":
         return values
     total = values.sum(dim, keepdim=True)
     return torch.where(total > 0, values / total, 1 / values.shape[dim]).clamp_min(1e-10).log()

@@ -10,16 +10,22 @@ import torch
 
 
 class StageTimer:
-    """Times the stages of a run; on a GPU by events that are read only when somebody asks."""
+    """Times the stages of a run; on a GPU by events that are read only when somebody asks.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._cuda = device, device.type == "cuda"
+    Args:
+        device: where the stages run; ``None``: no clock is read, as in a CUDA graph, which knows none.
+    """
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device, self._cuda = device, device is not None and device.type == "cuda"
         self._marks: dict[str, tuple[float, float] | tuple[torch.cuda.Event, torch.cuda.Event]] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times the body under ``name``."""
-        if self._cuda:
+        if self._device is None:
+            yield
+        elif self._cuda:
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             stream = torch.cuda.current_stream(self._device)
             first.record(stream)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sparserefine.images.upsampling import Upsampling, Window
+from sparserefine.images.coarse import Coarse
 from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
-from sparserefine.sparse.sites import Sites
+from sparserefine.sparse.sites import PaddedSites, Sites
 
 Perceptron = tuple[Tensor, Tensor, Tensor, Tensor]
 """Weight and bias of a hidden layer with ReLU, weight and bias of the layer after it, as ``nn.Linear`` has them."""
@@ -21,7 +21,11 @@ class Unavailable(RuntimeError):
 
 
 class Engine(Protocol):
-    """What an engine provides. ``engines/reference`` defines each result; inherit from it what an engine lacks."""
+    """What an engine provides. ``engines/reference`` defines each result; inherit from it what an engine lacks.
+
+    Engines compute. What they are given was checked by who calls them: :class:`Coarse` and :class:`Sites` when they
+    were made, the rest by the stages.
+    """
 
     name: str
 
@@ -43,32 +47,19 @@ class Engine(Protocol):
     def prepare(self, network: torch.nn.Module) -> Callable[[Tensor, Plan], Tensor] | None:
         """A whole network packed for inference, or ``None`` to run its modules."""
 
-    def uncertainty(
-        self,
-        logits: Tensor | Sequence[Tensor],
-        size: tuple[int, int],
-        how: Upsampling,
-        windows: Sequence[Window] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def uncertainty(self, coarse: Coarse) -> tuple[Tensor, Tensor]:
         """Labels and entropy at full size."""
 
-    def sample(
-        self,
-        logits: Tensor | Sequence[Tensor],
-        coords: Tensor,
-        size: tuple[int, int],
-        how: Upsampling,
-        windows: Sequence[Window] | None = None,
-    ) -> Tensor:
-        """Full-resolution logits at the sites, ``float32 [N, K]``."""
+    def sample(self, coarse: Coarse, coords: Tensor) -> Tensor:
+        """Full-resolution logits at ``coords``, ``int32 [N, 3]``: ``float32 [N, K]``."""
 
-    def pixels(self, image: Tensor, sites: Sites, scale: Tensor, shift: Tensor) -> Tensor:
-        """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
+    def pixels(self, image: Tensor, coords: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """``image [B, C, H, W]`` at ``coords``, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
 
     def gated(
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
     ) -> Tensor | None:
         """What the gated ensembler computes, or ``None`` to let it do so."""
 
-    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
-        """The classes of the largest ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
+    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
+        """The classes of the largest ``logits [N, K]`` into ``labels [B, H, W]`` at the sites; none for padding."""

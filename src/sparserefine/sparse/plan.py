@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from sparserefine.sparse.sites import Sites
+from sparserefine.sparse.sites import PaddedSites, Sites
 
 if TYPE_CHECKING:
     from sparserefine.sparse.interface import Engine
@@ -98,6 +98,53 @@ class Plan:
 
     levels: tuple[Level, ...]
     spec: PlanSpec
+
+    @property
+    def sites(self) -> Sites:
+        """Those of the first level."""
+        return self.levels[0].sites
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Sites of each level."""
+        return tuple(len(level.sites) for level in self.levels)
+
+
+@dataclass(frozen=True)
+class PaddedLevel:
+    """As :class:`Level`, with room for a fixed number of cells."""
+
+    sites: PaddedSites
+    around: Stencil
+    down: Stencil | None
+
+
+@dataclass(frozen=True)
+class PaddedPlan:
+    """A plan with room for a fixed number of rows at each level, whatever the image: for CUDA graphs.
+
+    It is for packed networks, which stop at the rows in use. Entries of tables past them are undefined. Sites past a
+    capacity are left out, and read as missing by their neighbours.
+
+    Attributes:
+        levels: full size first.
+        spec: what it was built for.
+        totals: ``int32 [levels]`` on the device: the sites there are, which may be more than the rows.
+    """
+
+    levels: tuple[PaddedLevel, ...]
+    spec: PlanSpec
+    totals: Tensor
+
+    @property
+    def sites(self) -> Sites:
+        """Rows of the first level, padding included."""
+        return self.levels[0].sites.rows
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of each level, padding included."""
+        return tuple(len(level.sites.rows) for level in self.levels)
 
 
 def kernel_size(down: DownKind) -> int:

@@ -17,15 +17,21 @@ class Sites:
         batch_size: B.
         height: H [px].
         width: W [px].
-        count: ``int32 [1]`` on the device: rows in use, the rest is padding (:meth:`SparseRefiner.capture`); ``None``:
-            all of them. Length, density, ``mask`` and ``gather`` are of all rows, padding included.
+
+    Raises:
+        ValueError: another shape or dtype of the coordinates. Their values are not looked at.
     """
 
     coords: Tensor
     batch_size: int
     height: int
     width: int
-    count: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.coords.dim() != 2 or self.coords.shape[1] != 3 or self.coords.dtype != torch.int32:
+            raise ValueError(
+                f"coords are {self.coords.dtype} {tuple(self.coords.shape)}, expected int32 [N, 3] (batch, row, column)"
+            )
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Sites:
@@ -67,3 +73,21 @@ class Sites:
         if self.batch_size == 1:
             return image[0].flatten(1).index_select(1, within).t().contiguous()
         return image[batch, :, row, column]
+
+
+@dataclass(frozen=True)
+class PaddedSites:
+    """Room for a fixed number of sites, whatever the image: what a CUDA graph holds.
+
+    Attributes:
+        rows: all of them as sites. Those past ``count`` are padding, with coordinates 0.
+        count: ``int32 [1]`` on the device: rows in use.
+    """
+
+    rows: Sites
+    count: Tensor
+
+    def first(self, count: int) -> Sites:
+        """The sites in use, in memory of their own, for a host that knows how many they are."""
+        rows = self.rows
+        return Sites(rows.coords[:count].clone(), rows.batch_size, rows.height, rows.width)

@@ -58,6 +58,7 @@ class GatedEnsembler(Ensembler):
 
     def __init__(self, num_classes: int, fuser: Literal["residual", "paper"] = "residual", hidden: int = 64) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.residual = fuser == "residual"
         self.gate = nn.Sequential(nn.Linear(2 * (num_classes + 1), hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 1))
         last = nn.Linear(hidden, num_classes)
@@ -67,7 +68,16 @@ class GatedEnsembler(Ensembler):
             nn.init.zeros_(last.bias)
 
     def forward(self, coarse: Tensor, sparse: Tensor, engine: Engine | None = None) -> Tensor:
-        """Refined logits ``[N, K]``; by the engine's kernel if it has one."""
+        """Refined logits ``[N, K]``; by the engine's kernel if it has one.
+
+        Raises:
+            ValueError: the logits are not both ``[N, K]``.
+        """
+        if coarse.dim() != 2 or coarse.shape != sparse.shape or coarse.shape[1] != self.num_classes:
+            raise ValueError(
+                f"coarse logits are {tuple(coarse.shape)}, sparse ones {tuple(sparse.shape)}; "
+                f"expected [N, {self.num_classes}] of both"
+            )
         if engine is not None:
             refined = engine.gated(coarse, sparse, _perceptron(self.gate), _perceptron(self.fuser), self.residual)
             if refined is not None:

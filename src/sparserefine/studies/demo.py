@@ -18,7 +18,8 @@ from sparserefine.files.whole import written_whole
 from sparserefine.images.classes import Classes
 from sparserefine.images.pictures import changes, heat, labels_picture, overlay, shrink, side_by_side, sites_picture
 from sparserefine.images.upsampling import entropy_limit
-from sparserefine.refiner import Refinement, SparseRefiner
+from sparserefine.refiner import SparseRefiner
+from sparserefine.stages.refinement import Refinement
 from sparserefine.studies.evaluate import Evaluation, evaluate
 
 ASSETS = Path(__file__).parents[1] / "assets" / "demo"

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from sparserefine.bases.base import FrozenBase
 from sparserefine.images.classes import IGNORE, Classes
+from sparserefine.images.coarse import Coarse
 from sparserefine.images.uncertainty import first_largest, label_dtype
 from sparserefine.images.upsampling import Upsampling
 from sparserefine.machine.memory import PeakMemory
-from sparserefine.refiner import Refinement, SparseRefiner
+from sparserefine.refiner import SparseRefiner
 from sparserefine.scores.boundary import band_overlap, boundary_bands
 from sparserefine.scores.confusion import accuracy, confusion, dice, foreground, iou
 from sparserefine.sparse import Engine
+from sparserefine.stages.refinement import Refinement
 
 
 @dataclass
@@ -184,7 +186,7 @@ def evaluate(
         labels: dict[str, Tensor] = {}
 
         def coarse_labels(x: Tensor = batch, size: tuple[int, int] = size) -> Tensor:
-            return refiner.engine.uncertainty(refiner.base(x), size, refiner.how(size))[0]
+            return refiner.engine.on(x.device).uncertainty(refiner.coarse_of(refiner.base(x), size))[0]
 
         def refined(x: Tensor = batch) -> tuple[Refinement, Tensor]:
             result = refiner(x)
@@ -270,7 +272,7 @@ def dense_labels(engine: Engine, logits: Tensor, size: tuple[int, int], outputs:
     """
     on_cpu = logits.device.type == "cpu"
     if on_cpu and engine.on(logits.device).name.startswith("cpu"):
-        return engine.uncertainty(logits, size, Upsampling("bilinear", outputs))[0]
+        return engine.on(logits.device).uncertainty(Coarse(logits, size, Upsampling("bilinear", outputs)))[0]
     if tuple(logits.shape[2:]) != size:
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
     if not on_cpu:

@@ -40,7 +40,7 @@ class StoredLogits:
         """``float16 [K, h, w]``.
 
         Raises:
-            ValueError: none stored, unreadable, of another base, or of another image.
+            ValueError: none stored, unreadable, of another base, of another image, or not finite.
         """
         self.check(name, base=base)
         path, header = self.path(name), self._header(name)
@@ -49,6 +49,12 @@ class StoredLogits:
             raise ValueError(f"{path}: logits of an image of {header.get('image')} pixels, this image has {expected}")
         with safe_open(path, framework="pt") as file:
             logits: Tensor = file.get_tensor("logits")
+        bad = logits.numel() - int(logits.isfinite().sum())
+        if bad:
+            raise ValueError(
+                f"{path}: {bad} of {logits.numel()} coarse logits of base {base} are NaN or infinite; "
+                "delete it and store it again"
+            )
         return logits
 
     def check(self, name: str, *, base: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,11 +14,11 @@ from sparserefine.engines.cpu.geometry import Across, Around, build_grid_plan
 from sparserefine.engines.cpu.kernels import kernels
 from sparserefine.engines.cpu.network import PackedUNet
 from sparserefine.engines.reference.engine import TorchEngine
-from sparserefine.images.upsampling import Upsampling, Window
+from sparserefine.images.coarse import Coarse
 from sparserefine.sparse.interface import Engine, Perceptron, Unavailable
 from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
 from sparserefine.sparse.quantisation import is_calibrated
-from sparserefine.sparse.sites import Sites
+from sparserefine.sparse.sites import PaddedSites, Sites
 from sparserefine.sparse.unet import SparseUNet, is_packable
 
 _SAMPLE = 64  # values of each parameter that are compared
@@ -88,36 +87,23 @@ class CpuEngine(TorchEngine):
             self._packed[network] = known
         return known[2]
 
-    def uncertainty(
-        self,
-        logits: Tensor | Sequence[Tensor],
-        size: tuple[int, int],
-        how: Upsampling,
-        windows: Sequence[Window] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def uncertainty(self, coarse: Coarse) -> tuple[Tensor, Tensor]:
         """Labels and entropy at full size, in one pass."""
-        if _plain(*logits):
-            return fused.uncertainty(self.kernels.library, logits, size, how, windows)
-        return super().uncertainty(logits, size, how, windows)
+        if _plain(*coarse.logits):
+            return fused.uncertainty(self.kernels.library, coarse)
+        return super().uncertainty(coarse)
 
-    def sample(
-        self,
-        logits: Tensor | Sequence[Tensor],
-        coords: Tensor,
-        size: tuple[int, int],
-        how: Upsampling,
-        windows: Sequence[Window] | None = None,
-    ) -> Tensor:
+    def sample(self, coarse: Coarse, coords: Tensor) -> Tensor:
         """Full-resolution logits at the sites, ``float32 [N, K]``."""
-        if _plain(*logits):
-            return fused.sample(self.kernels.library, logits, coords, size, how, windows)
-        return super().sample(logits, coords, size, how, windows)
+        if _plain(*coarse.logits):
+            return fused.sample(self.kernels.library, coarse, coords)
+        return super().sample(coarse, coords)
 
-    def pixels(self, image: Tensor, sites: Sites, scale: Tensor, shift: Tensor) -> Tensor:
+    def pixels(self, image: Tensor, coords: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
         if _plain(image, scale, shift) and image.dtype in (torch.uint8, torch.float32):
-            return fused.gather_normalised(self.kernels.library, image.contiguous(), sites.coords, scale, shift)
-        return super().pixels(image, sites, scale, shift)
+            return fused.gather_normalised(self.kernels.library, image.contiguous(), coords, scale, shift)
+        return super().pixels(image, coords, scale, shift)
 
     def gated(
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
@@ -128,9 +114,9 @@ class CpuEngine(TorchEngine):
             return None
         return gated(self.kernels.library, coarse.contiguous(), sparse.contiguous(), gate, fuser, residual)
 
-    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
+    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
         """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
-        if _plain(labels, logits) and logits.dtype == torch.float32:
+        if isinstance(sites, Sites) and _plain(labels, logits) and logits.dtype == torch.float32:
             fused.scatter_argmax(self.kernels.library, logits.detach().contiguous(), sites.coords, labels)
         else:
             super().write_labels(labels, logits, sites)

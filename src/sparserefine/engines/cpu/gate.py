@@ -48,7 +48,7 @@ def gated(
         ``float32 [N, K]``.
 
     Raises:
-        ValueError: another dtype, shape or device than promised, or a gradient is wanted.
+        ValueError: another dtype, shape or device than promised: the kernel would read where nothing is.
     """
     if coarse.dim() != 2 or coarse.shape != sparse.shape or coarse.shape[1] < 1:
         raise ValueError(
@@ -58,7 +58,7 @@ def gated(
     sites, classes = coarse.shape
     of_gate = _mlp(gate, "gate", 2 * (classes + 1), 1)
     of_fuser = _mlp(fuser, "fuser", classes, classes)
-    addresses = [_address(coarse, "coarse logits"), _address(sparse, "sparse logits")]
+    addresses = [pointer(coarse, torch.float32, "coarse logits"), pointer(sparse, torch.float32, "sparse logits")]
     threads = torch.get_num_threads()
     refined = torch.empty(sites, classes, dtype=torch.float32)
     packed = _function(library, "sr_gate_packed")(classes, of_gate.hidden, of_fuser.hidden)
@@ -87,13 +87,5 @@ def _mlp(weights: Perceptron, name: str, inputs: int, outputs: int) -> _Mlp:
                 f"{which} of the {name} is {tuple(tensor.shape)}, expected {list(shape)}, "
                 f"that of a perceptron {inputs} -> hidden -> {outputs}"
             )
-    return _Mlp(*(_address(t, f"{which} of the {name}") for t, which in zip(weights, names, strict=True)), hidden)
-
-
-def _address(tensor: Tensor, name: str) -> int | None:
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} want a gradient, which the compiled kernel does not have; "
-            "call under torch.inference_mode() or use the module, GatedEnsembler"
-        )
-    return pointer(tensor, torch.float32, name)
+    addresses = (pointer(t, torch.float32, f"{which} of the {name}") for t, which in zip(weights, names, strict=True))
+    return _Mlp(*addresses, hidden)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from sparserefine.engines.reference.convolution import gather_gemm, gemm_gather
 from sparserefine.engines.reference.geometry import build_plan
 from sparserefine.engines.reference.selection import keep_largest
+from sparserefine.images.coarse import Coarse
 from sparserefine.images.uncertainty import sample, uncertainty
-from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.sparse.interface import Engine, Perceptron
 from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
-from sparserefine.sparse.sites import Sites
+from sparserefine.sparse.sites import PaddedSites, Sites
 
 
 class TorchEngine:
@@ -50,29 +48,17 @@ class TorchEngine:
     def prepare(self, network: torch.nn.Module) -> None:
         """A packed form of a whole network; ``None``: there is none, run the modules one by one."""
 
-    def uncertainty(
-        self,
-        logits: Tensor | Sequence[Tensor],
-        size: tuple[int, int],
-        how: Upsampling,
-        windows: Sequence[Window] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def uncertainty(self, coarse: Coarse) -> tuple[Tensor, Tensor]:
         """Labels and entropy at full size; see :func:`sparserefine.images.uncertainty.uncertainty`."""
-        return uncertainty(logits, size, how, windows)
+        return uncertainty(coarse)
 
-    def sample(
-        self,
-        logits: Tensor | Sequence[Tensor],
-        coords: Tensor,
-        size: tuple[int, int],
-        how: Upsampling,
-        windows: Sequence[Window] | None = None,
-    ) -> Tensor:
+    def sample(self, coarse: Coarse, coords: Tensor) -> Tensor:
         """Full-resolution logits at the sites; see :func:`sparserefine.images.uncertainty.sample`."""
-        return sample(logits, coords, size, how, windows)
+        return sample(coarse, coords)
 
-    def pixels(self, image: Tensor, sites: Sites, scale: Tensor, shift: Tensor) -> Tensor:
+    def pixels(self, image: Tensor, coords: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
+        sites = Sites(coords, image.shape[0], image.shape[2], image.shape[3])
         return sites.gather(image).float() * scale + shift
 
     def gated(
@@ -81,6 +67,9 @@ class TorchEngine:
         """``None``: the ensembler's own modules do it."""
         return None
 
-    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
-        """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
+    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
+        """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites in use."""
+        if isinstance(sites, PaddedSites):
+            sites = sites.first(int(sites.count))
+            logits = logits[: len(sites)]
         labels.view(-1)[sites.flat] = logits.argmax(1).to(labels.dtype)

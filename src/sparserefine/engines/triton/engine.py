@@ -12,14 +12,14 @@ from sparserefine.engines.reference.engine import TorchEngine
 from sparserefine.engines.triton import uncertainty as fused
 from sparserefine.engines.triton.convolution import DTYPES, operands, precision_of, triton_conv
 from sparserefine.engines.triton.gate import gated
-from sparserefine.engines.triton.geometry import GpuStencil, PaddedPlan, build_padded_plan, build_plan
+from sparserefine.engines.triton.geometry import GpuStencil, build_padded_plan, build_plan
 from sparserefine.engines.triton.launch import INTERPRETED, runs_on
 from sparserefine.engines.triton.network import PackedUNet
 from sparserefine.engines.triton.selection import keep_largest
-from sparserefine.images.upsampling import Upsampling, Window
+from sparserefine.images.coarse import Coarse
 from sparserefine.sparse.interface import Engine, Perceptron, Unavailable
-from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
-from sparserefine.sparse.sites import Sites
+from sparserefine.sparse.plan import PaddedPlan, Plan, PlanSpec, Stencil
+from sparserefine.sparse.sites import PaddedSites, Sites
 from sparserefine.sparse.unet import SparseUNet, is_packable
 
 _OLDEST = (8, 0)
@@ -103,36 +103,23 @@ class TritonEngine(TorchEngine):
         else:
             super().keep_largest(values, mask, budget)
 
-    def uncertainty(
-        self,
-        logits: Tensor | Sequence[Tensor],
-        size: tuple[int, int],
-        how: Upsampling,
-        windows: Sequence[Window] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def uncertainty(self, coarse: Coarse) -> tuple[Tensor, Tensor]:
         """Labels and entropy at full size, in one pass."""
-        if fused.takes(*logits):
-            return fused.uncertainty(logits, size, how, windows)
-        return super().uncertainty(logits, size, how, windows)
+        if fused.takes(*coarse.logits):
+            return fused.uncertainty(coarse)
+        return super().uncertainty(coarse)
 
-    def sample(
-        self,
-        logits: Tensor | Sequence[Tensor],
-        coords: Tensor,
-        size: tuple[int, int],
-        how: Upsampling,
-        windows: Sequence[Window] | None = None,
-    ) -> Tensor:
+    def sample(self, coarse: Coarse, coords: Tensor) -> Tensor:
         """Full-resolution logits at the sites, ``float32 [N, K]``."""
-        if fused.takes(coords, *logits):
-            return fused.sample(logits, coords, size, how, windows)
-        return super().sample(logits, coords, size, how, windows)
+        if fused.takes(coords, *coarse.logits):
+            return fused.sample(coarse, coords)
+        return super().sample(coarse, coords)
 
-    def pixels(self, image: Tensor, sites: Sites, scale: Tensor, shift: Tensor) -> Tensor:
+    def pixels(self, image: Tensor, coords: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
-        if fused.takes(image, sites.coords, scale, shift) and image.dtype in (torch.uint8, *DTYPES):
-            return fused.pixels(image, sites, scale, shift)
-        return super().pixels(image, sites, scale, shift)
+        if fused.takes(image, coords, scale, shift) and image.dtype in (torch.uint8, *DTYPES):
+            return fused.pixels(image, coords, scale, shift)
+        return super().pixels(image, coords, scale, shift)
 
     def gated(
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
@@ -140,9 +127,9 @@ class TritonEngine(TorchEngine):
         """What :class:`sparserefine.stages.ensembler.GatedEnsembler` computes; ``None`` where a gradient is wanted."""
         return gated(coarse, sparse, gate, fuser, residual)
 
-    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites) -> None:
+    def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
         """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
-        if fused.takes(labels, logits, sites.coords) and logits.dtype in DTYPES:
+        if fused.takes(labels, logits) and logits.dtype in DTYPES:
             fused.write_labels(labels, logits, sites)
         else:
             super().write_labels(labels, logits, sites)

@@ -27,20 +27,10 @@ def gated(coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, r
     Returns:
         ``float32 [N, K]``; ``None`` where no kernel does it: a gradient is wanted, tensors lie elsewhere, logits are of
         another dtype, or K is above :data:`MAX_CLASSES`.
-
-    Raises:
-        ValueError: another shape than promised.
     """
     if not takes(coarse, sparse, *gate, *fuser) or not coarse.dtype == sparse.dtype == torch.float32:
         return None
-    if coarse.dim() != 2 or coarse.shape != sparse.shape or coarse.shape[1] < 1:
-        raise ValueError(
-            f"coarse logits are {tuple(coarse.shape)}, sparse ones {tuple(sparse.shape)}; "
-            "expected [N, K] of both, K of at least 1"
-        )
     sites, classes = coarse.shape
-    _check(gate, "gate", 2 * (classes + 1), 1)
-    _check(fuser, "fuser", classes, classes)
     if classes > MAX_CLASSES:
         return None
     refined = torch.empty(sites, classes, dtype=torch.float32, device=coarse.device)
@@ -80,12 +70,3 @@ def _precision(device: torch.device) -> str:
 
 def _as_read(mlp: Perceptron) -> tuple[Tensor, ...]:
     return tuple(t.detach().float().contiguous() for t in mlp)
-
-
-def _check(mlp: Perceptron, name: str, inputs: int, outputs: int) -> None:
-    hidden = len(mlp[1]) if mlp[1].dim() else 0
-    expected = ((hidden, inputs), (hidden,), (outputs, hidden), (outputs,))
-    parts = ("first weight", "first bias", "second weight", "second bias")
-    for part, tensor, shape in zip(parts, mlp, expected, strict=True):
-        if tensor.shape != shape or not hidden:
-            raise ValueError(f"{part} of the {name} is {tuple(tensor.shape)}, expected {list(shape)}")

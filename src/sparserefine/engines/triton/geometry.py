@@ -11,8 +11,18 @@ from torch import Tensor
 
 from sparserefine.engines.triton.kernels import geometry as kernels
 from sparserefine.engines.triton.launch import blocks, launch
-from sparserefine.sparse.plan import DownKind, Level, Plan, PlanSpec, Stencil, coarser_size, kernel_size
-from sparserefine.sparse.sites import Sites
+from sparserefine.sparse.plan import (
+    DownKind,
+    Level,
+    PaddedLevel,
+    PaddedPlan,
+    Plan,
+    PlanSpec,
+    Stencil,
+    coarser_size,
+    kernel_size,
+)
+from sparserefine.sparse.sites import PaddedSites, Sites
 
 if TYPE_CHECKING:
     from sparserefine.sparse.interface import Engine
@@ -70,22 +80,6 @@ class GpuStencil(Stencil):
         )
 
 
-@dataclass(frozen=True)
-class PaddedPlan(Plan):
-    """A plan whose levels have room for ``capacities`` rows, whatever the image: for CUDA graphs.
-
-    Rows past a level's ``count`` are padding: their coordinates are 0, their entries in tables and orders undefined.
-    Sites past a capacity are left out, and read as missing by their neighbours.
-
-    Attributes:
-        totals: ``int32 [levels]`` on the device: the sites there are, which may be more than the capacities.
-        capacities: rows of each level.
-    """
-
-    totals: Tensor
-    capacities: tuple[int, ...]
-
-
 def build_plan(mask: Tensor, spec: PlanSpec, engine: Engine) -> Plan:
     """What :mod:`sparserefine.engines.reference` makes of the sites, with one wait of the host: for their number.
 
@@ -116,7 +110,11 @@ def build_padded_plan(mask: Tensor, spec: PlanSpec, engine: Engine, capacities: 
     if len(capacities) != spec.levels or not all(0 <= rows <= _LARGEST for rows in capacities):
         raise ValueError(f"capacities = {tuple(capacities)}, expected {spec.levels} numbers from 0 to {_LARGEST}")
     cells = _count(mask, spec, capacities)
-    return PaddedPlan(_levels(cells, spec, engine, capacities, padded=True), spec, cells.totals, tuple(capacities))
+    levels = tuple(
+        PaddedLevel(PaddedSites(level.sites, kept[:1]), level.around, level.down)
+        for level, kept in zip(_levels(cells, spec, engine, capacities, padded=True), cells.kept, strict=True)
+    )
+    return PaddedPlan(levels, spec, cells.totals)
 
 
 @dataclass(frozen=True)
@@ -236,7 +234,7 @@ def _levels(
     for level, (number, made) in enumerate(zip(numbered, found, strict=True)):
         count = counts[level]
         batch, height, width = cells.active[level].shape
-        sites = Sites(number.coords, batch, height, width, count)
+        sites = Sites(number.coords, batch, height, width)
         around = GpuStencil(made.around, made.around, True, engine, count=count, reverse_count=count)
         down = None
         if made.parents is not None:

@@ -37,9 +37,10 @@ from sparserefine.engines.choose import get_engine
 from sparserefine.engines.cpu.engine import CpuEngine
 from sparserefine.machine.device import device_named, on_gpu_in
 from sparserefine.machine.memory import PeakMemory
-from sparserefine.refiner import Refinement, SparseRefiner
+from sparserefine.refiner import SparseRefiner
 from sparserefine.sparse import Engine, calibrating
 from sparserefine.stages.extractor import PRESETS
+from sparserefine.stages.refinement import Refinement
 from sparserefine.studies.benchmark.inputs import RANDOM_MODELS, GivenSites, random_model, read_mask, synthetic_mask
 from sparserefine.studies.benchmark.records import DENSITIES, BaseEntry, Record, Report, Settings, size_text
 from sparserefine.studies.evaluate import dense_labels

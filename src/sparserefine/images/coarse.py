@@ -1,0 +1,109 @@
+"""Coarse: what the base said about a batch of images, and which full-resolution pixels it speaks of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparserefine.images.upsampling import Axis, Upsampling, Window
+
+MAX_CLASSES = 32767
+"""Labels are int16 at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Coarse:
+    """The base's outputs for a batch, and how they become logits of ``H x W`` pixels. Checked when it is made.
+
+    Nothing here looks at the values of the logits, since for that the host would wait for a GPU; see
+    :meth:`sparserefine.bases.base.FrozenBase.checked`.
+
+    Attributes:
+        logits: ``[B, K, h, w]``, floating point; or B times ``[K, h, w]`` where their sizes differ.
+        size: H and W [px].
+        upsampling: interpolation, and what ``logits`` mean.
+        windows: for each image the part of it that the ``H x W`` pixels show; ``None``: all of it.
+        kept: tables that an engine made for these logits. Labels and samples share them, and a CUDA graph that owns
+            this value owns them.
+
+    Raises:
+        ValueError: a shape, dtype, device, size or window that does not fit; the message says which.
+    """
+
+    logits: Tensor | Sequence[Tensor]
+    size: tuple[int, int]
+    upsampling: Upsampling = Upsampling()
+    windows: Sequence[Window] | None = None
+    kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Lists become tuples: what was checked must not change.
+        if not isinstance(self.logits, Tensor):
+            object.__setattr__(self, "logits", tuple(self.logits))
+        if self.windows is not None:
+            object.__setattr__(self, "windows", tuple(self.windows))
+        object.__setattr__(self, "size", tuple(self.size))
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"size = {self.size}, expected height and width of at least 1 pixel")
+        _check_logits(self.logits)
+        _check_windows(self.windows, self.batch)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.logits)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.logits[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the logits are."""
+        return self.logits[0].device
+
+    def axes(self, image: int) -> tuple[Axis, Axis]:
+        """Where the rows and the columns of an image's pixels lie in its logits."""
+        height, width = self.logits[image].shape[1:]
+        window = self.windows[image] if self.windows else Window((float(self.size[0]), float(self.size[1])))
+        inner = self.upsampling.input_size if self.upsampling.mode == "nearest" else None
+        rows, columns = (
+            Axis(self.size[i], coarse, float(window.full[i]), float(window.offset[i]), inner[i] if inner else None)
+            for i, coarse in enumerate((height, width))
+        )
+        return rows, columns
+
+
+def _check_logits(logits: Tensor | Sequence[Tensor]) -> None:
+    if isinstance(logits, Tensor) and logits.dim() != 4:
+        raise ValueError(f"logits are {tuple(logits.shape)}, expected [B, K, h, w], or B times [K, h, w]")
+    if len(logits) == 0:
+        raise ValueError("logits of no image; expected those of one at least")
+    first = logits[0]
+    for image in [first] if isinstance(logits, Tensor) else logits:
+        if image.dim() != 3 or image.shape[0] != first.shape[0] or not image.numel() or image.shape[0] > MAX_CLASSES:
+            raise ValueError(
+                f"logits of an image are {tuple(image.shape)}, expected [K, h, w] with the same K of 1..{MAX_CLASSES} "
+                "for all images, and h and w of at least 1"
+            )
+        if not image.dtype.is_floating_point or image.device != first.device:
+            raise ValueError(
+                f"logits are {image.dtype} on {image.device}, expected floating point on {first.device}, "
+                "where those of the first image are"
+            )
+
+
+def _check_windows(windows: Sequence[Window] | None, batch: int) -> None:
+    if windows is None:
+        return
+    if len(windows) != batch:
+        raise ValueError(f"{len(windows)} windows for the logits of {batch} images; expected one for each image")
+    for window in windows:
+        if not all(map(math.isfinite, (*window.full, *window.offset))) or min(window.full) <= 0:
+            raise ValueError(f"{window} reaches nowhere; expected finite numbers, and a full size above 0 pixels")

@@ -1,0 +1,91 @@
+"""Refinement: the result of the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparserefine.bases.base import FrozenBase
+from sparserefine.images.coarse import Coarse
+from sparserefine.images.uncertainty import dense, entropy
+from sparserefine.machine.timing import StageTimer
+from sparserefine.sparse import Engine, Sites
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A prediction: coarse everywhere, refined at the sites. Nothing of size ``[K, H, W]`` until asked for.
+
+    Attributes:
+        coarse: what the base said: its outputs, ``coarse.logits``, and how they were upsampled.
+        coarse_labels: ``uint8 [B, H, W]`` (int16 above 255 classes), before refinement.
+        coarse_entropy: ``float32 [B, H, W]`` [nats], before refinement: what the selector saw.
+        sites: the N selected pixels.
+        coarse_logits: the base's logits at the sites, ``[N, K]``.
+        sparse_logits: the extractor's, ``[N, K]``.
+        refined_logits: the ensembler's, ``[N, K]``.
+
+    Raises:
+        ValueError: logits at the sites are not of shape ``[N, K]``.
+    """
+
+    coarse: Coarse
+    coarse_labels: Tensor
+    coarse_entropy: Tensor
+    sites: Sites
+    coarse_logits: Tensor
+    sparse_logits: Tensor
+    refined_logits: Tensor
+    _timer: StageTimer
+    _sparse_macs: dict[str, int]
+    _base: FrozenBase
+    _engine: Engine
+
+    def __post_init__(self) -> None:
+        expected = (len(self.sites), self.coarse.num_classes)
+        for name in ("coarse_logits", "sparse_logits", "refined_logits"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != expected:
+                raise ValueError(f"{name} are {shape}, expected [N, K] = {list(expected)}")
+
+    def labels(self) -> Tensor:
+        """Refined labels, ``uint8 [B, H, W]`` (int16 above 255 classes)."""
+        labels = self.coarse_labels.clone()
+        self._engine.write_labels(labels, self.refined_logits, self.sites)
+        return labels
+
+    def with_sites(self, site_labels: Tensor) -> Tensor:
+        """The coarse labels with ``site_labels [N]`` at the sites: how every variant of the method is scored."""
+        labels = self.coarse_labels.clone()
+        labels.view(-1)[self.sites.flat] = site_labels.to(labels.dtype)
+        return labels
+
+    def logits(self) -> Tensor:
+        """Refined logits of every pixel, ``float32 [B, K, H, W]``: 4 B K H W bytes, made by this call."""
+        result = dense(self.coarse)
+        batch, row, column = self.sites.coords.long().unbind(1)
+        result[batch, :, row, column] = self.refined_logits.to(result.dtype)
+        return result
+
+    def entropy(self) -> Tensor:
+        """Entropy that remains, ``float32 [B, H, W]`` [nats]: refined at the sites, the base's elsewhere."""
+        result = self.coarse_entropy.clone()
+        result.view(-1)[self.sites.flat] = entropy(self.refined_logits, 1).to(result.dtype)
+        return result
+
+    @property
+    def density(self) -> float:
+        """Share of the pixels that were looked at again, N / (B H W)."""
+        return self.sites.density
+
+    @property
+    def timings_ms(self) -> dict[str, float]:
+        """Milliseconds of each stage, in order; ``base`` is absent where coarse logits were given."""
+        return self._timer.milliseconds()
+
+    @property
+    def macs(self) -> dict[str, int | None]:
+        """Multiply-accumulates of the batch by stage; ``base`` is ``None`` where they cannot be counted."""
+        base = self._base.macs(self.sites.height, self.sites.width)
+        return {"base": None if base is None else base * self.sites.batch_size, **self._sparse_macs}
