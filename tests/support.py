@@ -35,7 +35,8 @@ CPU_ENGINES = ("cpu-avx512", "cpu-avx2", "cpu-generic")
 """The CPU engine on every instruction set; those that this machine cannot run are skipped, see :func:`engine_of`."""
 TRITON_ENGINES = ("triton", pytest.param("triton-gpu", marks=pytest.mark.gpu))
 """Kernels for GPUs, interpreted on the CPU, and on a GPU: where the tensors of a test lie, says :func:`device_of`."""
-ENGINES = ("torch", *CPU_ENGINES, *TRITON_ENGINES)
+KERNEL_ENGINES = (*CPU_ENGINES, *TRITON_ENGINES)
+ENGINES = ("torch", *KERNEL_ENGINES)
 
 PATTERNS = ("none", "one", "border", "all", "random")
 FEW_PATTERNS = [p if p in ("none", "random") else pytest.param(p, marks=pytest.mark.slow) for p in PATTERNS]
@@ -43,6 +44,23 @@ FEW_PATTERNS = [p if p in ("none", "random") else pytest.param(p, marks=pytest.m
 SIZES = [pytest.param(size, id="{}x{}".format(*size)) for size in ((1, 1), (1, 7), (2, 2), (3, 3), (6, 8), (9, 7))]
 KERNEL = {"paper": 3, "cell": 2}
 """Width of the convolution between two levels."""
+
+
+def on_each(small: Iterable[tuple[Any, ...]], large: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Parameters ``(engine, *case)``: small cases on each engine with kernels, large ones where they are compiled."""
+    cases = {"small": list(small), "large": list(large)}
+    cases["large"] = [case for case in cases["large"] if case not in cases["small"]]
+    found = []
+    for engine in KERNEL_ENGINES:
+        name, marks = (engine, ()) if isinstance(engine, str) else (engine.values[0], engine.marks)
+        for case in cases["small"] + (cases["large"] if name != "triton" else []):
+            found.append(pytest.param(name, *case, marks=marks, id=_words(name, *case)))
+    return found
+
+
+def _words(*case: Any) -> str:
+    """The name of parameters; a size is ``HxW``."""
+    return "-".join("x".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in case)
 
 
 def slow_if_interpreted(
@@ -55,8 +73,7 @@ def slow_if_interpreted(
         name, marks = (engine, ()) if isinstance(engine, str) else (engine.values[0], engine.marks)
         for case in cases:
             late = [pytest.mark.slow] if name == "triton" and case not in fast else []
-            words = ("x".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in case)
-            found.append(pytest.param(name, *case, marks=[*marks, *late], id="-".join((name, *words))))
+            found.append(pytest.param(name, *case, marks=[*marks, *late], id=_words(name, *case)))
     return found
 
 
