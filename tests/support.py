@@ -46,16 +46,21 @@ KERNEL = {"paper": 3, "cell": 2}
 """Width of the convolution between two levels."""
 
 
-def on_each(small: Iterable[tuple[Any, ...]], large: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Parameters ``(engine, *case)``: small cases on each engine with kernels, large ones where they are compiled."""
-    cases = {"small": list(small), "large": list(large)}
-    cases["large"] = [case for case in cases["large"] if case not in cases["small"]]
-    found = []
-    for engine in KERNEL_ENGINES:
-        name, marks = (engine, ()) if isinstance(engine, str) else (engine.values[0], engine.marks)
-        for case in cases["small"] + (cases["large"] if name != "triton" else []):
-            found.append(pytest.param(name, *case, marks=marks, id=_words(name, *case)))
-    return found
+def on_each(
+    small: Iterable[tuple[Any, ...]], large: Iterable[tuple[Any, ...]], late: Iterable[tuple[Any, ...]] = ()
+) -> list[Any]:
+    """Parameters ``(engine, *case)`` of all engines with kernels.
+
+    Args:
+        small: cases for each of them.
+        large: cases for those that are compiled.
+        late: more small ones, which are slow where kernels are interpreted.
+    """
+    small, late = list(small), list(late)
+    larger = [case for case in large if case not in small]
+    found = slow_if_interpreted(KERNEL_ENGINES, small + late, small)
+    compiled = slow_if_interpreted([engine for engine in KERNEL_ENGINES if engine != "triton"], larger, ())
+    return found + compiled
 
 
 def _words(*case: Any) -> str:
@@ -68,7 +73,7 @@ def slow_if_interpreted(
 ) -> list[Any]:
     """Parameters ``(engine, *case)`` for each of both; where kernels are interpreted, those not ``fast`` are slow."""
     cases, fast, found = list(cases), set(fast), []
-    assert fast <= set(cases), fast
+    assert fast <= set(cases)
     for engine in engines:
         name, marks = (engine, ()) if isinstance(engine, str) else (engine.values[0], engine.marks)
         for case in cases:
