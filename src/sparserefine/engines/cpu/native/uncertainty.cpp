@@ -366,13 +366,6 @@ SR_API int64_t sr_sample(const float* cells, int64_t classes, int64_t h, int64_t
   });
 }
 
-// image of uint8 or float32 -> values [sites, channels] of the same type.
-SR_API int64_t sr_gather(const Image* image, const Sites* sites, void* values, int64_t threads) {
-  const auto same = [](auto value, int64_t) { return value; };
-  if (image->bytes == 1) return gather<uint8_t>(*image, *sites, (uint8_t*)values, threads, same);
-  return gather<float>(*image, *sites, (float*)values, threads, same);
-}
-
 // image of uint8 or float32 -> values [sites, channels], float32: value * scale[channel] + shift[channel].
 SR_API int64_t sr_gather_normalised(const Image* image, const Sites* sites, const float* scale, const float* shift,
                                     float* values, int64_t threads) {
