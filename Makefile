@@ -1,11 +1,6 @@
-# make demo    installs into .venv and shows the method on an embedded 8-megapixel photograph
-# make test    the same for linters, types and the fast tests; WORKERS=8: on eight cores
-# make test-all  the same with the slow tests
-# make test-gpu  the tests that need a GPU
-# make sanitize  the tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-# make parity  rewrites tests/data/parity with what mmsegmentation computes, in an environment of its own (.venv-mmseg);
-#              the test-suite compares with those files and needs none of it
-# CONSTRAINTS=FILE  other pinned versions, e.g. of torch;  PYTHON=python3.12  another interpreter
+# `make help` lists the targets: the text after ## of each.
+# Variables: CONSTRAINTS=FILE  other pinned versions, e.g. of torch;  PYTHON=python3.12  another interpreter;
+#            VENV=FOLDER  another environment;  WORKERS=N  processes of the test-suite
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,24 +16,34 @@ WORKERS ?= 2
 PARALLEL = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 MMENGINE_FILE = tests/data/parity/mmengine.pth
 
-.PHONY: demo test test-all test-gpu sanitize parity lint clean
+.DEFAULT_GOAL := help
+.PHONY: help dev demo test test-all test-gpu sanitize wheels parity lint clean
 
-demo: $(VENV)/.installed
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+dev: $(VENV)/.installed-dev ## installs into .venv what the other targets use: the package, editable, and all tools
+
+demo: $(VENV)/.installed ## shows the method on an embedded 8-megapixel photograph; pictures in demo/
 	$(VENV)/bin/sparserefine demo --out demo/
 
-test: lint
+test: lint ## linters, types and the fast tests
 	$(PARALLEL) -m "not gpu and not slow"
 
-test-all: lint
+test-all: lint ## the same with the slow tests
 	$(PARALLEL) -m "not gpu"
 
-test-gpu: $(VENV)/.installed-dev
+test-gpu: $(VENV)/.installed-dev ## the tests that need a CUDA device
 	$(VENV)/bin/python -m pytest -m gpu
 
-sanitize: $(VENV)/.installed-dev
+sanitize: $(VENV)/.installed-dev ## the tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(VENV)/bin/python tests/sanitize.py
 
-parity: $(VENV_MMSEG)/.installed
+wheels: $(VENV)/.installed-dev ## a manylinux and a pure wheel in dist/, each installed and run in an empty environment
+	$(VENV)/bin/python tests/wheels.py dist $(CONSTRAINTS)
+
+# The test-suite compares with these files and needs no mmsegmentation.
+parity: $(VENV_MMSEG)/.installed ## rewrites tests/data/parity with what mmsegmentation computes, in .venv-mmseg
 	$(VENV_MMSEG)/bin/python -W ignore tests/parity/reference.py
 	test -e $(MMENGINE_FILE) || $(VENV_MMSEG)/bin/python -W ignore tests/parity/checkpoint.py $(MMENGINE_FILE)
 
@@ -48,7 +53,7 @@ $(VENV_MMSEG)/.installed:
 		mmengine==0.10.7 mmcv-lite==2.1.0 mmsegmentation==1.2.2 ftfy regex
 	touch $@
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev ## ruff and mypy
 	$(VENV)/bin/ruff format --check src tests examples benchmarks hatch_build.py
 	$(VENV)/bin/ruff check src tests examples benchmarks hatch_build.py
 	$(VENV)/bin/mypy
@@ -66,5 +71,5 @@ $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) $(KERNELS) | $(VENV)/bin/p
 	$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps triton==$(TRITON)
 	touch $@ $(VENV)/.installed
 
-clean:
+clean: ## removes .venv, demo, build and dist
 	rm -rf $(VENV) demo build dist
