@@ -220,7 +220,7 @@ def inference(recorder: Recorder, preset: str, dtype: torch.dtype, sites: int, p
         plan = triton_engine.plan(mask, net.spec)
     packed = triton_engine.prepare(net)
     assert packed is not None
-    packed(torch.empty(len(plan.levels[0].sites), 3, dtype=dtype), plan)
+    packed(torch.empty(sites, 3, dtype=dtype), plan)
 
 
 class Copy(nn.Module):

@@ -20,12 +20,15 @@ from pathlib import Path
 from sparserefine.engines.cpu.native import build
 
 TESTS = Path(__file__).parent
-FILES = ("test_cpu_kernels.py", "test_cpu_network.py", "test_cpu_uncertainty.py", "test_cpu_gate.py")
+FILES = (
+    *("test_cpu_kernels.py", "test_cpu_network.py", "test_cpu_uncertainty.py", "test_cpu_gate.py"),
+    *("test_conformance_uncertainty.py", "test_conformance_gate.py"),
+)
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so.6")
 """Loaded before Python, which is not built with them; the C++ runtime so that they see torch's exceptions."""
 OPTIONS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g"
-LEFT_OUT = "trained or many_sites"
-"""Large cases that show no more about memory than the small ones."""
+LEFT_OUT = "trained or many_sites or triton"
+"""Large cases, which show no more about memory than the small ones, and kernels that are not compiled."""
 
 
 def runtimes(command: list[str]) -> list[str] | str:

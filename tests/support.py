@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -32,12 +35,52 @@ CPU_ENGINES = ("cpu-avx512", "cpu-avx2", "cpu-generic")
 """The CPU engine on every instruction set; those that this machine cannot run are skipped, see :func:`engine_of`."""
 TRITON_ENGINES = ("triton", pytest.param("triton-gpu", marks=pytest.mark.gpu))
 """Kernels for GPUs, interpreted on the CPU, and on a GPU: where the tensors of a test lie, says :func:`device_of`."""
-ENGINES = ("torch", *CPU_ENGINES, *TRITON_ENGINES)
+KERNEL_ENGINES = (*CPU_ENGINES, *TRITON_ENGINES)
+ENGINES = ("torch", *KERNEL_ENGINES)
 
 PATTERNS = ("none", "one", "border", "all", "random")
+FEW_PATTERNS = [p if p in ("none", "random") else pytest.param(p, marks=pytest.mark.slow) for p in PATTERNS]
+"""For what sees tables only, and takes its time."""
 SIZES = [pytest.param(size, id="{}x{}".format(*size)) for size in ((1, 1), (1, 7), (2, 2), (3, 3), (6, 8), (9, 7))]
 KERNEL = {"paper": 3, "cell": 2}
 """Width of the convolution between two levels."""
+
+
+def on_each(
+    small: Iterable[tuple[Any, ...]], large: Iterable[tuple[Any, ...]], late: Iterable[tuple[Any, ...]] = ()
+) -> list[Any]:
+    """Parameters ``(engine, *case)`` of all engines with kernels.
+
+    Args:
+        small: cases for each of them.
+        large: cases for those that are compiled.
+        late: more small ones, which are slow where kernels are interpreted.
+    """
+    small, late = list(small), list(late)
+    larger = [case for case in large if case not in small]
+    found = slow_if_interpreted(KERNEL_ENGINES, small + late, small)
+    compiled = slow_if_interpreted([engine for engine in KERNEL_ENGINES if engine != "triton"], larger, ())
+    return found + compiled
+
+
+def _words(*case: Any) -> str:
+    """The name of parameters; a size is ``HxW``."""
+    return "-".join("x".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in case)
+
+
+def slow_if_interpreted(
+    engines: Iterable[Any], cases: Iterable[tuple[Any, ...]], fast: Iterable[tuple[Any, ...]]
+) -> list[Any]:
+    """Parameters ``(engine, *case)`` for each of both; where kernels are interpreted, those not ``fast`` are slow."""
+    cases, fast, found = list(cases), set(fast), []
+    assert fast <= set(cases)
+    for engine in engines:
+        name, marks = (engine, ()) if isinstance(engine, str) else (engine.values[0], engine.marks)
+        for case in cases:
+            late = [pytest.mark.slow] if name == "triton" and case not in fast else []
+            found.append(pytest.param(name, *case, marks=[*marks, *late], id=_words(name, *case)))
+    return found
+
 
 CLASSIFIER = "decode_head.conv_seg.weight"
 """The classifier of mmsegmentation's models."""
@@ -158,8 +201,9 @@ def needs_triton(*, gpu: bool = False) -> None:
 
 @cache
 def _mend_interpreter() -> None:
-    """Triton 3.9's multiplies the bits of bfloat16 as if they were integers."""
+    """Triton 3.9's multiplies the bits of bfloat16 as if they were integers; and it takes twice the time it needs."""
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     dot = InterpreterBuilder.create_dot
@@ -174,10 +218,29 @@ def _mend_interpreter() -> None:
 
     InterpreterBuilder.create_dot = create_dot
 
+    # Each sum of integers is computed a second time, for an assertion that is dropped, as nothing is debugged.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+    # The functions of triton.language are exchanged, and back, at every launch; nothing here wants them back.
+    exchange, exchanged = interpreter._patch_lang, set()
+
+    def exchange_once(function: Any) -> SimpleNamespace:
+        found = frozenset(value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core)
+        if found not in exchanged:
+            exchanged.add(found)
+            exchange(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = exchange_once
+
 
 def device_of(engine: str) -> torch.device:
-    """Where the tensors lie that one of :data:`ENGINES` is tested with."""
-    return torch.device("cuda" if engine == "triton-gpu" else "cpu")
+    """Where the tensors lie that one of :data:`ENGINES` is tested with; skips the test where there is no GPU for it."""
+    if engine == "triton-gpu":
+        needs_triton(gpu=True)
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 @cache

@@ -486,6 +486,7 @@ def test_a_runtime_that_fails_is_left_out_and_the_rest_goes_on(monkeypatch):
     assert summary(report).splitlines()[-2:] == list(report.left_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_runtime_runs_the_base(runtime):
     for package in module.NEEDS[runtime]:

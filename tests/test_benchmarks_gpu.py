@@ -48,6 +48,7 @@ def run(gpu: ModuleType) -> Any:
 # ---- the whole command
 
 
+@pytest.mark.slow
 def test_rehearsal_takes_every_step(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_triton()
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")

@@ -47,6 +47,14 @@ def kernel(engine: CpuEngine) -> Kernels:
     return engine.kernels
 
 
+@pytest.fixture(scope="module")
+def one() -> CpuEngine:
+    """For what is refused before a kernel runs, in Python: the instruction set does not matter."""
+    found = engine_of("cpu-generic")
+    assert isinstance(found, CpuEngine)
+    return found
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
@@ -421,14 +429,14 @@ def refuses(call: Call, spoiled: str, make: Callable[[], Any], words: list[str])
 
 
 @pytest.mark.parametrize("wrong", WRONG | WRONG_INDIRECT)
-def test_convolve_refuses(engine: CpuEngine, wrong: str) -> None:
-    refuses(Call(engine), *(WRONG | WRONG_INDIRECT)[wrong])
+def test_convolve_refuses(one: CpuEngine, wrong: str) -> None:
+    refuses(Call(one), *(WRONG | WRONG_INDIRECT)[wrong])
 
 
 @pytest.mark.parametrize("wrong", WRONG | WRONG_TILES)
 @pytest.mark.parametrize("tile", [4, 2])
-def test_winograd_refuses(engine: CpuEngine, tile: int, wrong: str) -> None:
-    refuses(Call(engine, tile), *(WRONG | WRONG_TILES)[wrong])
+def test_winograd_refuses(one: CpuEngine, tile: int, wrong: str) -> None:
+    refuses(Call(one, tile), *(WRONG | WRONG_TILES)[wrong])
 
 
 @pytest.mark.parametrize("bad", [N + 1, 2**31 - 1, -1, -(2**31)])
@@ -449,7 +457,8 @@ def test_rows_that_point_outside(engine: CpuEngine, bad: int) -> None:
         call()
 
 
-def test_an_identity_longer_than_the_outputs_is_refused(kernel: Kernels) -> None:
+def test_an_identity_longer_than_the_outputs_is_refused(one: CpuEngine) -> None:
+    kernel = one.kernels
     packed = kernel.pack(weight_of(1, C_IN, C_OUT))
     with pytest.raises(ValueError, match="7 outputs"):
         kernel.convolve(torch.zeros(N, C_IN), None, packed, Epilogue(), N + 1)
@@ -488,36 +497,36 @@ def test_a_gradients_table_that_points_outside(kernel: Kernels, bad: int) -> Non
         pytest.param(lambda x, g, t: (x[0], g, t), r"expected \[N_in, C_in\]", id="x not a matrix"),
     ],
 )
-def test_weight_gradient_refuses(kernel: Kernels, spoil: Callable[..., tuple[Tensor, ...]], words: str) -> None:
+def test_weight_gradient_refuses(one: CpuEngine, spoil: Callable[..., tuple[Tensor, ...]], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        kernel.weight_gradient(*spoil(torch.randn(57, 3), torch.randn(40, 5), table_of(40, 57, 4)))
+        one.kernels.weight_gradient(*spoil(torch.randn(57, 3), torch.randn(40, 5), table_of(40, 57, 4)))
 
 
 @pytest.mark.parametrize(
     ("shape", "tile"), [((9, 3), 0), ((0, 3, 5), 0), ((9, 3, 0), 0), ((4, 3, 5), 4), ((9, 3, 5), 3), ((1, 3, 5), 2)]
 )
-def test_pack_refuses_shapes(kernel: Kernels, shape: tuple[int, ...], tile: int) -> None:
+def test_pack_refuses_shapes(one: CpuEngine, shape: tuple[int, ...], tile: int) -> None:
     with pytest.raises(ValueError, match=r"weight is .*expected \[T, C_in, C_out\]"):
-        kernel.pack(torch.zeros(shape), tile)
+        one.kernels.pack(torch.zeros(shape), tile)
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(9, 3, 5).double(), torch.zeros(9, 5, 3).mT, torch.zeros(9, 3, 5).int()])
-def test_pack_refuses_layouts(kernel: Kernels, weight: Tensor) -> None:
+def test_pack_refuses_layouts(one: CpuEngine, weight: Tensor) -> None:
     with pytest.raises(ValueError, match=r"weight is .*expected contiguous torch\.float32"):
-        kernel.pack(weight)
+        one.kernels.pack(weight)
 
 
-def test_weights_packed_for_another_kernel_are_refused(engine: CpuEngine) -> None:
-    call = Call(engine)
+def test_weights_packed_for_another_kernel_are_refused(one: CpuEngine) -> None:
+    call = Call(one)
     for tile in (2, 4):
-        call.packed = engine.kernels.pack(call.weight, tile)
+        call.packed = one.kernels.pack(call.weight, tile)
         with pytest.raises(ValueError, match=f"tile {tile}; expected tile 0"):
             call()
-    call = Call(engine, 4)
-    call.packed = engine.kernels.pack(call.weight)
+    call = Call(one, 4)
+    call.packed = one.kernels.pack(call.weight)
     with pytest.raises(ValueError, match="tile 0; expected 4, or 2"):
         call()
-    call.packed, call.tiles = engine.kernels.pack(call.weight, 2), replace(call.tiles, quarters=None)
+    call.packed, call.tiles = one.kernels.pack(call.weight, 2), replace(call.tiles, quarters=None)
     with pytest.raises(ValueError, match="tile 2; expected 4, or 2 with quarters"):
         call()
 
@@ -663,9 +672,9 @@ def test_geometry_refuses_sites(engine: CpuEngine, coords: list[list[int]]) -> N
 @pytest.mark.parametrize(
     "coords", [torch.zeros(1, 3).long(), torch.zeros(1, 2).int(), torch.zeros(3).int()], ids=["int64", "two", "vector"]
 )
-def test_geometry_refuses_coordinates(engine: CpuEngine, coords: Tensor) -> None:
+def test_geometry_refuses_coordinates(one: CpuEngine, coords: Tensor) -> None:
     with pytest.raises(ValueError, match=r"expected int32 \[N, 3\]"):
-        engine.geometry(Sites(coords, 2, 4, 5), PlanSpec(2, "cell"))
+        one.geometry(Sites(coords, 2, 4, 5), PlanSpec(2, "cell"))
 
 
 def test_geometry_takes_strided_coordinates(engine: CpuEngine) -> None:

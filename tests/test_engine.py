@@ -154,7 +154,7 @@ except ValueError as error:
 """
 
 
-@pytest.mark.parametrize("gpu", [True, False], ids=["GPU", "no GPU"])
+@pytest.mark.parametrize("gpu", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["GPU", "no GPU"])
 @pytest.mark.parametrize(
     ("error", "reason"),
     [

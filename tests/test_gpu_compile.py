@@ -12,14 +12,23 @@ from typing import Any
 
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compile")]
+
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 KERNELS = Path(__file__).parents[1] / "src/sparserefine/engines/triton/kernels"
 
 Facts = dict[str, Any]
 
 
+def compiled(pytestconfig: pytest.Config, folder: Path) -> Path:
+    """Where Triton keeps what it compiled, by sources, options and versions: with pytest's cache, if there is one."""
+    return pytestconfig.cache.mkdir("triton") if pytestconfig.pluginmanager.has_plugin("cacheprovider") else folder
+
+
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Facts], dict[str, Facts]]:
+def report(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Facts], dict[str, Facts]]:
     """Facts of each kernel as compiled, and of each case by its name; float16 and one kind of GPU."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
     if not triton.__version__.startswith("3.9."):
@@ -28,8 +37,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Facts], dict[
     missing = [name for name in ("ptxas", "cuobjdump", "nvdisasm") if not (tools / name).is_file()]
     if missing:
         pytest.skip(f"this triton comes without {', '.join(missing)}")
-    folder = str(tmp_path_factory.mktemp("triton"))
-    environment = {**os.environ, "TRITON_CACHE_DIR": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
+    folder = tmp_path_factory.mktemp("triton")
+    cache = str(compiled(pytestconfig, folder))
+    environment = {**os.environ, "TRITON_CACHE_DIR": cache, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     run = subprocess.run(
         [sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=900, check=False

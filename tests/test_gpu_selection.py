@@ -54,7 +54,7 @@ def check(selection: ModuleType, device: torch.device, values: Tensor, mask: Ten
     assert torch.equal(given.cpu().view(torch.int32), values.view(torch.int32)), "the values have changed"
 
 
-@pytest.mark.parametrize("budget", [1, 40, 200])
+@pytest.mark.parametrize("budget", [*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 40)), 200])
 @pytest.mark.parametrize("kind", ["entropies", "a few values", "constant", "close", "special"])
 def test_as_the_torch_engine(selection: ModuleType, device: torch.device, kind: str, budget: int) -> None:
     """The second image has fewer candidates than the largest budget."""

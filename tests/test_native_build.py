@@ -391,6 +391,7 @@ def test_sdist_carries_the_sources(tree: Path, tmp_path: Path) -> None:
     assert not any(name.endswith(".so") for name in names)
 
 
+@pytest.mark.slow
 def test_wheel_carries_the_objects(tree: Path, tmp_path: Path) -> None:
     """For any Python 3 on this kind of machine; and they load where the wheel is unpacked."""
     if build.compiler() is None or not sys.platform.startswith("linux"):

@@ -24,6 +24,8 @@ from sparserefine.bases.loaded import tensor_of
 from sparserefine.bases.runtimes import NEEDS, Runtime
 from test_doors_end_to_end import mask2former_folder, segformer_folder
 
+pytestmark = pytest.mark.xdist_group("runtime")  # models compiled once
+
 K = 3
 Name = Literal["onnxruntime", "openvino"]
 NAMES: tuple[Name, ...] = ("onnxruntime", "openvino")
@@ -92,7 +94,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 # ---- the same as torch
 
 
-@pytest.mark.parametrize("size", [(16, 24), (13, 9)])
+@pytest.mark.parametrize("size", [(16, 24), pytest.param((13, 9), marks=pytest.mark.slow)])  # each is compiled
 @pytest.mark.parametrize("batch", [1, 2])
 def test_equals_eager(run: Runtime, model: nn.Module, size: tuple[int, int], batch: int) -> None:
     x = torch.randn(batch, 3, *size)
@@ -133,6 +135,7 @@ def test_nothing_is_registered_in_or_around_the_model(run: Runtime, model: nn.Mo
     assert set(model._modules) == {"stem", "qkv", "head"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("folder_of", [segformer_folder, mask2former_folder], ids=["segformer", "mask2former"])
 def test_models_of_transformers(name: Name, folder_of: Callable[[Path], str], tmp_path: Path) -> None:
@@ -143,6 +146,7 @@ def test_models_of_transformers(name: Name, folder_of: Callable[[Path], str], tm
         assert_same(Runtime(name, loaded)(x), tensor_of(loaded(x), ""))
 
 
+@pytest.mark.slow
 def test_segnext() -> None:
     needed("openvino")
     segnext_t = segnext("t", K)
@@ -157,6 +161,7 @@ def test_segnext() -> None:
 # ---- programs
 
 
+@pytest.mark.slow
 def test_each_size_is_compiled_once_and_the_one_used_longest_ago_goes(
     monkeypatch: pytest.MonkeyPatch, compilations: Callable[[], list[str]]
 ) -> None:
@@ -168,7 +173,9 @@ def test_each_size_is_compiled_once_and_the_one_used_longest_ago_goes(
     assert compilations() == ["1 x 5", "2 x 5", "3 x 5", "2 x 5"]
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, pytest.param(lambda r: pickle.loads(pickle.dumps(r)), marks=pytest.mark.slow)]
+)
 def test_copies_compile_anew(copied: Any, compilations: Callable[[], list[str]]) -> None:
     needed("openvino")
     run = Runtime("openvino", Pointwise().eval())
@@ -319,6 +326,7 @@ def test_a_model_that_cannot_be_converted(name: Name) -> None:
 # ---- as a base
 
 
+@pytest.mark.slow
 def test_frozen_base_end_to_end(model: nn.Module) -> None:
     needed("openvino")
     plain = FrozenBase(model, K, BaseConfig(ratio=0.5))

@@ -163,6 +163,7 @@ class Head(torch.nn.Module):
         return self.head([image, F.avg_pool2d(image, 2), F.avg_pool2d(image, 4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_runtimes_take_the_head(name: Literal["onnxruntime", "openvino"]) -> None:
     """OpenVINO 2026.4 crashes where all its group norms are torch's."""

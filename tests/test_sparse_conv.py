@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from sparserefine.engines.choose import engine_report, get_engine
 from sparserefine.engines.reference import convolution as engine_module
 from sparserefine.engines.reference.geometry import TableStencil
-from sparserefine.sparse import PlanSpec, Sites, SparseBatchNorm, SparseConv, SparseUNet, conv
+from sparserefine.sparse import Plan, PlanSpec, Sites, SparseBatchNorm, SparseConv, SparseUNet, conv
 from support import (
     DTYPES,
     ENGINES,
@@ -27,6 +30,7 @@ from support import (
     engine_of,
     mask_of,
     on_grid,
+    slow_if_interpreted,
 )
 
 C_IN, C_OUT = 3, 5
@@ -34,6 +38,18 @@ SOME_ENGINES = ("torch", "cpu-generic", *TRITON_ENGINES)
 """One of each kind."""
 DOWNS = ("paper", "cell")
 KINDS = ("around", "down-paper", "up-paper", "down-cell", "up-cell")
+SIZE = (6, 8)
+MASKS = list(dict.fromkeys([*((p, SIZE) for p in PATTERNS), *(("random", size.values[0]) for size in SIZES)]))
+"""Each pattern and each size, once: convolutions see tables only, which are compared on every pattern of every size."""
+SHORT = (("none", SIZE), ("random", (9, 7)))
+"""Of these, what fast tests leave to an interpreter."""
+
+
+@cache
+def plan_of(engine: str, down: str, shape: torch.Size, pixels: bytes) -> Plan:
+    """Two levels of a mask; the same plan serves all kinds and precisions, as convolutions do not change it."""
+    mask = torch.tensor(list(pixels), device=device_of(engine)).bool().view(shape)
+    return engine_of(engine).geometry(Sites.from_mask(mask), PlanSpec(2, down))
 
 
 def exact(engine: str) -> torch.dtype:
@@ -54,9 +70,8 @@ class Case:
         inputs: int = C_IN,
     ) -> None:
         self.kind, _, self.down = kind.partition("-")
+        level = plan_of(engine, self.down or "cell", mask.shape, bytes(mask.flatten().tolist())).levels[0]
         mask = mask.to(device_of(engine))
-        plan = engine_of(engine).geometry(Sites.from_mask(mask), PlanSpec(2, self.down or "cell"))
-        level = plan.levels[0]
         coarse = coarser_mask(mask, self.down or "cell")
         self.source, self.target = {"around": (mask, mask), "down": (mask, coarse), "up": (coarse, mask)}[self.kind]
         self.stencil = {
@@ -100,26 +115,26 @@ class Case:
             assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "pattern", "size"), slow_if_interpreted(ENGINES, MASKS, SHORT))
 def test_equals_dense_convolution(engine: str, kind: str, size: tuple[int, int], pattern: str) -> None:
     Case(kind, mask_of(pattern, size, batch=2), exact(engine), engine).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", SOME_ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "pattern"), slow_if_interpreted(SOME_ENGINES, [("none",), ("random",)], [("random",)])
+)
 def test_equals_dense_convolution_in_each_precision(engine: str, kind: str, pattern: str, dtype: torch.dtype) -> None:
     size = (9, 8) if engine != "triton" else (4, 5)  # interpreted, it takes its time
     Case(kind, mask_of(pattern, size, batch=3), dtype, engine).check()
 
 
-@pytest.mark.parametrize("channels", [1, 3, 17, 19, 33, 64])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "channels"), slow_if_interpreted(ENGINES, [(1,), (3,), (17,), (19,), (33,), (64,)], [(1,), (33,)])
+)
 def test_any_number_of_channels(engine: str, kind: str, channels: int) -> None:
     size = (30, 41) if engine != "triton" else (10, 13)  # interpreted, it takes its time
     Case(kind, mask_of("random", size, batch=2), exact(engine), engine, channels).check()
@@ -252,8 +267,7 @@ def test_compiles_without_a_graph_break() -> None:
     assert module.first.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("down", DOWNS)
-@pytest.mark.parametrize("engine", SOME_ENGINES)
+@pytest.mark.parametrize(("engine", "down"), slow_if_interpreted(SOME_ENGINES, [("paper",), ("cell",)], [("cell",)]))
 def test_a_network_compiles_without_a_graph_break(engine: str, down: str) -> None:
     device = device_of(engine)
     mask, network = mask_of("random", (6, 5)).to(device), SparseUNet(3, 2, (3, 4), 1, down).to(device)
@@ -314,10 +328,13 @@ def brute_force(mask: Tensor, down: str) -> tuple[list, list, list, list]:
     return around, cells, children, parents
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("down", DOWNS)
-@pytest.mark.parametrize("engine", SOME_ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "size", "pattern"),
+    slow_if_interpreted(
+        SOME_ENGINES, product([size.values[0] for size in SIZES], PATTERNS), [((9, 7), "random"), ((1, 7), "all")]
+    ),
+)
 def test_tables_against_loops(engine: str, down: str, size: tuple[int, int], pattern: str) -> None:
     mask = mask_of(pattern, size, batch=3)
     plan = engine_of(engine).geometry(Sites.from_mask(mask), PlanSpec(3, down))

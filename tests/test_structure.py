@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def file_of(name: str) -> str | None:
     return None
 
 
+@cache
 def arrows() -> set[tuple[str, str]]:
     """Who imports whom, file by file; imports in functions and under ``TYPE_CHECKING`` included."""
     found = {(name, file_of(target)) for name in FILES if name not in EXEMPT for target in imported(FILES[name])}
