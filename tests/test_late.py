@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import FAST_S, pytest_terminal_summary
+from late import FAST_S, STARTED, cpu_s, pytest_terminal_summary
 
 
 def test_late_tests_are_listed_once_latest_first() -> None:
@@ -30,6 +30,4 @@ def test_late_tests_are_listed_once_latest_first() -> None:
 
 
 def test_cpu_time_is_counted_with_that_of_fixtures(request: pytest.FixtureRequest) -> None:
-    from conftest import _STARTED, cpu_s
-
-    assert 0 <= cpu_s() - request.node.stash[_STARTED] < 60
+    assert 0 <= cpu_s() - request.node.stash[STARTED] < 60
