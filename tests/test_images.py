@@ -323,6 +323,18 @@ def test_a_failure_while_writing_leaves_everything_as_it_was(old: bytes | None, 
     assert [p.read_bytes() for p in tmp_path.iterdir()] == ([old] if old else [])
 
 
+def test_who_reads_while_a_file_is_replaced_sees_the_old_one_whole(tmp_path: Path) -> None:
+    """A rename, not a copy: the old file stays what it was for whoever has it open, and the new one is never partial."""
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with path.open() as reader:
+        with written_whole(path) as temporary:
+            temporary.write_text("new, and longer")
+            assert path.read_text() == "old"
+        assert reader.read() == "old"
+    assert path.read_text() == "new, and longer"
+
+
 def test_written_whole_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.bin"
     for content in (b"first", b"second"):

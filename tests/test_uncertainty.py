@@ -271,3 +271,13 @@ def test_labels_above_255() -> None:
 def test_bad_upsampling(arguments: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Upsampling(**arguments)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_of_equal_classes_the_first_is_the_label(classes: int) -> None:
+    logits = torch.randn(1, classes, 4, 6)
+    labels = uncertainty(Coarse(logits, (8, 12)))[0]
+    twice = torch.cat([logits, logits], dim=1)
+    assert torch.equal(uncertainty(Coarse(twice, (8, 12)))[0], labels)
+    assert labels.unique().tolist() == list(range(classes))
+    assert not uncertainty(Coarse(torch.zeros(1, classes, 4, 6), (8, 12)))[0].any()
