@@ -1,4 +1,7 @@
-"""The refine step as one CUDA graph: no launches one by one, no waiting in between, the same time for every image."""
+"""All stages after the base as one CUDA graph.
+
+The kernels start with one launch, the host does not wait in between, and every image takes the same time.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ from sparserefine.stages.selector import Selector
 if TYPE_CHECKING:
     from sparserefine.engines.triton.engine import TritonEngine
 
-_WARM_UP = 3  # runs before the recording: kernels are compiled, and libraries take the memory that they keep
+_WARM_UP = 3  # runs before the recording: they compile kernels, and libraries allocate the memory that they keep
 
 _CHANGED = "the refiner {} since it was captured; call refiner.eval() and refiner.capture(...) again"
 
 
 class Step(Protocol):
-    """All stages after the base; :meth:`sparserefine.refiner.SparseRefiner.step` is one."""
+    """All stages after the base, such as :meth:`sparserefine.refiner.SparseRefiner.step`."""
 
     def __call__(
         self,
@@ -39,23 +42,23 @@ class Step(Protocol):
         plan_of: Callable[[Tensor], Plan | PaddedPlan] | None = None,
         timer: StageTimer | None = None,
     ) -> Refinement:
-        """The refinement of an image; see :meth:`sparserefine.refiner.SparseRefiner.step`."""
+        """Refines an image; see :meth:`sparserefine.refiner.SparseRefiner.step`."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is to be captured, as values.
+    """The parts of a refiner that capturing needs.
 
     Attributes:
-        step: what the graph holds.
+        step: all stages after the base; the graph records it.
         base: makes the coarse logits, outside the graph.
-        coarse_of: logits ``[B, K, h, w]`` and the images' size -> what the step takes.
-        engine: of the step, by device.
-        extractor: the network of the step.
-        selector: of the step; its budget limits the room that is needed.
-        macs: multiply-accumulates of each stage, from the sites of each level.
-        trained: parameters and buffers that the graph reads. It is refused once they have changed.
-        changed: what else has changed since, in words that follow "the refiner"; ``None``: nothing.
+        coarse_of: wraps logits ``[B, K, h, w]`` for images of a size (H, W), as ``step`` takes them.
+        engine: chooses the engine of ``step`` by device.
+        extractor: the network that ``step`` runs.
+        selector: the selector that ``step`` uses; its budget limits the capacity that is needed.
+        macs: multiply-accumulates of each stage, from the number of sites at each level.
+        trained: parameters and buffers that the graph reads. The graph must not run after they have changed.
+        changed: says what else has changed since, as the end of a sentence "the refiner ..."; ``None``: nothing.
     """
 
     step: Step
@@ -70,19 +73,18 @@ class Recipe:
 
 
 class Graph:
-    """One step recorded on buffers of its own: image and coarse logits in, labels and logits at the sites out.
+    """One recorded step with its own buffers: image and coarse logits in, labels and logits at the sites out.
 
-    Whatever the recorded kernels read or write is held here: the buffers, packed weights, and the tables of taps that
-    the engine keeps with the coarse logits. Tensors of the results lie where they lay before, and are written anew by
-    each run.
+    This object keeps alive all memory that the recorded kernels use: the buffers, the packed weights, and the
+    interpolation tables that the engine stores with the coarse logits. Each run overwrites the results of the last one.
 
     Args:
-        recipe: the step.
-        engine: of the GPU.
-        packed: the packed network that the engine has for the step now.
-        image: like the ones to come.
-        coarse: likewise.
-        capacities: rows of each level.
+        recipe: the step to record.
+        engine: the GPU's engine.
+        packed: the packed extractor that the engine uses at present.
+        image: an image with the shape and dtype of later ones.
+        coarse: coarse logits with the shape and dtype of later ones.
+        capacities: maximum number of sites at each level.
     """
 
     def __init__(
@@ -100,13 +102,13 @@ class Graph:
         self.logits = coarse.logits.detach().clone(memory_format=torch.preserve_format)
         self._coarse = replace(coarse, logits=self.logits)
         self._graph: torch.cuda.CUDAGraph | None = None
-        # Not in inference mode: the generator of random numbers would keep a tensor of it, and other graphs fail then.
+        # Not in inference mode: the random number generator would keep an inference tensor, which breaks other graphs.
         with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
             self._record()
 
     def _record(self) -> None:
         device = self.image.device
-        if device.type != "cuda":  # kernels are interpreted: the same steps, one by one
+        if device.type != "cuda":  # interpreted kernels, in tests: run the same step without a graph
             self._step()
             return
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -116,13 +118,13 @@ class Graph:
                 self._step()
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # Threads that do not take part, of loaders for one, may use the GPU meanwhile.
+        # "thread_local": other threads, such as data loaders, may use the GPU during the recording.
         recording = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
         with torch.cuda.device(device), recording:
             self._step()
 
     def _step(self) -> None:
-        """All stages after the base, without the host: what the graph holds."""
+        """All stages after the base, without the host: this is what the graph records."""
         plans: list[PaddedPlan] = []
 
         def plan_of(mask: Tensor) -> PaddedPlan:
@@ -137,7 +139,7 @@ class Graph:
         self._report = torch.cat([plan.totals, self._recipe.base.bad_values(self.logits)[None]])
 
     def run(self, image: Tensor, logits: Tensor) -> None:
-        """Queues one run on an image and its coarse logits; the host waits for nothing."""
+        """Queues one run on an image and its coarse logits. The host does not wait."""
         self.image.copy_(image)
         self.logits.copy_(logits)
         if self._graph is None:
@@ -146,17 +148,17 @@ class Graph:
             self._graph.replay()
 
     def report(self) -> tuple[list[int], int]:
-        """Of the last run: the sites of each level, and how many coarse logits are no good. Waits for the GPU."""
+        """The last run's number of sites at each level, and of bad coarse logits (NaN, infinite). Waits for the GPU."""
         counts: list[int]
         *counts, bad = self._report.tolist()
         return counts, bad
 
     def refinement(self, counts: Sequence[int], timer: StageTimer) -> Refinement:
-        """The last run's result without padding, in memory of its own.
+        """A copy of the last run's result, without padding.
 
         Args:
-            counts: its sites at each level, none of them above the capacity.
-            timer: what has timed it.
+            counts: its number of sites at each level, none above the capacity.
+            timer: the timer of this run.
         """
         n, held = counts[0], self.result
         return replace(
@@ -174,19 +176,19 @@ class Graph:
 
 
 class CapturedRefiner:
-    """What :meth:`SparseRefiner.capture` returns: called as the refiner is, on images like the one it was made with.
+    """Result of :meth:`SparseRefiner.capture`. Call it like the refiner, with images of the captured shape and dtype.
 
-    The base runs as ever. All after it is one CUDA graph, recorded with room for a fixed number of sites at each
-    level (``capacities``). An image with more of them is refined without the graph, and counted.
+    The base runs as usual. All later stages are one CUDA graph, with room for a fixed number of sites at each level
+    (``capacities``). An image with more sites is refined without the graph, and counted.
 
-    It is valid for the weights, selector and precision of the refiner, and for the shapes and dtypes of image and
-    coarse logits, that it was made with. Weights and selectors that changed, and other images, are refused. Calls come
-    one after the other, from one thread and one stream.
+    The graph is valid for the weights, selector and precision that the refiner had, and for the shapes and dtypes of
+    image and coarse logits. If any of them changes, except precision, a call raises; precision stays the captured one.
+    Call it from one thread and one stream only, one call at a time.
 
     Attributes:
-        capacities: rows of each level, full size first.
-        calls: images, or batches of them, so far.
-        overflows: how many of these had more sites than ``capacities``.
+        capacities: maximum number of sites at each level, full size first.
+        calls: number of calls so far; a batch is one call.
+        overflows: how many of these calls had more sites than ``capacities``.
     """
 
     def __init__(
@@ -206,14 +208,14 @@ class CapturedRefiner:
         self._graph = Graph(recipe, engine, packed, image, coarse, self.capacities)
 
     def __call__(self, image: Tensor) -> Refinement:
-        """Predicts full-size labels; as :meth:`SparseRefiner.forward`.
+        """Runs the base and refines its prediction, like :meth:`SparseRefiner.forward`.
 
         Args:
-            image: of the shape and dtype that this was made with.
+            image: ``[B, 3, H, W]``, with the captured shape and dtype.
 
         Raises:
-            ValueError: the image, or what the base makes of it, is of another shape or dtype.
-            RuntimeError: the refiner has changed since.
+            ValueError: the image or its coarse logits have another shape, dtype or device, or logits are NaN.
+            RuntimeError: the refiner has changed since it was captured.
         """
         check_image(image)
         timer = StageTimer(image.device)
@@ -223,17 +225,19 @@ class CapturedRefiner:
             return self._refine(image, logits, timer)
 
     def refine(self, image: Tensor, coarse: Tensor) -> Refinement:
-        """From given coarse logits on; as :meth:`SparseRefiner.refine`. Raises as a call does."""
+        """Refines given coarse logits, like :meth:`SparseRefiner.refine`. Raises what a call raises."""
         check_image(image)
         with self._as_recorded():
             return self._refine(image, coarse, StageTimer(image.device))
 
     def labels(self, image: Tensor, coarse: Tensor | None = None) -> Tensor:
-        """Labels ``uint8 [B, H, W]`` only, the quickest way: nothing else leaves the graph. Raises as a call does.
+        """Only the labels, ``uint8 [B, H, W]`` (int16 above 255 classes). The fastest call: it copies nothing else.
+
+        Raises what a call raises.
 
         Args:
-            image: of the shape and dtype that this was made with.
-            coarse: the base's outputs; by default the base is run.
+            image: ``[B, 3, H, W]``, with the captured shape and dtype.
+            coarse: the base's outputs ``[B, K, h, w]``; default: the base is run.
         """
         check_image(image)
         with self._as_recorded():
@@ -244,7 +248,7 @@ class CapturedRefiner:
 
     @contextmanager
     def _as_recorded(self) -> Iterator[None]:
-        """In the precision of the recording, whatever is on around the call: base, and images with too many sites."""
+        """Uses the captured precision instead of the caller's, also for the base and for images with too many sites."""
         with torch.inference_mode(), torch.autocast(self._graph.image.device.type, **self._autocast):
             yield
 
@@ -260,18 +264,18 @@ class CapturedRefiner:
         return self._recipe.step(image, coarse, timer=timer)
 
     def _run(self, image: Tensor, logits: Tensor) -> list[int] | None:
-        """Sites of each level, results being in place; ``None`` where they were too many."""
+        """Runs the graph and returns the number of sites at each level; ``None`` if there were too many for it."""
         _check_like("image", image, self._graph.image)
         _check_like("coarse logits", logits, self._graph.logits)
         changed = self._recipe.changed()
         if changed is not None:
             raise RuntimeError(_CHANGED.format(changed))
         self._graph.run(image, logits)
-        if _versions(self._recipe.trained) != self._state:  # asked while the GPU is busy
+        if _versions(self._recipe.trained) != self._state:  # checked while the GPU is busy
             raise RuntimeError(_CHANGED.format("has other weights"))
         counts, bad = self._graph.report()
         if bad:
-            self._recipe.base.checked(logits, len(image))  # which says what is wrong
+            self._recipe.base.checked(logits, len(image))  # raises, and says what is wrong
         self.calls += 1
         if any(count > capacity for count, capacity in zip(counts, self.capacities, strict=True)):
             self.overflows += 1
@@ -280,12 +284,13 @@ class CapturedRefiner:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Address and version of each tensor: they differ once a tensor was replaced or written to."""
     return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
 @contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    """Autocast keeps converted weights until it ends, and frees them then: a graph must not have seen them."""
+    """Switches off autocast's cache of converted weights: it is freed later, and the graph would read freed memory."""
     before = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)
@@ -302,13 +307,13 @@ def capture(
     headroom: float,
     capacities: Sequence[int] | None,
 ) -> CapturedRefiner:
-    """Records a graph; :meth:`sparserefine.refiner.SparseRefiner.capture` tells of the arguments and errors."""
+    """Records a graph; see :meth:`sparserefine.refiner.SparseRefiner.capture` for arguments and errors."""
     if not images:
-        raise ValueError("no image is given; capture learns from one or several how many sites there are")
+        raise ValueError("no image is given; pass one or several typical images, so that their sites can be counted")
     if logits is not None and len(logits) != len(images):
-        raise ValueError(f"{len(logits)} coarse logits for {len(images)} images; expected as many")
+        raise ValueError(f"{len(logits)} coarse logits for {len(images)} images; expected one for each image")
     if not headroom >= 1:
-        raise ValueError(f"headroom = {headroom}, expected at least 1, the room that the given images need")
+        raise ValueError(f"headroom = {headroom}, expected at least 1, which is the room for the given images")
     for image in images:
         check_image(image)
         _check_like("image", image, images[0])
@@ -317,7 +322,7 @@ def capture(
     if engine.name != "triton":
         raise ValueError(
             f"images are on {first.device}, where engine {engine.name!r} runs; a CUDA graph needs a GPU and engine "
-            "'triton': move refiner and images to the GPU (`sparserefine info` says what is missing)"
+            "'triton': move the refiner and the images to the GPU (`sparserefine info` says what is missing)"
         )
     with torch.inference_mode():
         if logits is None:
@@ -330,20 +335,20 @@ def capture(
         if packed is None:
             raise ValueError(
                 "this extractor cannot be packed, so it cannot be captured: its weights were made in inference mode, "
-                "or it has hooks, or is in a precision other than float16, bfloat16 and float32"
+                "it has hooks, or its dtype is not float16, bfloat16 or float32"
             )
         if capacities is None:
             capacities = _capacities(recipe, engine, images, coarse, headroom)
     levels = recipe.extractor.spec.levels
     if len(capacities) != levels or min(capacities) < 1:
-        raise ValueError(f"capacities = {list(capacities)}, expected {levels} numbers of sites, one a level, above 0")
+        raise ValueError(f"capacities = {list(capacities)}, expected {levels} numbers of sites, one per level, above 0")
     return CapturedRefiner(recipe, cast("TritonEngine", engine), packed, first, coarse[0], capacities)
 
 
 def _capacities(
     recipe: Recipe, engine: Engine, images: Sequence[Tensor], coarse: Sequence[Coarse], headroom: float
 ) -> list[int]:
-    """Room for the most sites that any of the images has at each level, ``headroom`` times, in round numbers."""
+    """Capacity of each level: ``headroom`` times the most sites of any image, rounded up, at most all its pixels."""
     spec, largest = recipe.extractor.spec, [0] * recipe.extractor.spec.levels
     for one in coarse:
         _, entropies = engine.uncertainty(one)
@@ -355,13 +360,13 @@ def _capacities(
         cells = batch * height * width
         if depth == 0 and budget is not None:
             cells = min(cells, batch * budget)
-        result.append(max(1, min(cells, _bucket(most * headroom))))
+        result.append(max(1, min(cells, _rounded_up(most * headroom))))
         height, width = coarser_size(height, spec.down), coarser_size(width, spec.down)
     return result
 
 
-def _bucket(sites: float) -> int:
-    """The next number of the form (8 to 15) times a power of two: at most an eighth more."""
+def _rounded_up(sites: float) -> int:
+    """Rounds up to a multiple of a power of two, by at most an eighth, or 16 if that is more."""
     step = 1 << max(4, int(sites).bit_length() - 4)
     return (int(sites) // step + 1) * step
 
@@ -370,5 +375,5 @@ def _check_like(what: str, given: Tensor, wanted: Tensor) -> None:
     if given.shape != wanted.shape or given.dtype != wanted.dtype or given.device != wanted.device:
         raise ValueError(
             f"{what}: {given.dtype} {tuple(given.shape)} on {given.device}, captured for {wanted.dtype} "
-            f"{tuple(wanted.shape)} on {wanted.device}; capture again for it, or call the refiner itself"
+            f"{tuple(wanted.shape)} on {wanted.device}; capture again for it, or call the refiner instead"
         )

@@ -1,6 +1,10 @@
 """SparseRefiner: the whole method on one page (Liu et al., ECCV 2024, arXiv 2407.19014).
 
 image -> base -> coarse logits -> selector -> sites -> extractor -> sparse logits -> ensembler -> refined logits
+
+The base is the frozen dense model; it sees a downsized image. Sites are the full-resolution pixels where its prediction
+is uncertain. A plan holds the neighbour tables that the sparse U-Net needs for one set of sites. An engine is the code
+that computes: PyTorch, C++ on the CPU, or Triton on the GPU. Start with :meth:`SparseRefiner.step`.
 """
 
 from __future__ import annotations
@@ -36,13 +40,16 @@ class SparseRefiner(nn.Module):
 
     Args:
         base: the frozen model.
-        config: which pixels are refined, the network that refines them, how both predictions are blended; by default
-            those of :class:`RefinerConfig`.
-        classes: names and colours; if not given, the base's own, or numbered ones.
-        engine: what executes the sparse network; see ``sparserefine info``.
+        config: which pixels are refined, the network that refines them, and how both predictions are blended; default:
+            :class:`RefinerConfig` with its own defaults.
+        classes: names and colours; default: the base's own, or else "class 0", "class 1", ...
+        engine: name of the engine that runs the sparse network; ``sparserefine info`` lists them.
 
     Attributes:
-        config: as given; :attr:`selector` may be replaced later, the rest has shaped the modules.
+        config: the configuration in use. Only :attr:`selector` can be replaced later.
+
+    Raises:
+        ValueError: the class count differs from the base's, or the threshold is too high for it.
     """
 
     def __init__(
@@ -57,7 +64,7 @@ class SparseRefiner(nn.Module):
         k = base.num_classes
         self.classes = classes or base.classes or Classes.numbered(k)
         if len(self.classes) != k:
-            raise ValueError(f"{len(self.classes)} class names for a base of {k} classes; expected as many")
+            raise ValueError(f"{len(self.classes)} class names for a base of {k} classes; expected {k}")
         self.config = config = config or RefinerConfig()
         config.selector.check(k)
         self.base = base
@@ -67,10 +74,10 @@ class SparseRefiner(nn.Module):
 
     @property
     def selector(self) -> Selector:
-        """Threshold and budget, which may be replaced at any time.
+        """Threshold and budget. Assign a new selector at any time.
 
         Raises:
-            ValueError: no prediction over K classes can exceed the threshold.
+            ValueError: the new threshold is ln K or more, so it would select nothing.
         """
         return self.config.selector
 
@@ -80,17 +87,20 @@ class SparseRefiner(nn.Module):
         self.config = replace(self.config, selector=selector)
 
     def forward(self, image: Tensor) -> Refinement:
-        """Predicts full-size labels of a batch of images of one size.
+        """Runs the base and refines its prediction, for a batch of images of one size.
 
         Args:
-            image: ``[B, 3, H, W]``, uint8, or floating point in 0..1, on the device of the modules.
+            image: ``[B, 3, H, W]``, uint8, or floating point in 0..1, on the same device as the refiner.
+
+        Raises:
+            ValueError: wrong shape or dtype of the image, or bad outputs of the base, such as NaN.
         """
         check_image(image)
         timer = StageTimer(image.device)
         with timer.stage("base"):
-            logits, judge = self.base.begin(image)
+            logits, check_values = self.base.begin(image)
         coarse = self.coarse_of(logits, (image.shape[2], image.shape[3]))
-        return self.step(image, coarse, plan_of=self._judging(judge, image.device), timer=timer)
+        return self.step(image, coarse, plan_of=self._plan_then(check_values, image.device), timer=timer)
 
     def refine(
         self,
@@ -100,25 +110,28 @@ class SparseRefiner(nn.Module):
         windows: Sequence[Window] | None = None,
         valid: Tensor | None = None,
     ) -> Refinement:
-        """The method from given coarse logits on.
+        """Refines given coarse logits, without running the base.
 
-        In training mode nobody looks at the values of the logits, for which the host would wait for a GPU at each step:
-        they are looked at when they are made or read.
+        In training mode the logits are not checked for NaN, because the check makes the host wait for the GPU. Training
+        checks them earlier, when they are computed or read from disk.
 
         Args:
-            image: ``[B, 3, H, W]``.
-            coarse: the base's outputs ``[B, K, h, w]``, or B times ``[K, h, w]`` where their sizes differ.
+            image: ``[B, 3, H, W]``, uint8, or floating point in 0..1.
+            coarse: the base's outputs ``[B, K, h, w]``, or B tensors ``[K, h, w]`` if their sizes differ.
             windows: in training, the part of the whole image that each crop shows.
-            valid: ``bool [B, H, W]``, false where the image is padding: never selected.
+            valid: ``bool [B, H, W]``, false where the image is padding, which is never selected.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit, or (outside training) logits are NaN or infinite.
         """
         check_image(image)
-        given = self.coarse_of(coarse, (image.shape[2], image.shape[3]), windows)
-        _check_batch(given, len(image), valid)
+        checked = self.coarse_of(coarse, (image.shape[2], image.shape[3]), windows)
+        _check_batch(checked, len(image), valid)
         plan_of = None
         if not self.training:
-            logits = [given.logits] if isinstance(given.logits, Tensor) else given.logits
-            plan_of = self._judging(self.base.look_at(*logits), image.device)
-        return self.step(image, given, valid, plan_of=plan_of, timer=StageTimer(image.device))
+            logits = [checked.logits] if isinstance(checked.logits, Tensor) else checked.logits
+            plan_of = self._plan_then(self.base.look_at(*logits), image.device)
+        return self.step(image, checked, valid, plan_of=plan_of, timer=StageTimer(image.device))
 
     def step(
         self,
@@ -129,32 +142,38 @@ class SparseRefiner(nn.Module):
         plan_of: Callable[[Tensor], Plan | PaddedPlan] | None = None,
         timer: StageTimer | None = None,
     ) -> Refinement:
-        """All stages after the base. Values are neither checked nor timed here: that is for who calls.
+        """All stages after the base (paper, section 3). Checks no values; callers do that.
 
         Args:
-            image: ``[B, 3, H, W]``.
-            coarse: of this image, see :meth:`coarse_of`.
-            valid: ``bool [B, H, W]``, false where nothing is to be selected.
-            plan_of: makes the plan of a mask ``bool [B, H, W]``; by default the engine. A padded plan makes rows that
-                are padding, sites and logits alike.
-            timer: has timed the base already; by default no clock is read.
+            image: ``[B, 3, H, W]``, uint8, or floating point in 0..1.
+            coarse: the base's outputs for this image; see :meth:`coarse_of`.
+            valid: ``bool [B, H, W]``, false where no pixel may be selected.
+            plan_of: makes the plan from the mask of selected pixels, ``bool [B, H, W]``; default: the engine's own
+                function. If it returns a padded plan, sites and logits of the result have padding rows at the end.
+            timer: times the stages; default: no timing.
         """
         engine, timer = self.engine.on(image.device), timer or StageTimer(None)
         with timer.stage("uncertainty"), torch.no_grad():
+            # Upsample the coarse logits; label and entropy [nats] of every pixel, [B, H, W] each.
             labels, entropies = engine.uncertainty(coarse)
         with timer.stage("select"):
+            # Section 3.1: the pixels above the entropy threshold, at most budget per image, [B, H, W].
             mask = self.selector.mask(entropies, valid, engine)
         with timer.stage("plan"):
+            # The N sites, and who neighbours whom at each level of the U-Net.
             plan = plan_of(mask) if plan_of else engine.plan(mask, self.extractor.spec)
             sites = plan.sites
         with timer.stage("gather"):
+            # What the next two stages read at the sites: coarse logits [N, K], image features [N, F].
             coarse_logits = sample(coarse, sites, engine)
             features = self._features(image, sites, coarse_logits, engine)
         with timer.stage("extractor"):
+            # Section 3.2: the sparse U-Net, [N, F] -> [N, K]; for inference the engine may have a faster version of it.
             packed = None if torch.is_grad_enabled() else engine.prepare(self.extractor)
             network: Callable[..., Tensor] = packed or self.extractor
             sparse_logits = network(features, plan)
         with timer.stage("ensembler"):
+            # Section 3.3: the gate blends both predictions, [N, K].
             refined = self.ensembler(coarse_logits, sparse_logits.float(), engine)
         macs = self.sparse_macs(plan.rows)
         outputs = coarse_logits, sparse_logits, refined
@@ -163,19 +182,20 @@ class SparseRefiner(nn.Module):
     def coarse_of(
         self, logits: Tensor | Sequence[Tensor], size: tuple[int, int], windows: Sequence[Window] | None = None
     ) -> Coarse:
-        """What the base's outputs are for images of ``size`` [px].
+        """Wraps the base's outputs with the rule that upsamples them to ``size`` [px], and checks them.
 
         Args:
-            logits: ``[B, K, h, w]``, or B times ``[K, h, w]``.
-            size: H and W of the images, or of the crops that ``windows`` tell of.
-            windows: the part of the whole image that each crop shows.
+            logits: ``[B, K, h, w]``, or B tensors ``[K, h, w]`` if their sizes differ.
+            size: H and W of the images, or of the crops if ``windows`` is given.
+            windows: the part of the whole image that each crop shows; default: the images are whole.
 
         Raises:
-            ValueError: shapes, dtype or class count are wrong, or upsampling ``nearest`` cannot be told from a crop.
+            ValueError: wrong shape, dtype or class count; or crops with upsampling ``nearest`` and no fixed base size.
         """
         upsampling = Upsampling("bilinear", self.base.outputs)
         if self.config.upsampling == "nearest":
-            # The grid of the base's input follows from the size of the whole image, which a window does not tell.
+            # This mode needs the size of the base's input. With a ratio it depends on the size of the whole original
+            # image, and a window only knows the resized one.
             if windows is not None and self.base.config.size is None:
                 raise ValueError(
                     "upsampling 'nearest' on crops needs a fixed base.size, not a base.ratio; give base.size"
@@ -186,27 +206,31 @@ class SparseRefiner(nn.Module):
         return coarse
 
     def sparse_macs(self, rows: Sequence[int]) -> dict[str, int]:
-        """Multiply-accumulates of extractor and ensembler for so many sites at each level, full size first."""
+        """Multiply-accumulates of extractor and ensembler, from the number of sites at each level, full size first."""
         return {"extractor": self.extractor.macs_of(rows), "ensembler": self.ensembler.macs(rows[0])}
 
-    def _judging(self, judge: Callable[[], None], device: torch.device) -> Callable[[Tensor], Plan]:
-        """The engine's plan of a mask, then ``judge``: the host has just waited for the plan, so this is one wait."""
+    def _plan_then(self, check_values: Callable[[], None], device: torch.device) -> Callable[[Tensor], Plan]:
+        """A function that makes the engine's plan and then calls ``check_values``, which raises on NaN logits.
+
+        Both make the host wait for the GPU. In this order the second wait is free.
+        """
         engine, spec = self.engine.on(device), self.extractor.spec
 
         def plan_of(mask: Tensor) -> Plan:
             plan = engine.plan(mask, spec)
-            judge()
+            check_values()
             return plan
 
         return plan_of
 
     def _features(self, image: Tensor, sites: Sites, coarse_logits: Tensor, engine: Engine) -> Tensor:
-        """``[N, F]``: what :class:`ExtractorConfig` lists, in its order."""
+        """Input of the extractor, ``[N, F]``: the features named in :class:`ExtractorConfig`, in that order."""
         parts = []
         for name in self.config.extractor.features:
             if name == "rgb":
                 mean, std = (constant(v, image.device) for v in (self.config.mean, self.config.std))
                 white = 255 if image.dtype == torch.uint8 else 1
+                # (pixel / white - mean) / std, written as pixel * scale + shift.
                 parts.append(pixels(image, sites, 1 / (std * white), -mean / std, engine))
             elif name == "coords":
                 extents = ((1, sites.height), (2, sites.width))
@@ -225,23 +249,23 @@ class SparseRefiner(nn.Module):
         headroom: float = 1.5,
         capacities: Sequence[int] | None = None,
     ) -> CapturedRefiner:
-        """Records all stages after the base as one CUDA graph, for a stream of images of one size on the GPU.
+        """Records all stages after the base as one CUDA graph, for many images of one size on the GPU.
 
-        The graph has room for a fixed number of sites at each level; an image with more is refined without it, and
-        counted. It belongs to the weights, the selector and the precision of this moment, and to the images' shape:
-        see :class:`sparserefine.capture.CapturedRefiner`. Precision is that of ``torch.autocast``, if it is on.
+        The graph has room for a fixed number of sites at each level. An image with more sites is refined without the
+        graph, and counted. The graph is valid for the current weights, selector and precision (``torch.autocast``) and
+        for one image shape and dtype; see :class:`sparserefine.capture.CapturedRefiner`.
 
         Args:
-            images: one or several typical ``[B, 3, H, W]`` on the GPU, of the shape and dtype that are to come.
-            coarse: for each the base's outputs ``[B, K, h, w]``, where they are to come from elsewhere
-                (``captured.refine(image, coarse)``); by default the base is run.
-            headroom: room for so many times the sites that these have.
-            capacities: or the room itself, in sites for each level, full size first.
+            images: one or several typical images ``[B, 3, H, W]`` on the GPU, with the shape and dtype of later calls.
+            coarse: the base's outputs ``[B, K, h, w]`` for each of ``images``, if later calls are
+                ``captured.refine(image, coarse)``; default: the base is run.
+            headroom: the graph has room for ``headroom`` times the most sites found in ``images``.
+            capacities: the room itself, in sites per level, full size first; replaces ``headroom``.
 
         Raises:
-            ValueError: there is no GPU, the images are of several shapes, or the numbers make no sense.
+            ValueError: there is no GPU, the images differ in shape, or a number is out of range.
         """
-        given, logits = ([one] if isinstance(one, Tensor) else one for one in (images, coarse))
+        image_list, logits = ([value] if isinstance(value, Tensor) else value for value in (images, coarse))
         selector, trained = self.selector, [*self.trained_parameters(), *self.extractor.buffers()]
 
         def changed() -> str | None:
@@ -261,22 +285,22 @@ class SparseRefiner(nn.Module):
             changed,
         )
         self.eval()
-        return capture(recipe, given or [], logits, headroom, capacities)
+        return capture(recipe, image_list or [], logits, headroom, capacities)
 
     def quantize(self, images: Iterable[Tensor]) -> int:
-        """Runs the method on a few typical images, so that engine ``cpu-int8`` knows how large activations get.
+        """Measures the range of activations on a few typical images, for 8-bit inference by engine ``cpu-int8``.
 
-        The weights stay as they are: engine ``cpu-int8`` rounds a copy of them. What is learnt is stored with them by
-        :meth:`save_pretrained`; training forgets it.
+        The weights do not change; engine ``cpu-int8`` quantizes a copy of them. :meth:`save_pretrained` stores the
+        ranges with the weights; training discards them.
 
         Args:
-            images: each ``[B, 3, H, W]`` or ``[3, H, W]``, as for :meth:`forward`. Eight are plenty.
+            images: each ``[B, 3, H, W]`` or ``[3, H, W]``, as for :meth:`forward`. Eight are enough.
 
         Returns:
             The number of images.
 
         Raises:
-            ValueError: no image was given, or none had a pixel to refine.
+            ValueError: no image is given, or no pixel of any image is selected.
         """
         training, count = self.training, 0
         try:
@@ -290,11 +314,11 @@ class SparseRefiner(nn.Module):
         return count
 
     def calibrate(self, images: Iterable[Tensor]) -> int:
-        """Was the name of :meth:`quantize`."""
-        raise AttributeError("SparseRefiner.calibrate is called SparseRefiner.quantize now; it measures for 8 bits")
+        """Old name of :meth:`quantize`. Raises ``AttributeError`` with the new name."""
+        raise AttributeError("SparseRefiner.calibrate is called SparseRefiner.quantize now; it prepares for 8 bits")
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the extractor and the ensembler: all that training changes."""
+        """Parameters of the extractor and the ensembler. Training changes these and nothing else."""
         yield from self.extractor.parameters()
         yield from self.ensembler.parameters()
 
@@ -302,8 +326,8 @@ class SparseRefiner(nn.Module):
         """Writes ``config.json`` and ``model.safetensors``; see :func:`sparserefine.storage.write_refiner`.
 
         Args:
-            folder: made if need be; files of other names in it are left alone.
-            dtype: of the stored floating-point weights; loading gives float32 again.
+            folder: created if missing; other files in it are left alone.
+            dtype: dtype of the stored floating-point weights; loading converts them back to float32.
         """
         trained = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("base.")}
         write_refiner(folder, self.config, self.classes, self.base, trained, dtype=dtype)
@@ -318,24 +342,24 @@ class SparseRefiner(nn.Module):
         engine: str = "auto",
         runtime: Literal["onnxruntime", "openvino"] | None = None,
     ) -> SparseRefiner:
-        """Reads what :meth:`save_pretrained` wrote, in evaluation mode.
+        """Loads a refiner that :meth:`save_pretrained` wrote, in evaluation mode.
 
         Args:
             name: a folder, or a hub id such as ``user/refiner`` (needs ``pip install huggingface_hub``).
-            base: the base itself, where the configuration does not name one or another one is wanted.
-            trust_base: allows a base of kind ``python:``, which runs code that the configuration names.
-            engine: as for the constructor.
-            runtime: of the base that the configuration names; see :class:`BaseConfig`.
+            base: the base to use; default: the one that ``config.json`` names.
+            trust_base: allows a base ``python:<module>:<callable>`` in ``config.json``, which runs that code.
+            engine: name of the engine, as for the constructor.
+            runtime: runtime for the base that ``config.json`` names; see :class:`BaseConfig`.
 
         Raises:
-            ValueError: the folder is incomplete, of another format version, or does not fit the base.
-            FileNotFoundError: there is no such folder and no such hub id.
+            ValueError: the folder is incomplete, has another format version, or does not fit the base.
+            FileNotFoundError: ``name`` is neither a folder nor a hub id.
         """
         stored = read_refiner(name)
         if base is None:
             base = stored.load_base(trust_base=trust_base, runtime=runtime)
         elif runtime is not None:
-            raise ValueError(f"runtime {runtime!r} and a base: give the runtime to the base, BaseConfig(runtime=...)")
+            raise ValueError(f"runtime {runtime!r} with a base: give the runtime to the base, BaseConfig(runtime=...)")
         elif base.num_classes != len(stored.classes):
             where, count = stored.folder / CONFIG, len(stored.classes)
             raise ValueError(f"{where}: {count} classes, the base given has {base.num_classes}")
@@ -344,10 +368,10 @@ class SparseRefiner(nn.Module):
         return refiner.eval()
 
     def load_weights(self, folder: str | Path) -> None:
-        """Takes over extractor and ensembler of a stored refiner of the same shape.
+        """Loads the extractor and ensembler weights of a stored refiner of the same shape.
 
         Raises:
-            ValueError: no such folder, or weights of another shape.
+            ValueError: the folder has no weights file, or the weights have other names or shapes.
         """
         weights, where = read_weights(folder), Path(folder) / WEIGHTS
         try:
@@ -360,10 +384,11 @@ class SparseRefiner(nn.Module):
 
 
 def _check_batch(coarse: Coarse, batch: int, valid: Tensor | None) -> None:
+    """Raises ``ValueError`` unless coarse logits and ``valid`` are for ``batch`` images of the given size."""
     if coarse.batch != batch:
-        one = isinstance(coarse.logits, Tensor)
+        stacked = isinstance(coarse.logits, Tensor)
         given = tuple(coarse.logits.shape) if isinstance(coarse.logits, Tensor) else f"of {coarse.batch} images"
-        wanted = f"[{batch}, K, h, w]" if one else f"{batch}, one for each image"
+        wanted = f"[{batch}, K, h, w]" if stacked else f"{batch}, one for each image"
         raise ValueError(f"coarse logits are {given}, expected {wanted}")
     wanted_shape = (batch, *coarse.size)
     if valid is not None and (valid.dtype != torch.bool or tuple(valid.shape) != wanted_shape):

@@ -1,6 +1,6 @@
 """A refiner on disk: a folder with ``config.json`` and ``model.safetensors``. No pickle.
 
-Values and tensors go in and come out; :class:`sparserefine.SparseRefiner` makes a refiner of them.
+This file reads and writes values and tensors; :class:`sparserefine.SparseRefiner` builds a refiner from them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StoredRefiner:
-    """What the ``config.json`` of a folder says; the weights beside it are those it was written with.
+    """Contents of a folder's ``config.json``. The weights file beside it was checked to belong to it.
 
     Attributes:
-        folder: where it lies; a hub id's is in the cache.
-        config: the refiner's choices.
+        folder: the folder; for a hub id, its local copy in the cache.
+        config: settings of the refiner.
         classes: names and colours.
-        base: the base by name, and how it is used.
+        base: name and input settings of the base.
     """
 
     folder: Path
@@ -51,14 +51,14 @@ class StoredRefiner:
     def load_base(
         self, *, trust_base: bool = False, runtime: Literal["onnxruntime", "openvino"] | None = None
     ) -> FrozenBase:
-        """The base that the configuration names.
+        """Loads the base that ``config.json`` names.
 
         Args:
-            trust_base: allows a base of kind ``python:``, which runs code that the configuration names.
-            runtime: what runs it; see :class:`BaseConfig`.
+            trust_base: allows a base ``python:<module>:<callable>``, which runs that code.
+            runtime: runtime of the base; see :class:`BaseConfig`.
 
         Raises:
-            ValueError: it names none, or one that cannot be loaded.
+            ValueError: no base is named, or it cannot be loaded.
         """
         if not self.base.name:
             where = self.folder / CONFIG
@@ -76,19 +76,22 @@ def write_refiner(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a refiner.
+    """Writes a refiner to a folder.
 
-    A base that is a :class:`UNet` is written beside it, so that the folder works anywhere; any other is named, not
-    copied. Each file appears under its name only when it is whole. ``config.json`` comes last and holds the digest of
-    the weights, so a folder whose writing was interrupted is recognised.
+    If the base is a :class:`UNet`, its weights are written too, so the folder works anywhere. Any other base is stored
+    by name only. A file gets its name only once it is complete. ``config.json`` is written last and holds the digest of
+    the weights, so :func:`read_refiner` detects an interrupted write.
 
     Args:
-        folder: made if need be; files of other names in it are left alone.
-        config: the refiner's choices.
+        folder: created if missing; other files in it are left alone.
+        config: settings of the refiner.
         classes: names and colours.
         base: the frozen model.
-        weights: of extractor and ensembler, by name.
-        dtype: of the stored floating-point weights; reading gives float32 again.
+        weights: weights of extractor and ensembler, by name.
+        dtype: dtype of the stored floating-point weights; loading converts them back to float32.
+
+    Raises:
+        OSError: a file cannot be written, or the weights read back differ.
     """
     folder = Path(folder)
     stored = {
@@ -98,10 +101,10 @@ def write_refiner(
     with written_whole(folder / WEIGHTS) as temporary:
         save_file(stored, temporary)
         read = load_file(temporary)
-        # Compared as bytes: NaN, which differs from itself, is stored as faithfully as any number.
-        if any(not torch.equal(_bytes(read[name]), _bytes(tensor)) for name, tensor in stored.items()):
-            raise OSError(f"{folder / WEIGHTS}: what was written reads back differently; is the disk sound?")
-    base_config = replace(base.config, runtime=None)  # of the machine, as the engine is, not of the refiner
+        # Compare bytes, since NaN != NaN.
+        if any(not torch.equal(_as_bytes(read[name]), _as_bytes(tensor)) for name, tensor in stored.items()):
+            raise OSError(f"{folder / WEIGHTS}: reads back differently; check the disk, then save again")
+    base_config = replace(base.config, runtime=None)  # belongs to the machine, not to the refiner
     if isinstance(base.model, UNet):
         save_unet(base.model, folder / BASE, dtype=dtype)
         base_config = replace(base_config, name=f"unet:{BASE}")
@@ -118,14 +121,14 @@ def write_refiner(
 
 
 def read_refiner(name: str | Path) -> StoredRefiner:
-    """Reads the configuration that :func:`write_refiner` wrote, and checks that the weights beside it belong to it.
+    """Reads the ``config.json`` that :func:`write_refiner` wrote, and checks that the weights file belongs to it.
 
     Args:
         name: a folder, or a hub id such as ``user/refiner`` (needs ``pip install huggingface_hub``).
 
     Raises:
-        ValueError: the folder is incomplete, or of another format version.
-        FileNotFoundError: there is no such folder and no such hub id.
+        ValueError: the folder is incomplete, or has another format version.
+        FileNotFoundError: ``name`` is neither a folder nor a hub id.
     """
     folder = _local_folder(name)
     values = read_json(folder / CONFIG)
@@ -133,17 +136,17 @@ def read_refiner(name: str | Path) -> StoredRefiner:
     if values.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{where}: format_version {values.get('format_version')!r}, this sparserefine reads {FORMAT_VERSION}; "
-            "update sparserefine or store the refiner again"
+            "update sparserefine, or save the refiner again with this version"
         )
-    of_config = {field.name for field in fields(RefinerConfig)}
-    expected = {"format_version", "classes", "palette", *of_config, "base", "weights_sha256"}
+    config_keys = {field.name for field in fields(RefinerConfig)}
+    expected = {"format_version", "classes", "palette", *config_keys, "base", "weights_sha256"}
     if set(values) != expected:
         raise ValueError(f"{where}: keys missing or unknown: {', '.join(sorted(set(values) ^ expected))}")
     weights = folder / WEIGHTS
     if not weights.is_file() or _digest(weights) != values["weights_sha256"]:
-        raise ValueError(f"{weights}: missing, or not the file that {CONFIG} was written with; store the refiner again")
+        raise ValueError(f"{weights}: missing, or not the file that {CONFIG} was written with; save the refiner again")
     classes = _parse(Classes, {"names": values["classes"], "palette": values["palette"]}, f"{where}: classes, palette")
-    config = _parse(RefinerConfig, {name: values[name] for name in of_config}, where)
+    config = _parse(RefinerConfig, {name: values[name] for name in config_keys}, where)
     try:
         config.selector.check(len(classes))
     except ValueError as error:
@@ -155,7 +158,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """Weights of extractor and ensembler by name, on the CPU, from a folder that :func:`write_refiner` wrote.
 
     Raises:
-        ValueError: there is no such file, or it is not one of safetensors.
+        ValueError: there is no weights file, or it is not a safetensors file.
     """
     weights = Path(folder) / WEIGHTS
     if not weights.is_file():
@@ -175,13 +178,13 @@ def _local_folder(name: str | Path) -> Path:
     folder = hub_snapshot(name, "*.json", "*.safetensors")
     base = read_json(folder / CONFIG).get("base") if (folder / CONFIG).is_file() else None
     file = str(base.get("name", "")).rpartition(":")[2] if isinstance(base, Mapping) else ""
-    if file.endswith((".onnx", ".pth", ".pt")):  # of the base, where it lies beside the refiner
+    if file.endswith((".onnx", ".pth", ".pt")):  # the base's own weights, if they are in the same repository
         hub_snapshot(name, file, f"{file}.data", f"{file}_data")
     return folder
 
 
 def _parse(cls: type[T], values: Any, where: str) -> T:
-    """A dataclass, and those inside it, from JSON values; errors name the key and the file."""
+    """Builds a dataclass, and the dataclasses inside it, from JSON values. Errors name the file and the key."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: {values!r}, expected an object")
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
@@ -202,7 +205,7 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 

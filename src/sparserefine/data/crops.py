@@ -1,4 +1,4 @@
-"""Training crops: image, label and the matching window of the coarse logits, moved together."""
+"""Training crops: image and label are resized, cropped and mirrored, together with the window of the coarse logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparserefine.images.classes import IGNORE
 from sparserefine.images.resize import resize
 from sparserefine.images.upsampling import Window
 
-_TRIES = 10  # for a crop without a class that covers too much
+_TRIES = 10  # attempts to find a crop in which no class covers too much
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class AugmentConfig:
     """Random crops for training (paper, section 4.1).
 
     Attributes:
-        crop: height and width [px]; smaller images are padded, and padding is never selected.
-        scale: range of the random resize.
-        max_class_share: a crop whose largest class covers more is drawn again, up to ten times.
-        flip: mirror left and right with probability 1/2.
-        flip_vertical: also upside down; for images without an "up".
+        crop: height and width [px]; smaller images are padded, and padding is never refined.
+        scale: smallest and largest factor of the random resize.
+        max_class_share: a crop is drawn again, up to ten times, if one class covers a larger share of it.
+        flip: mirror left-right with probability 1/2.
+        flip_vertical: mirror upside down with probability 1/2; for images without a fixed "up".
         photometric: random brightness, contrast, saturation and hue.
     """
 
@@ -57,8 +57,8 @@ class Crop:
         image: ``uint8 [3, h, w]``.
         label: integers ``[h, w]``, 255 where ignored or padded.
         valid: ``bool [h, w]``, false where padded.
-        logits: the whole image's coarse outputs ``float32 [K, h', w']``, mirrored like the crop.
-        window: the part of them that the crop shows.
+        logits: the base's outputs for the whole image, ``float32 [K, h', w']``, mirrored like the crop.
+        window: the part of the whole image that the crop shows.
     """
 
     image: Tensor
@@ -70,7 +70,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class CropBatch:
-    """Crops of one size; images they come from may differ in size, so their logits are a list."""
+    """Crops of one size. The logits are a list, because they are of whole images, whose sizes may differ."""
 
     image: Tensor
     label: Tensor
@@ -90,14 +90,14 @@ class CropBatch:
         )
 
     def to(self, device: torch.device) -> CropBatch:
-        """The same on another device."""
+        """The same batch on another device."""
         logits = [item.to(device, non_blocking=True) for item in self.logits]
         image, label, valid = (x.to(device, non_blocking=True) for x in (self.image, self.label, self.valid))
         return CropBatch(image, label, valid, logits, self.windows)
 
 
 class Uniform:
-    """Uniform random numbers from one seed, in plain Python."""
+    """Uniform random numbers from one seed, as Python floats."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -113,13 +113,13 @@ def random_crop(image: Tensor, label: Tensor, logits: Tensor, config: AugmentCon
     Args:
         image: ``uint8 [3, H, W]``.
         label: integers ``[H, W]``.
-        logits: coarse outputs of the whole image ``[K, h', w']``.
-        config: what to vary.
-        uniform: source of randomness.
+        logits: the base's outputs for the whole image, ``[K, h', w']``.
+        config: the augmentation.
+        uniform: the random number generator.
     """
     height, width = label.shape
     scale = math.exp(uniform(math.log(config.scale[0]), math.log(config.scale[1])))
-    # The source rectangle has whole pixels, so that labels need no guessing; its resize decides the exact scales.
+    # The source rectangle has whole pixels, so labels need no interpolation. The exact scale per axis follows from it.
     source = [min(size, max(1, round(crop / scale))) for size, crop in zip((height, width), config.crop, strict=True)]
     target = [min(crop, max(1, round(s * scale))) for s, crop in zip(source, config.crop, strict=True)]
     for _ in range(_TRIES):
@@ -154,9 +154,9 @@ def random_crop(image: Tensor, label: Tensor, logits: Tensor, config: AugmentCon
 
 
 def _photometric(pixels: Tensor, uniform: Uniform) -> Tensor:
-    """Brightness, contrast, saturation and hue as one affine map of the colours, each with probability 1/2.
+    """Changes brightness, contrast, saturation and hue, each with probability 1/2, by one affine map of the colours.
 
-    Saturation and hue scale and turn the two chroma axes of YIQ; the ranges are those of the usual segmentation recipe
+    Saturation scales, and hue rotates, the two chroma axes of YIQ. The ranges are the usual ones for segmentation
     (+-32 of 255, 0.5-1.5, 0.5-1.5, +-18 degrees).
     """
 
@@ -175,14 +175,14 @@ def _photometric(pixels: Tensor, uniform: Uniform) -> Tensor:
 
 
 class CropDataset(TorchDataset[Crop]):
-    """Endless crops, numbered: crop ``i`` depends on the seed and ``i`` only, so any run can be gone on with.
+    """An endless sequence of crops. Crop ``i`` depends on ``seed`` and ``i`` only, so a run can be resumed exactly.
 
     Args:
         data: images and labels.
-        logits: coarse outputs of a whole image, by index in ``data`` and image size.
+        logits: function from the index in ``data`` and the image's (H, W) to the base's outputs for the whole image.
         config: augmentation.
-        seed: of everything random.
-        cache_gb: decoded images kept in memory, at most [GB].
+        seed: seed of order and augmentation.
+        cache_gb: maximum size of the cache of decoded images [GB].
     """
 
     def __init__(
@@ -195,36 +195,36 @@ class CropDataset(TorchDataset[Crop]):
     ) -> None:
         self.data, self.logits, self.config, self.seed = data, logits, config, seed
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
-        self._room = cache_gb * 1e9
+        self._cache_bytes_left = cache_gb * 1e9
 
     def __getitem__(self, index: int) -> Crop:
         order = torch.randperm(
             len(self.data), generator=torch.Generator().manual_seed(self.seed + index // len(self.data))
         )
-        which = int(order[index % len(self.data)])
-        image, label = self._read(which)
-        logits = self.logits(which, (label.shape[0], label.shape[1]))
+        image_index = int(order[index % len(self.data)])
+        image, label = self._read(image_index)
+        logits = self.logits(image_index, (label.shape[0], label.shape[1]))
         return random_crop(image, label, logits, self.config, Uniform(self.seed * 1_000_003 + index))
 
-    def _read(self, which: int) -> tuple[Tensor, Tensor]:
-        if which in self._cache:
-            return self._cache[which]
-        pair = self.data.read(which)
+    def _read(self, image_index: int) -> tuple[Tensor, Tensor]:
+        if image_index in self._cache:
+            return self._cache[image_index]
+        pair = self.data.read(image_index)
         size = sum(x.numel() * x.element_size() for x in pair)
-        if size <= self._room:
-            self._room -= size
-            self._cache[which] = pair
+        if size <= self._cache_bytes_left:
+            self._cache_bytes_left -= size
+            self._cache[image_index] = pair
         return pair
 
 
 class EpochSampler(Sampler[int]):
-    """Numbers of the crops of one epoch: ``epoch * length`` and on; the trainer calls ``set_epoch``."""
+    """Indices of the crops of one epoch: ``length`` of them, from ``epoch * length`` on."""
 
     def __init__(self, length: int) -> None:
         self.length, self.epoch = length, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """What the trainer tells at the start of an epoch."""
+        """Sets the epoch; the trainer calls this when an epoch starts."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""The classes of a task: names, colours, and what does not count."""
+"""The classes of a task: names, colours, and ignored labels."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 IGNORE = 255
-"""The label of pixels that count neither in losses nor in scores."""
+"""Label of ignored pixels. They count neither in losses nor in scores."""
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Names and colours of the K classes, and the label values that are ignored besides 255."""
+    """Names and colours of the K classes, and further label values to ignore besides 255."""
 
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
@@ -21,14 +21,16 @@ class Classes:
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.palette):
-            raise ValueError(f"{len(self.names)} class names, {len(self.palette)} colours; expected as many of each")
+            raise ValueError(
+                f"{len(self.names)} class names, {len(self.palette)} colours; expected one colour per class"
+            )
 
     def __len__(self) -> int:
         return len(self.names)
 
     @classmethod
     def numbered(cls, count: int) -> Classes:
-        """Classes known by number only.
+        """Classes named "class 0", "class 1", ..., with colours of :func:`wheel`.
 
         >>> Classes.numbered(2).names
         ('class 0', 'class 1')
@@ -37,16 +39,16 @@ class Classes:
 
 
 def read_classes(path: Path, ignore: Sequence[int] = ()) -> Classes:
-    """Reads ``classes.txt``: a class a line, ``name`` or ``name R G B``; others get a colour of :func:`wheel`."""
+    """Reads ``classes.txt``: one class per line, ``name R G B`` or ``name``, which gets a colour of :func:`wheel`."""
     if not path.is_file():
-        raise ValueError(f"{path}: no classes file; write one class a line, as 'road' or 'road 128 64 128'")
+        raise ValueError(f"{path}: no classes file; write one class per line, such as 'road' or 'road 128 64 128'")
     names: list[str] = []
     palette: list[tuple[int, int, int]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.strip():
             continue
         match = re.fullmatch(r"\s*(.+?)(?:\s+(\d+)\s+(\d+)\s+(\d+))?\s*", line)
-        assert match  # the pattern takes every non-empty line
+        assert match  # the pattern matches every non-empty line
         r, g, b = (int(c) for c in match.groups()[1:]) if match[2] else wheel(len(names))
         if max(r, g, b) > 255:
             raise ValueError(f"{path}: colour {r} {g} {b} of class {match[1]!r} is outside 0..255")
@@ -58,7 +60,7 @@ def read_classes(path: Path, ignore: Sequence[int] = ()) -> Classes:
 
 
 def wheel(index: int) -> tuple[int, int, int]:
-    """Colour of class ``index``, far from its neighbours' (its bits spread over the channels, as in PASCAL VOC).
+    """Colour of class ``index``, as in PASCAL VOC: the bits of the index are spread over the three channels.
 
     >>> wheel(0), wheel(1), wheel(2)
     ((0, 0, 0), (128, 0, 0), (0, 128, 0))

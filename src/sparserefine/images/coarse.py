@@ -1,4 +1,4 @@
-"""Coarse: what the base said about a batch of images, and which full-resolution pixels it speaks of."""
+"""Coarse: the base's outputs for a batch of images, and how to upsample them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ MAX_CLASSES = 32767
 
 @dataclass(frozen=True, eq=False)
 class Coarse:
-    """The base's outputs for a batch, and how they become logits of ``H x W`` pixels. Checked when it is made.
+    """The base's outputs for a batch, and how they become logits of ``H x W`` pixels. Checked on creation.
 
-    Nothing here looks at the values of the logits, since for that the host would wait for a GPU; see
+    The check does not look for NaN, because that makes the host wait for the GPU; see
     :meth:`sparserefine.bases.base.FrozenBase.checked`.
 
     Attributes:
-        logits: ``[B, K, h, w]``, floating point; or B times ``[K, h, w]`` where their sizes differ.
+        logits: ``[B, K, h, w]``, floating point; or B tensors ``[K, h, w]`` if their sizes differ.
         size: H and W [px].
-        upsampling: interpolation, and what ``logits`` mean.
-        windows: for each image the part of it that the ``H x W`` pixels show; ``None``: all of it.
-        kept: tables that an engine made for these logits. Labels and samples share them, and a CUDA graph that owns
-            this value owns them.
+        upsampling: interpolation, and whether ``logits`` are logits or scores.
+        windows: for each image, the part of it that the ``H x W`` pixels show; ``None``: the whole image.
+        kept: interpolation tables that an engine made for these logits, so that it makes them once. A CUDA graph that
+            owns this object owns the tables.
 
     Raises:
-        ValueError: a shape, dtype, device, size or window that does not fit; the message says which.
+        ValueError: a shape, dtype, device, size or window does not fit; the message says which.
     """
 
     logits: Tensor | Sequence[Tensor]
@@ -42,7 +42,7 @@ class Coarse:
     kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Lists become tuples: what was checked must not change.
+        # Lists become tuples, so that nothing changes after the check.
         if not isinstance(self.logits, Tensor):
             object.__setattr__(self, "logits", tuple(self.logits))
         if self.windows is not None:
@@ -69,7 +69,7 @@ class Coarse:
         return self.logits[0].device
 
     def axes(self, image: int) -> tuple[Axis, Axis]:
-        """Where the rows and the columns of an image's pixels lie in its logits."""
+        """Where the rows and columns of an image's pixels lie in its coarse logits."""
         height, width = self.logits[image].shape[1:]
         window = self.windows[image] if self.windows else Window((float(self.size[0]), float(self.size[1])))
         inner = self.upsampling.input_size if self.upsampling.mode == "nearest" else None
@@ -84,7 +84,7 @@ def _check_logits(logits: Tensor | Sequence[Tensor]) -> None:
     if isinstance(logits, Tensor) and logits.dim() != 4:
         raise ValueError(f"logits are {tuple(logits.shape)}, expected [B, K, h, w], or B times [K, h, w]")
     if len(logits) == 0:
-        raise ValueError("logits of no image; expected those of one at least")
+        raise ValueError("logits of no image; expected at least one image")
     first = logits[0]
     for image in [first] if isinstance(logits, Tensor) else logits:
         if image.dim() != 3 or image.shape[0] != first.shape[0] or not image.numel() or image.shape[0] > MAX_CLASSES:
@@ -95,7 +95,7 @@ def _check_logits(logits: Tensor | Sequence[Tensor]) -> None:
         if not image.dtype.is_floating_point or image.device != first.device:
             raise ValueError(
                 f"logits are {image.dtype} on {image.device}, expected floating point on {first.device}, "
-                "where those of the first image are"
+                "like those of the first image"
             )
 
 
@@ -106,4 +106,4 @@ def _check_windows(windows: Sequence[Window] | None, batch: int) -> None:
         raise ValueError(f"{len(windows)} windows for the logits of {batch} images; expected one for each image")
     for window in windows:
         if not all(map(math.isfinite, (*window.full, *window.offset))) or min(window.full) <= 0:
-            raise ValueError(f"{window} reaches nowhere; expected finite numbers, and a full size above 0 pixels")
+            raise ValueError(f"{window} is empty or not finite; expected finite numbers and a full size above 0 pixels")

@@ -1,7 +1,7 @@
-"""Pictures of predictions: class colours, entropy, sites and what refinement changed.
+"""Pictures of predictions: class colours, entropy, sites, and the changes made by refinement.
 
-All are ``uint8 [3, H, W]`` on the CPU, and inputs may be on any device. Differences that matter are never told
-by red against green: mended is blue, broken is orange, sites are cyan.
+All pictures are ``uint8 [3, H, W]`` on the CPU. Inputs may be on any device. No picture contrasts red with green,
+so all are readable with colour blindness: mended pixels are blue, broken ones orange, sites cyan.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from sparserefine.images.classes import Classes
 Colour = tuple[int, int, int]
 
 MENDED: Colour = (86, 180, 233)
-"""Sky blue (Okabe and Ito's palette for all kinds of colour vision)."""
+"""Sky blue of the Okabe-Ito palette, which is safe for colour blindness."""
 BROKEN: Colour = (230, 120, 0)
 """Orange: between Okabe and Ito's orange and vermilion."""
 STILL_WRONG: Colour = (112, 112, 112)
 STILL_RIGHT: Colour = (38, 38, 38)
 SITE: Colour = (0, 225, 255)
-"""Cyan: no photograph turned to grey has it, and it is far from the dimmed greys in lightness too."""
+"""Cyan: stands out from a dimmed grey photograph by hue and by lightness."""
 UNKNOWN: Colour = (128, 128, 128)
-"""Labels that are no class, such as 255."""
+"""Grey, for labels that are no class, such as 255."""
 
-_STRIP = 256  # rows that are blended at once: bounds memory, as the image may have 100 megapixels
+_STRIP = 256  # rows blended at once; bounds memory for images of 100 megapixels
 
 _HEAT = (
     (0, 0, 4),
@@ -42,25 +42,25 @@ _HEAT = (
     (249, 201, 50),
     (252, 255, 164),
 )
-"""Nine equidistant points of "inferno" (N. Smith and S. van der Walt, for matplotlib; CC0): lightness grows evenly from
-black to pale yellow, so that it also reads in grey and with any colour vision."""
+"""Nine equidistant points of the colour map "inferno" (N. Smith and S. van der Walt, for matplotlib; CC0). Lightness
+grows evenly from black to pale yellow, so it is also readable in grey and with colour blindness."""
 
 
 def overlay(image: Tensor, labels: Tensor, classes: Classes, alpha: float = 0.5) -> Tensor:
     """The image with the classes' colours blended over it.
 
-    A class 0 of black (background) and labels that are no class leave the image as it is.
+    The image stays as it is at labels that are no class, and at class 0 if its colour is black (background).
 
     Args:
         image: ``[3, H, W]``, uint8, or floating point in 0..1.
         labels: integers ``[H, W]``.
-        classes: whose colours.
-        alpha: share of the colour, 0..1.
+        classes: gives the colours.
+        alpha: weight of the class colour, 0..1.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha = {alpha}, expected 0..1")
-    result = _bytes(image)
-    labels = _plane(labels, result)
+    result = _to_uint8(image)
+    labels = _to_plane(labels, result)
     bare_background = classes.palette[0] == (0, 0, 0)
     for top in range(0, labels.shape[0], _STRIP):
         index, pixels = _class_index(labels[top : top + _STRIP], classes), result[:, top : top + _STRIP]
@@ -72,19 +72,19 @@ def overlay(image: Tensor, labels: Tensor, classes: Classes, alpha: float = 0.5)
 
 def labels_picture(labels: Tensor, classes: Classes) -> Tensor:
     """Labels, integers ``[H, W]``, in the classes' colours; labels that are no class are grey."""
-    return _class_colours(_class_index(_plane(labels), classes), classes)
+    return _class_colours(_class_index(_to_plane(labels), classes), classes)
 
 
 def heat(values: Tensor, limit: float) -> Tensor:
-    """Values from 0 (black) over purple and orange to ``limit`` and above (pale yellow), lightness growing evenly.
+    """Heat map of values: 0 is black, then purple and orange; ``limit`` and above is pale yellow.
 
     Args:
         values: floating point ``[H, W]``, such as entropy [nats].
-        limit: for entropy over K classes, ln K, or less to see more of the low values.
+        limit: value of the brightest colour. For entropy over K classes: ln K, or less to show low values better.
     """
     if not limit > 0:
         raise ValueError(f"limit = {limit}, expected more than 0")
-    values = _plane(values)
+    values = _to_plane(values)
     bad = int(values.numel() - values.isfinite().sum())
     if bad:
         raise ValueError(f"{bad} of {values.numel()} values are NaN or infinite, expected finite ones")
@@ -92,18 +92,18 @@ def heat(values: Tensor, limit: float) -> Tensor:
     at, knots = np.linspace(0, 1, 256), np.linspace(0, 1, len(points))
     table = np.stack([np.interp(at, knots, points[:, c]) for c in range(3)], axis=1).round().astype(np.uint8)
     index = (values.float() / limit).clamp(0, 1).mul(255).round().int()
-    return _looked_up(index, torch.from_numpy(table))
+    return _apply_palette(index, torch.from_numpy(table))
 
 
 def sites_picture(image: Tensor, mask: Tensor) -> Tensor:
-    """The image grey and dimmed, the selected sites cyan.
+    """The image in dimmed grey, with the sites in cyan.
 
     Args:
         image: ``[3, H, W]``, uint8, or floating point in 0..1.
         mask: ``bool [H, W]``, true at the sites.
     """
-    pixels = _bytes(image)
-    mask = _plane(mask, pixels).bool()
+    pixels = _to_uint8(image)
+    mask = _to_plane(mask, pixels).bool()
     weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
     dimmed = (0.6 * torch.tensordot(weights, pixels.float(), 1)).round().to(torch.uint8)
     return torch.stack([dimmed.masked_fill(mask, value) for value in SITE])
@@ -112,54 +112,56 @@ def sites_picture(image: Tensor, mask: Tensor) -> Tensor:
 def changes(before: Tensor, after: Tensor, truth: Tensor) -> Tensor:
     """What refinement changed: mended pixels sky blue, broken ones orange.
 
-    The rest is grey: dark where both are right, lighter where both are wrong, black where the truth is 255 (ignored).
+    Other pixels are dark grey if both labels are right, lighter grey if both are wrong, and black if the truth is 255
+    (ignored).
 
     Args:
         before: labels ``[H, W]`` before refinement.
         after: labels ``[H, W]`` after it.
         truth: true labels ``[H, W]``.
     """
-    truth = _plane(truth)
-    was_right, is_right = _plane(before, truth) == truth, _plane(after, truth) == truth
+    truth = _to_plane(truth)
+    was_right, is_right = _to_plane(before, truth) == truth, _to_plane(after, truth) == truth
     index = 2 * was_right.int() + is_right.int()
     index[truth == 255] = 4
-    return _looked_up(index, torch.tensor([STILL_WRONG, MENDED, BROKEN, STILL_RIGHT, (0, 0, 0)], dtype=torch.uint8))
+    return _apply_palette(index, torch.tensor([STILL_WRONG, MENDED, BROKEN, STILL_RIGHT, (0, 0, 0)], dtype=torch.uint8))
 
 
 def shrink(picture: Tensor, longest: int) -> Tensor:
-    """``picture``, uint8 ``[3, H, W]``, made smaller, antialiased, until no side exceeds ``longest`` [px]."""
+    """Shrinks a picture, ``uint8 [3, H, W]``, with antialiasing, so that no side exceeds ``longest`` [px]."""
     if longest < 1:
         raise ValueError(f"longest = {longest}, expected at least 1 pixel")
-    picture = _bytes(picture)
+    picture = _to_uint8(picture)
     height, width = picture.shape[1:]
     scale = longest / max(height, width)
     if scale >= 1:
         return picture
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    return _tensor(_pillow(picture).resize(size, Image.Resampling.LANCZOS))
+    return _to_tensor(_to_pillow(picture).resize(size, Image.Resampling.LANCZOS))
 
 
 def side_by_side(panels: Sequence[tuple[str, Tensor]], zoom: int = 1, columns: int | None = None) -> Tensor:
-    """Equally large pictures in a grid on white, each with its caption below it.
+    """Pictures of equal size in a grid on white, each with its caption below it.
 
     Args:
         panels: caption and picture ``uint8 [3, H, W]``. Captions are broken into lines as wide as the picture.
         zoom: each pixel becomes a square of ``zoom`` x ``zoom``.
-        columns: pictures in a row; ``None``: all.
+        columns: pictures per row; ``None``: all in one row.
     """
     if not panels:
         raise ValueError("no panels; expected at least one (caption, picture)")
     if zoom < 1 or (columns is not None and columns < 1):
         raise ValueError(f"zoom = {zoom}, columns = {columns}; expected at least 1")
-    pictures = [_bytes(picture) for _, picture in panels]
+    pictures = [_to_uint8(picture) for _, picture in panels]
     for (caption, _), picture in zip(panels, pictures, strict=True):
         if picture.shape != pictures[0].shape:
             raise ValueError(
-                f"panel {caption!r} is {_size(picture)} px, {panels[0][0]!r} {_size(pictures[0])}; they must be equal"
+                f"panel {caption!r} is {_size_text(picture)} px, {panels[0][0]!r} {_size_text(pictures[0])}; "
+                "they must be equal"
             )
     height, width = (zoom * side for side in pictures[0].shape[1:])
     columns = min(columns or len(panels), len(panels))
-    size, font, captions = _fitting([caption for caption, _ in panels], width)
+    size, font, captions = _fit_captions([caption for caption, _ in panels], width)
     line, gap = round(1.3 * size), max(4, size // 2)
     strip = line * max(len(lines) for lines in captions) + 3 * line // 4
     rows = math.ceil(len(panels) / columns)
@@ -167,26 +169,26 @@ def side_by_side(panels: Sequence[tuple[str, Tensor]], zoom: int = 1, columns: i
     draw = ImageDraw.Draw(sheet)
     for i, (picture, lines) in enumerate(zip(pictures, captions, strict=True)):
         left, top = gap + (i % columns) * (width + gap), gap + (i // columns) * (height + strip)
-        sheet.paste(_pillow(picture).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        sheet.paste(_to_pillow(picture).resize((width, height), Image.Resampling.NEAREST), (left, top))
         for n, text in enumerate(lines):
             draw.text((left, top + height + line // 4 + n * line), text, fill=(30, 30, 30), font=font)
-    return _tensor(sheet)
+    return _to_tensor(sheet)
 
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def _fitting(captions: list[str], width: int) -> tuple[int, _Font, list[list[str]]]:
-    """A font that suits pictures of ``width`` [px], its size before it, and the captions broken into lines that fit."""
+def _fit_captions(captions: list[str], width: int) -> tuple[int, _Font, list[list[str]]]:
+    """Font size, font, and the captions broken into lines, such that every line fits a picture of ``width`` [px]."""
     for size in range(min(40, max(11, width // 24)), 7, -1):
         font = ImageFont.load_default(size)
-        lines = [_broken(caption, font, width) for caption in captions]
+        lines = [_wrap(caption, font, width) for caption in captions]
         if all(font.getlength(line) <= width for caption in lines for line in caption):
             break
     return size, font, lines
 
 
-def _broken(caption: str, font: _Font, width: int) -> list[str]:
+def _wrap(caption: str, font: _Font, width: int) -> list[str]:
     lines: list[str] = []
     for paragraph in caption.split("\n"):
         line = ""
@@ -200,8 +202,8 @@ def _broken(caption: str, font: _Font, width: int) -> list[str]:
     return lines
 
 
-def _bytes(image: Tensor) -> Tensor:
-    """A copy, uint8 ``[3, H, W]`` on the CPU, of an image that is uint8 or floating point in 0..1."""
+def _to_uint8(image: Tensor) -> Tensor:
+    """Copies an image, uint8 or floating point in 0..1, to ``uint8 [3, H, W]`` on the CPU."""
     if image.dim() != 3 or image.shape[0] != 3 or min(image.shape) < 1:
         raise ValueError(f"image is {tuple(image.shape)}, expected [3, H, W] with at least one pixel")
     if image.is_floating_point():
@@ -211,40 +213,40 @@ def _bytes(image: Tensor) -> Tensor:
     return image.cpu().clone()
 
 
-def _plane(plane: Tensor, like: Tensor | None = None) -> Tensor:
-    """``plane`` on the CPU, after checking that it is ``[H, W]`` and as large as ``like``."""
+def _to_plane(plane: Tensor, like: Tensor | None = None) -> Tensor:
+    """Checks that ``plane`` is ``[H, W]``, of the same size as ``like``, and moves it to the CPU."""
     if plane.dim() != 2:
         raise ValueError(f"labels, mask or values are {tuple(plane.shape)}, expected [H, W]")
     if like is not None and plane.shape != like.shape[-2:]:
         raise ValueError(
-            f"labels or mask are {tuple(plane.shape)}, expected {tuple(like.shape[-2:])} as the other input"
+            f"labels or mask are {tuple(plane.shape)}, expected {tuple(like.shape[-2:])} like the other input"
         )
     return plane.detach().cpu()
 
 
 def _class_index(labels: Tensor, classes: Classes) -> Tensor:
-    """``int32 [H, W]``: the class, or K where the label is none."""
+    """``int32 [H, W]``: the class, or K where the label is no class."""
     index = labels.int()
     return index.masked_fill((index < 0) | (index >= len(classes)), len(classes))
 
 
 def _class_colours(index: Tensor, classes: Classes) -> Tensor:
-    return _looked_up(index, torch.tensor([*classes.palette, UNKNOWN], dtype=torch.uint8))
+    return _apply_palette(index, torch.tensor([*classes.palette, UNKNOWN], dtype=torch.uint8))
 
 
-def _looked_up(index: Tensor, colours: Tensor) -> Tensor:
-    """``int32 [H, W]``, ``uint8 [colours, 3]`` -> ``uint8 [3, H, W]``; a channel at a time, as images are large."""
+def _apply_palette(index: Tensor, colours: Tensor) -> Tensor:
+    """``int32 [H, W]``, ``uint8 [colours, 3]`` -> ``uint8 [3, H, W]``, one channel at a time to save memory."""
     flat = index.reshape(-1)
     return torch.stack([channel.index_select(0, flat) for channel in colours.t()]).view(3, *index.shape)
 
 
-def _pillow(picture: Tensor) -> Image.Image:
+def _to_pillow(picture: Tensor) -> Image.Image:
     return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
 
-def _tensor(picture: Image.Image) -> Tensor:
+def _to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def _size(picture: Tensor) -> str:
+def _size_text(picture: Tensor) -> str:
     return f"{picture.shape[2]}x{picture.shape[1]}"

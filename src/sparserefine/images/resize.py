@@ -10,7 +10,7 @@ from torch import Tensor
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Antialiased bilinear resize, ``[B, C, H, W]`` of any real dtype -> ``float32 [B, C, h, w]``, same value range.
 
-    One channel at a time, so that a 100-megapixel uint8 image costs one float plane and not three.
+    One channel at a time: a 100-megapixel uint8 image then needs one full-size float32 plane in memory, not three.
     """
     if tuple(image.shape[-2:]) == size:
         return image.float()

@@ -1,4 +1,4 @@
-"""Labels and entropy of coarse logits at full resolution, without ever holding ``[K, H, W]`` there."""
+"""Full-resolution labels and entropy from coarse logits, without full-resolution logits ``[K, H, W]`` in memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from sparserefine.images.coarse import Coarse
 from sparserefine.images.upsampling import AxisTaps, normalised
 
-_GPU_CHUNKS = 64  # a GPU takes larger strips: its time goes into launches
-_CHUNK_ELEMENTS = 1 << 20  # of one upsampled strip [K, rows, W]: 4 MiB, bounded whatever the image
+_GPU_CHUNKS = 64  # times larger strips on a GPU, where launching kernels costs more than computing
+_CHUNK_ELEMENTS = 1 << 20  # elements of one upsampled strip [K, rows, W]: 4 MiB for any image size
 
 
 def entropy(logits: Tensor, dim: int = -1) -> Tensor:
@@ -27,7 +27,7 @@ def entropy(logits: Tensor, dim: int = -1) -> Tensor:
     shifted = logits - logits.amax(dim, keepdim=True)
     exponent = shifted.exp()
     total = exponent.sum(dim)
-    # Never negative: the total is at least 1, and no term of the sum is positive.
+    # The result is never negative: total >= 1, and all terms of the sum are <= 0.
     return total.log() - (shifted * exponent).sum(dim) / total
 
 
@@ -38,7 +38,7 @@ def _entropy_of_two(margin: Tensor) -> Tensor:
 
 
 def label_dtype(num_classes: int) -> torch.dtype:
-    """uint8, or int16 above 255 classes."""
+    """Dtype of labels: uint8, or int16 above 255 classes."""
     return torch.uint8 if num_classes <= 255 else torch.int16
 
 
@@ -72,12 +72,12 @@ def uncertainty(coarse: Coarse) -> tuple[Tensor, Tensor]:
 
 
 def is_margin(coarse: Coarse) -> bool:
-    """Whether the difference of two logits is all that counts; interpolation is linear, so only it is interpolated."""
+    """True for two classes with logits: label and entropy depend on their difference only, so only it is upsampled."""
     return coarse.num_classes == 2 and coarse.upsampling.outputs == "logits"
 
 
 def first_largest(strip: Tensor, labels: Tensor) -> None:
-    """Writes the argmax over the first of ``[K, rows, W]``, class by class: argmax along a strided axis is slow."""
+    """Writes the argmax over K of ``[K, rows, W]`` into ``labels``, class by class, as a strided argmax is slow."""
     labels.zero_()
     largest = strip[0].clone()
     for k in range(1, strip.shape[0]):
@@ -86,7 +86,7 @@ def first_largest(strip: Tensor, labels: Tensor) -> None:
 
 
 def dense(coarse: Coarse) -> Tensor:
-    """Full-resolution logits ``float32 [B, K, H, W]``, for who asks for them: 4 K H W bytes an image."""
+    """Full-resolution logits ``float32 [B, K, H, W]``: 4 K H W bytes per image."""
     images = []
     for b in range(coarse.batch):
         rows, columns = (axis.taps(coarse.device) for axis in coarse.axes(b))
@@ -96,11 +96,11 @@ def dense(coarse: Coarse) -> Tensor:
 
 
 def sample(coarse: Coarse, coords: Tensor) -> Tensor:
-    """Full-resolution logits at some pixels only.
+    """Full-resolution logits at some pixels.
 
     Args:
-        coarse: of B images.
-        coords: ``int [N, 3]``: batch, row, column; batches ascending.
+        coarse: coarse logits of B images.
+        coords: ``int [N, 3]``: batch, row, column; sorted by batch.
 
     Returns:
         ``float32 [N, K]``.
@@ -114,7 +114,7 @@ def sample(coarse: Coarse, coords: Tensor) -> Tensor:
         rows, columns = (axis.taps(coarse.device) for axis in coarse.axes(b))
         r, c = coords[start:end, 1].long(), coords[start:end, 2].long()
         image = coarse.logits[b]
-        cells = image.float().flatten(1).t().contiguous()  # [h w, K]: a site reads four whole rows
+        cells = image.float().flatten(1).t().contiguous()  # [h w, K]: each site reads four rows of it
         width = image.shape[2]
         top, bottom, left, right = rows.low[r] * width, rows.high[r] * width, columns.low[c], columns.high[c]
         across = columns.weight[c, None]
@@ -130,6 +130,6 @@ def _strip(image: Tensor, rows: AxisTaps, columns: AxisTaps, part: slice) -> Ten
     low, high, weight = rows.low[part], rows.high[part], rows.weight[part, None]
     first, last = int(low[0]), int(high[-1])
     coarse = image[:, first : last + 1].float()
-    # Columns first, on the few coarse rows that this strip reads.
+    # Interpolate along the columns first: the strip reads only a few coarse rows.
     wide = torch.lerp(coarse.index_select(2, columns.low), coarse.index_select(2, columns.high), columns.weight)
     return torch.lerp(wide.index_select(1, low - first), wide.index_select(1, high - first), weight)

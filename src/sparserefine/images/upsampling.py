@@ -1,4 +1,4 @@
-"""Where each full-resolution pixel lies in the coarse logits: one separable rule for all uses."""
+"""Where each full-resolution pixel lies in the coarse logits. All upsampling uses this one separable rule."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Upsampling:
-    """How coarse outputs become full-resolution logits. Thresholds belong to this choice, so it is stored with them.
+    """How coarse outputs become full-resolution logits. A threshold suits one choice only, so both are stored.
 
     Attributes:
         mode: ``bilinear`` (``align_corners=False``), or ``nearest``: bilinear to ``input_size``, then nearest, as the
             method's published code does.
-        outputs: ``logits``, or ``scores`` >= 0 that are upsampled, normalised to sum 1 and then logged (Mask2Former).
-        input_size: the base's input size [px], needed by ``nearest`` only.
+        outputs: ``logits``; or ``scores`` >= 0, which are upsampled, normalised to sum 1, then their log is taken
+            (Mask2Former).
+        input_size: height and width of the base's input [px]; only ``nearest`` needs it.
     """
 
     mode: Literal["bilinear", "nearest"] = "bilinear"
@@ -41,8 +42,8 @@ class Window:
     """The part of a (possibly resized) image that a crop shows, in pixels of the resized image.
 
     Attributes:
-        full: height and width of the whole resized image [px]; need not be whole numbers.
-        offset: top and left of the crop [px].
+        full: height and width of the whole resized image [px]; may be fractional.
+        offset: top and left of the crop [px]; may be fractional.
     """
 
     full: tuple[float, float]
@@ -63,11 +64,11 @@ class Axis:
     """Where the pixels along one axis lie in the coarse logits.
 
     Attributes:
-        out: pixels 0..out-1 of a window.
-        coarse: length of the coarse axis.
-        full: length of the whole axis that the window is a part of [px].
-        offset: where in it the window starts [px].
-        input_size: length of the base's input for ``nearest``; ``None`` for ``bilinear``.
+        out: length of the window [px].
+        coarse: length of the coarse logits along this axis.
+        full: length of the whole image [px].
+        offset: start of the window in the image [px].
+        input_size: length of the base's input [px] for ``nearest``; ``None`` for ``bilinear``.
     """
 
     out: int
@@ -77,8 +78,8 @@ class Axis:
     input_size: int | None = None
 
     def taps(self, device: torch.device | None = None) -> AxisTaps:
-        """Which coarse values each pixel is interpolated between, on ``device`` (the CPU)."""
-        # float64: at 100 megapixels, float32 positions would be off by visible fractions of a coarse pixel.
+        """The two coarse values that each pixel is interpolated from, and the weight. Default device: CPU."""
+        # float64: at 100 megapixels, float32 positions would be wrong by a visible fraction of a coarse pixel.
         centre, full = torch.arange(self.out, dtype=torch.float64) + self.offset + 0.5, self.full
         if self.input_size is not None:
             centre = (centre * (self.input_size / full)).floor().clamp(0, self.input_size - 1) + 0.5
@@ -90,7 +91,7 @@ class Axis:
 
 
 def normalised(values: Tensor, upsampling: Upsampling, dim: int) -> Tensor:
-    """Upsampled base outputs -> logits: scores become log(p), p = score / sum, clipped at 1e-10."""
+    """Upsampled base outputs -> logits. Scores become log(p), where p = score / sum, clipped at 1e-10."""
     if upsampling.outputs == "logits":
         return values
     total = values.sum(dim, keepdim=True)

@@ -1,4 +1,4 @@
-"""Boundary IoU: overlap of the bands along the contours of each class."""
+"""Boundary IoU: IoU of the bands along the contours of each class."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 def boundary_band(mask: Tensor, width: int) -> Tensor:
     """Pixels of ``mask``, ``bool [H, W]``, that are at most ``width`` px from its contour (image border included).
 
-    Cheng et al., "Boundary IoU" (CVPR 2021): the mask less its erosion by a square of 2 width + 1.
+    Cheng et al., "Boundary IoU" (CVPR 2021): the mask minus its erosion by a square of side 2 width + 1.
     """
     outside = _any_within(_any_within(~mask, width, 1), width, 0)
     return mask & outside
 
 
 def _any_within(x: Tensor, reach: int, dim: int) -> Tensor:
-    """Whether any of the 2 reach + 1 entries around each is true; what lies past the ends counts as true.
+    """True where any of the 2 reach + 1 entries around is true. Entries outside the image count as true.
 
-    By differences of running sums, so that the cost does not grow with ``reach``.
+    Uses differences of running sums, so the cost does not grow with ``reach``.
     """
     shape = list(x.shape)
     shape[dim] = reach + 1
@@ -29,14 +29,14 @@ def _any_within(x: Tensor, reach: int, dim: int) -> Tensor:
 
 
 def boundary_bands(labels: Tensor, valid: Tensor, num_classes: int, width: int | None = None) -> dict[int, Tensor]:
-    """The boundary band ``bool [H, W]`` of each class that occurs.
+    """The boundary band, ``bool [H, W]``, of each class that occurs.
 
     Args:
         labels: classes ``[H, W]``, predicted or true.
         valid: ``bool [H, W]``, the pixels that count.
         num_classes: K.
-        width: of the band [px]; ``None``: 2 % of the image's diagonal, as published. Where objects are thinner than
-            the band it holds them whole, and boundary IoU is IoU.
+        width: width of the band [px]; ``None``: 2 % of the image's diagonal, as published. An object thinner than the
+            band lies in it completely, and its boundary IoU equals its IoU.
     """
     if width is None:
         width = max(1, round(0.02 * float(labels.shape[0] ** 2 + labels.shape[1] ** 2) ** 0.5))
@@ -45,13 +45,13 @@ def boundary_bands(labels: Tensor, valid: Tensor, num_classes: int, width: int |
 
 
 def band_overlap(a: dict[int, Tensor], b: dict[int, Tensor], num_classes: int, where: Tensor | None = None) -> Tensor:
-    """Pixels in both and in either of two sets of bands, by class, ``int64 [2, K]``.
+    """Intersection and union of two sets of bands [px], per class, ``int64 [2, K]``.
 
     Args:
-        a: bands by class; a class that is missing has none.
-        b: likewise.
+        a: band of each class; a missing class has an empty band.
+        b: the other set of bands.
         num_classes: K.
-        where: ``bool [H, W]``, the pixels that are counted; ``None``: all.
+        where: ``bool [H, W]``, the pixels to count; ``None``: all.
     """
     counts = torch.zeros(2, num_classes, dtype=torch.int64)
     for k in {*a, *b}:

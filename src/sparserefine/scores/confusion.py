@@ -9,7 +9,7 @@ from sparserefine.images.classes import IGNORE
 
 
 def confusion(labels: Tensor, truth: Tensor, num_classes: int) -> Tensor:
-    """Confusion matrix ``int64 [K, K]``, rows the truth, columns the prediction; pixels of truth 255 do not count.
+    """Confusion matrix ``int64 [K, K]``, rows: truth, columns: prediction. Pixels with truth 255 do not count.
 
     Args:
         labels: predicted classes, integers of any shape.
@@ -35,10 +35,10 @@ def dice(matrix: Tensor) -> Tensor:
 
 
 def accuracy(matrix: Tensor) -> float:
-    """Share of the counted pixels that are right."""
+    """Share of the counted pixels that are correct."""
     return float(matrix.diag().sum() / matrix.sum())
 
 
 def foreground(per_class: Tensor) -> float:
-    """One figure for a row of a table: class 1 of a two-class task, else the mean over the classes that occur."""
+    """One number for tables: class 1 of a two-class task, else the mean over the classes that occur."""
     return float(per_class[1] if len(per_class) == 2 else per_class.nanmean())

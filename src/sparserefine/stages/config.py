@@ -1,4 +1,4 @@
-"""RefinerConfig: all that makes a refiner but its base, its classes and its weights."""
+"""RefinerConfig: all settings of a refiner except its base, its classes and its weights."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sparserefine.stages.selector import Selector
 
 @dataclass(frozen=True, kw_only=True)
 class RefinerConfig:
-    """The choices of a refiner. Python, YAML and ``config.json`` have these fields under these names.
+    """Settings of a refiner. Python, YAML and ``config.json`` use the same field names.
 
     Attributes:
-        selector: threshold and budget: which pixels are refined.
+        selector: which pixels are refined: entropy threshold, budget, or both.
         extractor: shape and inputs of the sparse network.
         ensembler: how both predictions are blended.
-        upsampling: of the coarse logits: ``bilinear``, or ``nearest`` as in the published code; thresholds belong to
-            this choice.
-        mean: subtracted from the refiner's own pixels in 0..1, per channel.
-        std: the refiner's own pixels are then divided by it, per channel.
+        upsampling: how coarse logits are upsampled: ``bilinear``, or ``nearest`` as in the published code. A threshold
+            chosen for one does not suit the other.
+        mean: per channel, subtracted from the extractor's input pixels, which are in 0..1.
+        std: per channel, the extractor's input pixels are then divided by it.
     """
 
     selector: Selector = Selector(threshold=0.3)

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from sparserefine.images.uncertainty import entropy
 from sparserefine.sparse import Engine, Perceptron
 
-# Of the hidden layers at inference: 8 MiB on the CPU, not N x 64 floats.
+# Rows per chunk at inference. Hidden layers then take 8 MiB on the CPU, instead of N x 64 floats.
 _CHUNK_ROWS = {"cpu": 1 << 15, "other": 1 << 20}
 
 
 @dataclass(frozen=True)
 class EnsemblerConfig:
-    """Which ensembler.
+    """How coarse and sparse logits are combined.
 
     Attributes:
         name: ``gated`` (learnt), ``minimum_entropy`` or ``mean``.
-        fuser: of the gated one: ``residual``, blend + f(blend) that starts as the plain blend, or ``paper``, f(blend).
+        fuser: of ``gated`` only. ``residual``: blend + f(blend), where f is zero at first; ``paper``: f(blend).
     """
 
     name: Literal["gated", "minimum_entropy", "mean"] = "gated"
@@ -36,14 +36,14 @@ class EnsemblerConfig:
 
 
 class Ensembler(nn.Module):
-    """What all ensemblers are: ``(coarse [N, K], sparse [N, K]) -> refined [N, K]``, all logits."""
+    """Base class of ensemblers: ``(coarse [N, K], sparse [N, K]) -> refined [N, K]``, all logits."""
 
     def forward(self, coarse: Tensor, sparse: Tensor, engine: Engine | None = None) -> Tensor:
-        """Refined logits ``[N, K]``; an engine may do what it has a kernel for."""
+        """Refined logits ``[N, K]``. If the engine has a kernel for this, it may be used."""
         raise TypeError(f"{type(self).__name__} must define forward")
 
     def macs(self, sites: int) -> int:
-        """Multiply-accumulates for that many sites."""
+        """Multiply-accumulates for a number of sites."""
         return sites * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
 
 
@@ -52,7 +52,7 @@ class GatedEnsembler(Ensembler):
 
     Args:
         num_classes: K.
-        fuser: ``residual``: blend + f(blend), the last layer of f zero at the start; ``paper``: f(blend).
+        fuser: ``residual``: blend + f(blend), the last layer of f initialised to zero; ``paper``: f(blend).
         hidden: width of both MLPs.
     """
 
@@ -68,7 +68,7 @@ class GatedEnsembler(Ensembler):
             nn.init.zeros_(last.bias)
 
     def forward(self, coarse: Tensor, sparse: Tensor, engine: Engine | None = None) -> Tensor:
-        """Refined logits ``[N, K]``; by the engine's kernel if it has one.
+        """Refined logits ``[N, K]``, computed by the engine's kernel if it has one.
 
         Raises:
             ValueError: the logits are not both ``[N, K]``.
@@ -89,17 +89,17 @@ class GatedEnsembler(Ensembler):
         return torch.cat([self._refined(c, s) for c, s in chunks])
 
     def _refined(self, coarse: Tensor, sparse: Tensor) -> Tensor:
-        # One row per class: softmax and entropy over the few values of a short row are slow.
+        # Transposed to [K, N], because softmax and entropy over the short rows of [N, K] are slow.
         c, s = coarse.t().contiguous(), sparse.t().contiguous()
-        seen = torch.cat([c.softmax(0), s.softmax(0), entropy(c, 0)[None], entropy(s, 0)[None]])
-        w = torch.sigmoid(self.gate(seen.t()))
+        gate_input = torch.cat([c.softmax(0), s.softmax(0), entropy(c, 0)[None], entropy(s, 0)[None]])
+        w = torch.sigmoid(self.gate(gate_input.t()))
         blend = w * coarse + (1 - w) * sparse
         refined: Tensor = blend + self.fuser(blend) if self.residual else self.fuser(blend)
         return refined
 
 
 class MinimumEntropyEnsembler(Ensembler):
-    """At each site the logits of whichever prediction is more certain (the sparse one where they are equal)."""
+    """At each site, the logits with the lower entropy; the sparse ones if both are equal."""
 
     def forward(self, coarse: Tensor, sparse: Tensor, engine: Engine | None = None) -> Tensor:
         """Refined logits ``[N, K]``."""

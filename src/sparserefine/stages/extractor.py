@@ -8,7 +8,7 @@ from typing import Literal
 from sparserefine.sparse import DownKind, PlanSpec, SparseUNet
 
 Feature = Literal["rgb", "coords", "probabilities", "entropy"]
-"""Inputs at a site: its colour, normalised; row and column in -1..1; the base's probabilities; their entropy."""
+"""Inputs at a site: normalised colour; row and column in -1..1; the base's probabilities; their entropy [nats]."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class ExtractorConfig:
     """Shape of a :class:`SparseUNet`.
 
     Attributes:
-        planes: channels of each level, full size first.
-        blocks: residual blocks of each level, on the way down and again on the way up.
-        down: kind of down-sampling.
-        features: what the network sees at a site.
+        planes: channels per level, full size first.
+        blocks: residual blocks per level, in the encoder and again in the decoder.
+        down: kind of down-sampling: ``cell`` (2x2, stride 2) or ``paper`` (3x3, stride 2, no padding).
+        features: inputs of the network at each site.
     """
 
     planes: tuple[int, ...] = (16, 32, 64, 128)
@@ -35,7 +35,7 @@ class ExtractorConfig:
             raise ValueError(f"blocks = {self.blocks}, expected a whole number, at least 1")
         known = Feature.__args__  # type: ignore[attr-defined]
         if not self.features or any(name not in known for name in self.features):
-            raise ValueError(f"features = {self.features}, expected some of {known}")
+            raise ValueError(f"features = {self.features}, expected one or more of {known}")
 
     def channels(self, num_classes: int) -> int:
         """Input channels at a site."""

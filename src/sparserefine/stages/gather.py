@@ -1,4 +1,4 @@
-"""What is read at the sites: coarse logits and pixels. Checked here, computed by an engine."""
+"""Reads coarse logits and pixels at the sites. The checks are here; an engine computes."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ def sample(coarse: Coarse, sites: Sites, engine: Engine) -> Tensor:
     """Full-resolution coarse logits at the sites, ``float32 [N, K]``.
 
     Raises:
-        ValueError: the sites are of other images, or lie on another device.
+        ValueError: batch size, image size or device of the sites differ.
     """
     _check("coarse logits", (coarse.batch, *coarse.size), coarse.device, sites)
     return engine.sample(coarse, sites.coords)
 
 
 def pixels(image: Tensor, sites: Sites, scale: Tensor, shift: Tensor, engine: Engine) -> Tensor:
-    """Values of the image at the sites, times ``scale`` plus ``shift``, ``float32 [N, C]``.
+    """``image * scale + shift`` at the sites, ``float32 [N, C]``.
 
     Args:
         image: ``[B, C, H, W]``, uint8 or floating point.
-        sites: N pixels of it.
+        sites: the N pixels to read.
         scale: ``float32 [C]``.
         shift: ``float32 [C]``.
-        engine: what reads them.
+        engine: does the reading.
 
     Raises:
-        ValueError: the sites are of other images or lie on another device, or there are not C factors.
+        ValueError: batch size, image size or device of the sites differ, or ``scale`` or ``shift`` is not ``[C]``.
     """
     _check("image", (len(image), *image.shape[2:]), image.device, sites)
     for name, factors in (("scale", scale), ("shift", shift)):

@@ -15,16 +15,16 @@ from sparserefine.sparse import Engine, Sites
 
 @dataclass(frozen=True)
 class Refinement:
-    """A prediction: coarse everywhere, refined at the sites. Nothing of size ``[K, H, W]`` until asked for.
+    """A prediction: coarse everywhere, refined at the sites. Full-size logits exist only if :meth:`logits` is called.
 
     Attributes:
-        coarse: what the base said: its outputs, ``coarse.logits``, and how they were upsampled.
+        coarse: the base's outputs (``coarse.logits``) and how they are upsampled.
         coarse_labels: ``uint8 [B, H, W]`` (int16 above 255 classes), before refinement.
-        coarse_entropy: ``float32 [B, H, W]`` [nats], before refinement: what the selector saw.
+        coarse_entropy: ``float32 [B, H, W]`` [nats], before refinement, as the selector saw it.
         sites: the N selected pixels.
         coarse_logits: the base's logits at the sites, ``[N, K]``.
-        sparse_logits: the extractor's, ``[N, K]``.
-        refined_logits: the ensembler's, ``[N, K]``.
+        sparse_logits: the extractor's logits at the sites, ``[N, K]``.
+        refined_logits: the ensembler's logits at the sites, ``[N, K]``.
 
     Raises:
         ValueError: logits at the sites are not of shape ``[N, K]``.
@@ -56,36 +56,36 @@ class Refinement:
         return labels
 
     def with_sites(self, site_labels: Tensor) -> Tensor:
-        """The coarse labels with ``site_labels [N]`` at the sites: how every variant of the method is scored."""
+        """The coarse labels with ``site_labels [N]`` at the sites. Evaluation scores variants of the method with it."""
         labels = self.coarse_labels.clone()
         labels.view(-1)[self.sites.flat] = site_labels.to(labels.dtype)
         return labels
 
     def logits(self) -> Tensor:
-        """Refined logits of every pixel, ``float32 [B, K, H, W]``: 4 B K H W bytes, made by this call."""
+        """Logits of every pixel, ``float32 [B, K, H, W]``, refined at the sites; allocates 4 B K H W bytes."""
         result = dense(self.coarse)
         batch, row, column = self.sites.coords.long().unbind(1)
         result[batch, :, row, column] = self.refined_logits.to(result.dtype)
         return result
 
     def entropy(self) -> Tensor:
-        """Entropy that remains, ``float32 [B, H, W]`` [nats]: refined at the sites, the base's elsewhere."""
+        """Entropy after refinement, ``float32 [B, H, W]`` [nats]: refined at the sites, coarse elsewhere."""
         result = self.coarse_entropy.clone()
         result.view(-1)[self.sites.flat] = entropy(self.refined_logits, 1).to(result.dtype)
         return result
 
     @property
     def density(self) -> float:
-        """Share of the pixels that were looked at again, N / (B H W)."""
+        """Share of the pixels that were refined, N / (B H W)."""
         return self.sites.density
 
     @property
     def timings_ms(self) -> dict[str, float]:
-        """Milliseconds of each stage, in order; ``base`` is absent where coarse logits were given."""
+        """Milliseconds of each stage, in order. ``base`` is absent if coarse logits were given."""
         return self._timer.milliseconds()
 
     @property
     def macs(self) -> dict[str, int | None]:
-        """Multiply-accumulates of the batch by stage; ``base`` is ``None`` where they cannot be counted."""
+        """Multiply-accumulates of the batch, by stage. ``base`` is ``None`` if they cannot be counted."""
         base = self._base.macs(self.sites.height, self.sites.width)
         return {"base": None if base is None else base * self.sites.batch_size, **self._sparse_macs}

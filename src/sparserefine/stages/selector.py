@@ -1,4 +1,4 @@
-"""Selector: entropy -> sites. By threshold, by budget, or both (paper, section 3.1)."""
+"""Selector: entropy -> sites, by threshold, by budget, or both (paper, section 3.1)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sparserefine.sparse import Engine, Sites
 
 @dataclass(frozen=True)
 class Selector:
-    """Picks the pixels that are looked at again.
+    """Selects the pixels to refine.
 
     Attributes:
-        threshold: pixels of higher entropy are refined [nats], 0 <= t < ln K; ``None``: whatever their entropy.
-        budget: maximum number of refined pixels per image: those of highest entropy, of equals the first in reading
-            order; ``None``: no maximum.
+        threshold: pixels with a higher entropy are refined [nats], 0 <= t < ln K; ``None``: no threshold.
+        budget: maximum number of refined pixels per image. The pixels with the highest entropy are kept; among equals,
+            the first in reading order. ``None``: no maximum.
     """
 
     threshold: float | None = None
@@ -34,25 +34,25 @@ class Selector:
             raise ValueError(f"budget = {self.budget} sites, expected at least 0")
 
     def check(self, num_classes: int) -> None:
-        """Refuses a threshold that no prediction over ``num_classes`` classes can exceed."""
+        """Raises ``ValueError`` if no prediction over ``num_classes`` classes can exceed the threshold."""
         limit = entropy_limit(num_classes)
         if self.threshold is not None and self.threshold >= limit:
             raise ValueError(
                 f"threshold = {self.threshold} nats would select nothing: entropy over {num_classes} classes is at "
-                f"most ln {num_classes} = {limit:.4f}; choose a smaller one"
+                f"most ln {num_classes} = {limit:.4f}; choose a smaller threshold"
             )
 
     def __call__(self, entropy: Tensor, valid: Tensor | None = None) -> Sites:
-        """Sites of a batch: where :meth:`mask` is true."""
+        """The sites of a batch: the pixels where :meth:`mask` is true."""
         return Sites.from_mask(self.mask(entropy, valid))
 
     def mask(self, entropy: Tensor, valid: Tensor | None = None, engine: Engine | None = None) -> Tensor:
-        """What is selected of a batch, ``bool [B, H, W]``.
+        """The selected pixels of a batch, ``bool [B, H, W]``.
 
         Args:
             entropy: ``float [B, H, W]`` [nats].
-            valid: ``bool [B, H, W]``; where false (padding) nothing is selected. ``None``: everywhere true.
-            engine: keeps to the budget; by default ``torch``.
+            valid: ``bool [B, H, W]``, false where the image is padding, which is never selected; ``None``: no padding.
+            engine: applies the budget; default: engine ``torch``.
         """
         entropy = entropy.contiguous()
         mask = entropy > self.threshold if self.threshold is not None else torch.ones_like(entropy, dtype=torch.bool)

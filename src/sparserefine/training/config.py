@@ -1,4 +1,4 @@
-"""Configuration of logits, training and evaluation: one YAML file, one tree of frozen dataclasses."""
+"""Configuration of ``logits``, ``train`` and ``evaluate``: one YAML file, one tree of frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparserefine.stages.extractor import PRESETS
 
 @dataclass(frozen=True)
 class CrossFit:
-    """Images of ``split`` get their coarse logits from ``base``, which was not trained on them."""
+    """Images of ``split`` get their coarse logits from ``base``, a base that was not trained on them."""
 
     split: str
     base: str
@@ -25,9 +25,10 @@ class LogitsConfig:
     """Where coarse logits come from in training.
 
     Attributes:
-        source: ``stored``: read what ``sparserefine logits`` wrote; ``live``: computed at the start, kept in memory.
-        folder: of the stored logits.
-        crossfit: bases for images that the base itself was trained on, where it is over-confident.
+        source: ``stored``: read the files that ``sparserefine logits`` wrote; ``live``: computed when training starts,
+            and kept in memory.
+        folder: folder of the stored logits.
+        crossfit: other bases for images that the base itself was trained on, because it is over-confident there.
     """
 
     source: Literal["stored", "live"] = "live"
@@ -38,7 +39,9 @@ class LogitsConfig:
         if self.source not in ("stored", "live"):
             raise ValueError(f"logits.source = {self.source!r}, expected 'stored' or 'live'")
         if self.source == "stored" and not self.folder:
-            raise ValueError("logits.source = 'stored' needs logits.folder")
+            raise ValueError(
+                "logits.source = 'stored' needs logits.folder, the folder that `sparserefine logits` wrote"
+            )
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,20 @@ class TrainingConfig:
     """Optimisation: AdamW with a cosine schedule (paper, section 4.1).
 
     Attributes:
-        init: folder of a refiner of the same shape to start from; empty: from random weights.
+        init: folder of a refiner with the same extractor and ensembler to start from; empty: start from random weights.
         steps: optimiser steps.
-        batch: crops a step.
+        batch: crops per step.
         lr: peak learning rate.
-        clip: largest norm of the gradient; a larger one is scaled down to it.
-        weight_decay: of weights; biases and normalisation are not decayed.
-        warmup: share of the steps over which the rate rises linearly.
-        dice: weight of a Dice loss on the refined prediction; 0: cross entropies only, as in the paper.
-        val_every: steps between validations, which are also when checkpoints are written.
-        seed: of initialisation and crops.
-        workers: processes that prepare crops.
-        precision: as Lightning names it: ``32-true``, ``bf16-mixed``, ``16-mixed``.
-        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
-        cache_gb: decoded images kept in memory, at most [GB].
+        clip: maximum norm of the gradient; a longer gradient is scaled down to it.
+        weight_decay: decay of weights; biases and normalisation layers have none.
+        warmup: share of the steps in which the learning rate rises linearly.
+        dice: weight of a Dice loss on sparse and refined logits; 0: cross entropy only, as in the paper.
+        val_every: steps between validations; each validation also writes checkpoints.
+        seed: seed of initialisation and crops.
+        workers: number of processes that prepare crops.
+        precision: one of Lightning's names ``32-true``, ``bf16-mixed``, ``16-mixed``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        cache_gb: maximum size of the cache of decoded images [GB].
     """
 
     init: str = ""
@@ -88,17 +91,17 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Config(RefinerConfig):
-    """All that the commands ``logits``, ``train`` and ``evaluate`` need: the refiner's own choices, and these.
+    """Configuration of the commands ``logits``, ``train`` and ``evaluate``: the refiner's settings and the following.
 
     Attributes:
         data: images and splits.
         base: the frozen model.
         out: folder of the trained refiner: ``best/``, ``last/``, ``last.ckpt``, ``log.jsonl``.
-        preset: a named extractor instead of ``extractor``: ``paper``, ``slim`` or ``slim16``.
+        preset: named extractor shape, used instead of ``extractor``: ``paper``, ``slim`` or ``slim16``.
         logits: where coarse logits come from in training.
-        augment: crops.
+        augment: random crops and augmentation.
         training: optimisation.
-        boundary_px: width of the band of boundary IoU [px]; ``null``: 2 % of the image's diagonal, as published.
+        boundary_px: width of the boundary IoU band [px]; ``null``: 2 % of the image's diagonal, as published.
     """
 
     data: DataConfig
@@ -115,12 +118,12 @@ class Config(RefinerConfig):
         if not self.out:
             raise ValueError("out is empty, expected a folder for the trained refiner")
         if self.preset is not None and self.extractor not in (PRESETS["slim"], PRESETS[self.preset]):
-            raise ValueError(f"preset = {self.preset!r} and an extractor of its own shape: give one of them")
+            raise ValueError(f"preset = {self.preset!r} and extractor = {self.extractor}: give only one")
         if self.boundary_px is not None and self.boundary_px < 1:
             raise ValueError(f"boundary_px = {self.boundary_px}, expected at least 1, or null")
 
     @property
     def refiner(self) -> RefinerConfig:
-        """The refiner's own choices; its extractor is that of ``preset``, if one is named."""
+        """The refiner's settings, with the extractor of ``preset`` if one is named."""
         own = RefinerConfig(**{field.name: getattr(self, field.name) for field in fields(RefinerConfig)})
         return own if self.preset is None else replace(own, extractor=PRESETS[self.preset])

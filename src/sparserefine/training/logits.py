@@ -1,4 +1,4 @@
-"""``sparserefine logits``: stores the base's coarse logits, so that training does not run the base again and again."""
+"""``sparserefine logits``: stores the base's coarse logits, so that training need not run the base."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from sparserefine.training.stored_logits import LiveSplit, StoredLogits, StoredS
 
 @dataclass(frozen=True)
 class LogitsReport:
-    """What :func:`store_logits` did: images computed now, and images that were there already."""
+    """Result of :func:`store_logits`: number of images computed now, and number already stored before."""
 
     computed: int
     present: int
 
 
 class Bases:
-    """The bases that a configuration names, each loaded and digested once, when it is first asked for.
+    """The bases that a configuration names. Each is loaded and identified once, when it is first needed.
 
     Args:
-        config: input and normalisation of all of them.
-        device: to run them on.
-        loaded: one that is there already.
+        config: input size and normalisation of all bases.
+        device: the device they run on.
+        loaded: a base that is loaded already, under the name ``config.name``.
     """
 
     def __init__(self, config: BaseConfig, device: torch.device, loaded: FrozenBase | None = None) -> None:
@@ -40,7 +40,7 @@ class Bases:
         self._identities: dict[str, str] = {}
 
     def base(self, name: str, classes: Classes) -> FrozenBase:
-        """The base of that name, for data of those classes."""
+        """The base called ``name``, for data with these classes."""
         if name not in self._bases:
             self._bases[name] = load_base(replace(self._config, name=name), classes).to(self._device)
         return self._bases[name]
@@ -53,60 +53,64 @@ class Bases:
 
 
 class CoarseLogits:
-    """Coarse logits of the images of one split, each from the base that may judge it (see ``logits.crossfit``).
+    """Coarse logits of the images of one split. ``logits.crossfit`` decides which base makes them for which image.
 
     Args:
         config: names the bases.
-        data: the split; cross-fit bases apply to the images that their own splits share with it.
-        device: where the bases run.
-        bases: those of several splits.
+        data: the split. A cross-fit base is used for the images that its own split shares with this one.
+        device: the device the bases run on.
+        bases: the loaded bases, which several splits can share.
     """
 
     def __init__(self, config: Config, data: Dataset, device: torch.device, bases: Bases) -> None:
         self.config, self.data, self.device, self._bases = config, data, device, bases
-        self._fold_of = {
+        self._crossfit_base = {
             sample.name: fold.base for fold in config.logits.crossfit for sample in config.data.read(fold.split).samples
         }
 
-    def _source(self, name: str) -> str:
-        """Name of the base for the sample of that name."""
-        return self._fold_of.get(name, self.config.base.name)
+    def _base_name(self, name: str) -> str:
+        """Name of the base for the sample called ``name``."""
+        return self._crossfit_base.get(name, self.config.base.name)
 
     def base(self, name: str) -> FrozenBase:
-        """The base for the sample of that name."""
-        return self._bases.base(self._source(name), self.data.classes)
+        """The base for the sample called ``name``."""
+        return self._bases.base(self._base_name(name), self.data.classes)
 
     def identity(self, name: str) -> str:
         """Identity of :meth:`base`."""
-        return self._bases.identity(self._source(name), self.data.classes)
+        return self._bases.identity(self._base_name(name), self.data.classes)
 
     def compute(self, index: int) -> tuple[Tensor, tuple[int, int]]:
-        """Coarse logits ``[K, h, w]`` of image ``index`` and the image's size."""
+        """Coarse logits ``[K, h, w]`` of image ``index``, and H and W of the image."""
         image, _ = self.data.read(index)
         logits = self.base(self.data.samples[index].name)(image[None].to(self.device))
         return logits[0].cpu(), (image.shape[1], image.shape[2])
 
     def stored(self) -> StoredSplit:
-        """All of them, to be read from ``logits.folder``; refused if another base made them."""
+        """The logits of all images, to be read from ``logits.folder``.
+
+        Raises:
+            ValueError: some are missing, or another base made them.
+        """
         names = tuple(sample.name for sample in self.data.samples)
         split = StoredSplit(Path(self.config.logits.folder), names, tuple(map(self.identity, names)))
         split.check()
         return split
 
     def live(self) -> LiveSplit:
-        """All of them, computed now and kept in memory."""
-        steps = tqdm(range(len(self.data)), desc="coarse logits", unit="image", delay=2)
-        return LiveSplit([quantised(self.compute(index)[0]) for index in steps])
+        """The logits of all images, computed now and kept in memory."""
+        indices = tqdm(range(len(self.data)), desc="coarse logits", unit="image", delay=2)
+        return LiveSplit([quantised(self.compute(index)[0]) for index in indices])
 
 
 def store_logits(config: Config, *, device: torch.device, overwrite: bool = False) -> LogitsReport:
-    """Stores the coarse logits of the training and validation split; goes on where an interrupted run stopped.
+    """Stores the coarse logits of the training and validation splits. Skips images that are stored already.
 
     Raises:
-        ValueError: no ``logits.folder``, or it holds logits of another base and ``overwrite`` is false.
+        ValueError: ``logits.folder`` is empty, or it holds logits of another base and ``overwrite`` is false.
     """
     if not config.logits.folder:
-        raise ValueError("logits.folder is empty; say where to store them")
+        raise ValueError("logits.folder is empty, expected the folder to store coarse logits in")
     store = StoredLogits(config.logits.folder)
     computed = present = 0
     splits = {split: config.data.read(split) for split in (config.data.train, config.data.val)}
@@ -114,13 +118,13 @@ def store_logits(config: Config, *, device: torch.device, overwrite: bool = Fals
     for split, data in splits.items():
         source = CoarseLogits(config, data, device, bases)
         for index, sample in enumerate(tqdm(data.samples, desc=f"logits of {split}", unit="image")):
-            there, wanted = store.base_of(sample.name), source.identity(sample.name)
-            if there == wanted:
+            found, wanted = store.base_of(sample.name), source.identity(sample.name)
+            if found == wanted:
                 present += 1
                 continue
-            if there is not None and not overwrite:
+            if found is not None and not overwrite:
                 raise ValueError(
-                    f"{store.path(sample.name)}: holds logits of base {there}, this configuration's is {wanted}; "
+                    f"{store.path(sample.name)}: holds logits of base {found}, this configuration has base {wanted}; "
                     "choose another logits.folder, or pass --overwrite"
                 )
             logits, size = source.compute(index)

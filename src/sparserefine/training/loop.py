@@ -1,4 +1,4 @@
-"""``sparserefine train``: trains a refiner as one configuration says."""
+"""``sparserefine train``: trains a refiner as a configuration describes it."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def _first(items: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, 
     return items[0]
 
 
-_MAY_DIFFER = ("workers", "device", "cache_gb")  # of training: change nothing about the result
+_MAY_DIFFER = ("workers", "device", "cache_gb")  # fields of training that do not change the result
 
 
 def _check_resumable(config: Config, checkpoint: Path) -> None:
-    """Refuses to go on with a run under another configuration, which would be neither run."""
+    """Raises ``ValueError`` if there is no checkpoint, or if it was made with another configuration."""
     if not checkpoint.is_file():
-        raise ValueError(f"{checkpoint}: nothing to resume; leave --resume out to start")
+        raise ValueError(f"{checkpoint}: no checkpoint to resume from; start without --resume")
     stored = json.loads((checkpoint.parent / "config.json").read_text(encoding="utf-8"))
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    # What a stored configuration does not have yet was what it is by default.
+    # Fields that are newer than the stored configuration had their default value.
     stored = {**json.loads(json.dumps(dataclasses.asdict(RefinerConfig()))), **stored}
     for values in (stored, now):
         values.pop("out", None)
@@ -67,22 +67,23 @@ def _check_resumable(config: Config, checkpoint: Path) -> None:
         if stored.get(key) != now.get(key):
             raise ValueError(
                 f"{checkpoint}: was made with {key} = {stored.get(key)}, this configuration has {now.get(key)}; "
-                "resume with the same, or start anew in another --out"
+                "resume with the same value, or start a new run in another --out"
             )
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
-    """Trains, and returns the folder of the best refiner, ``<out>/best``.
+    """Trains a refiner, and returns the folder of the best one, ``<out>/best``.
 
-    ``<out>`` gets ``best/`` (highest refined score on the validation split), ``last/``, ``last.ckpt`` (to resume from),
-    ``config.json`` and ``log.jsonl`` (a line a validation).
+    Writes into ``<out>``: ``best/`` (highest refined score on the validation split), ``last/``, ``last.ckpt`` (to
+    resume from), ``config.json`` and ``log.jsonl`` (one line per validation).
 
     Args:
-        config: everything.
-        resume: go on from ``<out>/last.ckpt``.
+        config: the whole configuration.
+        resume: continue from ``<out>/last.ckpt``.
 
     Raises:
-        ValueError: ``out`` holds another run and ``resume`` is false, or there is nothing to resume.
+        ValueError: ``out`` holds a run and ``resume`` is false; there is no run to resume, or one with another
+            configuration; or ``steps`` is not a multiple of ``val_every``.
         ImportError: Lightning is not installed.
     """
     try:
@@ -99,11 +100,11 @@ def train(config: Config, *, resume: bool = False) -> Path:
         _check_resumable(config, checkpoint)
     elif checkpoint.exists() or (out / "best").exists():
         raise ValueError(
-            f"{out}: holds a run; pass --resume to go on with it (from last.ckpt), choose another --out, or delete it"
+            f"{out}: holds a run; pass --resume to continue it from last.ckpt, choose another --out, or delete it"
         )
     steps_per_epoch = min(c.val_every, c.steps)
     if c.steps % steps_per_epoch:
-        raise ValueError(f"training.steps = {c.steps} is no multiple of training.val_every = {c.val_every}")
+        raise ValueError(f"training.steps = {c.steps}, expected a multiple of training.val_every = {c.val_every}")
 
     L.seed_everything(c.seed, verbose=False)
     data, val = config.data.read(config.data.train), config.data.read(config.data.val)
@@ -114,7 +115,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     bases = Bases(config.base, device, refiner.base)
     sources = [CoarseLogits(config, part, device, bases) for part in (data, val)]
     logits = [source.stored() if config.logits.source == "stored" else source.live() for source in sources]
-    del sources, bases  # and with them the cross-fit bases, which training does not need
+    del sources, bases  # frees the cross-fit bases, which training does not need
 
     crops = CropDataset(data, logits[0], config.augment, c.seed, c.cache_gb / max(1, c.workers))
     loader = DataLoader(
@@ -129,10 +130,10 @@ def train(config: Config, *, resume: bool = False) -> Path:
 
     out.mkdir(parents=True, exist_ok=True)
     if not resume:
-        (out / "log.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        (out / "log.jsonl").unlink(missing_ok=True)  # left by a run that ended before its first checkpoint
     with written_whole(out / "config.json") as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it advertises
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # below that it prints advertisements
     trainer = L.Trainer(
         max_epochs=c.steps // steps_per_epoch,
         accelerator="gpu" if device.type == "cuda" else device.type,
@@ -148,7 +149,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
     )
     module = RefinerModule(refiner, config)
     with warnings.catch_warnings():
-        # The base is meant to stay in evaluation mode, `out` was checked above, loader workers are the user's choice.
+        # These warnings do not apply: the base must stay in evaluation mode, `out` was checked above, and the number of
+        # workers is the user's choice.
         for message in (
             ".*in eval mode.*",
             ".*exists and is not empty.*",
@@ -159,7 +161,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
         try:
             trainer.fit(module, loader, val_loader, ckpt_path=checkpoint if resume else None, weights_only=True)
         except SystemExit:
-            if trainer.interrupted:  # Lightning turns Ctrl-C into an exit of its own
+            if trainer.interrupted:  # Lightning turns Ctrl-C into SystemExit
                 raise KeyboardInterrupt from None
             raise
     refiner.save_pretrained(out / "last")

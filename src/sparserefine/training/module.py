@@ -22,19 +22,19 @@ ValidationItem = tuple[Tensor, Tensor, Tensor]
 
 
 class RefinerModule(L.LightningModule):
-    """Trains extractor and ensembler; the base is frozen and its logits are given.
+    """Trains the extractor and the ensembler. The base is frozen; batches contain its logits.
 
-    The score that decides which checkpoint is best: refined Dice of class 1 for two classes, mean IoU for more.
+    The best refiner is the one with the highest refined score: Dice of class 1 for two classes, mean IoU for more.
 
     Args:
-        refiner: what is trained.
-        config: losses and schedule; ``out/best`` and ``out/log.jsonl`` are written by this module.
+        refiner: the refiner to train.
+        config: losses and schedule. This module writes ``<out>/best`` and ``<out>/log.jsonl``.
     """
 
     def __init__(self, refiner: SparseRefiner, config: Config) -> None:
         super().__init__()
         self.refiner, self.config = refiner, config
-        self.strict_loading = False  # checkpoints leave out the base
+        self.strict_loading = False  # checkpoints do not contain the base
         self.best_score = -math.inf
         k = refiner.base.num_classes
         self._matrices = {name: torch.zeros(k, k, dtype=torch.int64) for name in ("coarse", "refined")}
@@ -42,7 +42,7 @@ class RefinerModule(L.LightningModule):
         self._losses: list[Tensor] = []
 
     def training_step(self, batch: CropBatch, _: int) -> Tensor:
-        """One step on a batch of crops."""
+        """Loss of one batch of crops."""
         result = self.refiner.refine(batch.image, batch.logits, windows=batch.windows, valid=batch.valid)
         truth = result.sites.gather(batch.label[:, None])[:, 0]
         loss = refinement_loss(result.sparse_logits, result.refined_logits, truth, self.config.training.dice)
@@ -61,7 +61,7 @@ class RefinerModule(L.LightningModule):
         self._density.append(result.density)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the scores, keeps the best refiner."""
+        """Logs the scores, and saves the refiner if it is the best so far."""
         if not self.trainer.sanity_checking:
             score_of = dice if self.refiner.base.num_classes == 2 else iou
             scores = {name: foreground(score_of(matrix)) for name, matrix in self._matrices.items()}
@@ -74,7 +74,7 @@ class RefinerModule(L.LightningModule):
             }
             with (Path(self.config.out) / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
-            # NaN: the foreground neither occurs in the split nor was predicted.
+            # NaN: the foreground class neither occurs in the split nor is predicted.
             score = -1.0 if math.isnan(scores["refined"]) else scores["refined"]
             if score > self.best_score:
                 self.best_score = score
@@ -85,7 +85,7 @@ class RefinerModule(L.LightningModule):
         self._losses.clear()
 
     def configure_optimizers(self) -> Any:
-        """AdamW, weights decayed and the rest not; linear warm-up, then a cosine to zero."""
+        """AdamW with weight decay on weights only; linear warm-up, then a cosine to zero."""
         c = self.config.training
         parameters = list(self.refiner.trained_parameters())
         groups = [
@@ -104,7 +104,7 @@ class RefinerModule(L.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Crops know how to move; anything else as Lightning does it."""
+        """Moves crops with :meth:`CropBatch.to`, and anything else as Lightning does."""
         return (
             batch.to(device)
             if isinstance(batch, CropBatch)
@@ -112,11 +112,11 @@ class RefinerModule(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The base is not trained: it is not stored."""
+        """Removes the base from the checkpoint, as it is not trained."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("refiner.base.")}
         checkpoint["best_score"] = self.best_score
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on comparing with the best score so far."""
+        """Restores the best score so far."""
         self.best_score = checkpoint["best_score"]

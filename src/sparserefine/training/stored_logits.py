@@ -1,4 +1,4 @@
-"""Coarse logits on disk: one safetensors file an image, float16, at the base's own output size."""
+"""Coarse logits on disk: one safetensors file per image, float16, at the base's own output size."""
 
 from __future__ import annotations
 
@@ -16,57 +16,60 @@ _HALF_MAX = 65504.0
 
 
 class StoredLogits:
-    """A folder of coarse logits; ``<folder>/<sample name>.safetensors``."""
+    """A folder of coarse logits, one file ``<folder>/<sample name>.safetensors`` per image."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def path(self, name: str) -> Path:
-        """File of the sample of that name."""
+        """File of the sample called ``name``."""
         return self.folder / f"{name}.safetensors"
 
     def write(self, name: str, logits: Tensor, *, base: str, image_size: tuple[int, int]) -> None:
-        """Stores ``[K, h, w]`` with the identity of the base and the size of the image [px]."""
+        """Stores logits ``[K, h, w]`` with the identity of the base, and H and W of the image [px]."""
         header = {"format_version": FORMAT_VERSION, "base": base, "image": f"{image_size[0]}x{image_size[1]}"}
         half = quantised(logits).cpu().contiguous()
         with written_whole(self.path(name)) as temporary:
             save_file({"logits": half}, temporary, metadata=header)
 
     def base_of(self, name: str) -> str | None:
-        """Identity of the base that made the stored logits; ``None`` where there are none."""
+        """Identity of the base that made the stored logits; ``None`` if none are stored."""
         return self._header(name).get("base") if self.path(name).is_file() else None
 
     def read(self, name: str, *, base: str, image_size: tuple[int, int]) -> Tensor:
-        """``float16 [K, h, w]``.
+        """Reads logits, ``float16 [K, h, w]``.
 
         Raises:
-            ValueError: none stored, unreadable, of another base, of another image, or not finite.
+            ValueError: the logits are missing, unreadable, of another base, of another image size, or not finite.
         """
         self.check(name, base=base)
         path, header = self.path(name), self._header(name)
         expected = f"{image_size[0]}x{image_size[1]}"
         if header.get("image") != expected:
-            raise ValueError(f"{path}: logits of an image of {header.get('image')} pixels, this image has {expected}")
+            raise ValueError(
+                f"{path}: logits of an image of {header.get('image')} pixels, this image has {expected}; "
+                "delete the file and run `sparserefine logits` again"
+            )
         with safe_open(path, framework="pt") as file:
             logits: Tensor = file.get_tensor("logits")
         bad = logits.numel() - int(logits.isfinite().sum())
         if bad:
             raise ValueError(
                 f"{path}: {bad} of {logits.numel()} coarse logits of base {base} are NaN or infinite; "
-                "delete it and store it again"
+                "delete the file and run `sparserefine logits` again"
             )
         return logits
 
     def check(self, name: str, *, base: str) -> None:
-        """Raises ``ValueError`` unless there are logits of the sample, made by ``base``."""
-        there = self.base_of(name)
-        if there is None:
+        """Raises ``ValueError`` unless logits of the sample are stored and ``base`` made them."""
+        found = self.base_of(name)
+        if found is None:
             raise ValueError(
                 f"{self.path(name)}: no stored logits; run `sparserefine logits` with this configuration first"
             )
-        if there != base:
+        if found != base:
             raise ValueError(
-                f"{self.path(name)}: logits of base {there}, this configuration's is {base}; "
+                f"{self.path(name)}: logits of base {found}, this configuration has base {base}; "
                 "store them in another folder, or run `sparserefine logits --overwrite`"
             )
 
@@ -75,27 +78,30 @@ class StoredLogits:
             with safe_open(self.path(name), framework="pt") as file:
                 header: dict[str, str] = file.metadata() or {}
         except SafetensorError as error:
-            raise ValueError(f"{self.path(name)}: unreadable ({error}); delete it and store it again") from error
+            raise ValueError(
+                f"{self.path(name)}: unreadable ({error}); delete the file and run `sparserefine logits` again"
+            ) from error
         if header.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"{self.path(name)}: format_version {header.get('format_version')!r}, expected {FORMAT_VERSION!r}"
+                f"{self.path(name)}: format_version {header.get('format_version')!r}, expected {FORMAT_VERSION!r}; "
+                "run `sparserefine logits` again in a new folder"
             )
         return header
 
 
 def quantised(logits: Tensor) -> Tensor:
-    """The precision that logits are stored and trained with: float16, within its range."""
+    """Rounds logits to float16, clamped to its range: the precision of storage and training."""
     return logits.clamp(-_HALF_MAX, _HALF_MAX).half()
 
 
 @dataclass(frozen=True)
 class StoredSplit:
-    """Stored logits of the samples of one split; plain values, so that loader processes can have it.
+    """Stored logits of the samples of one split. Holds plain values, so it can be sent to data loader processes.
 
     Attributes:
-        folder: of the stored logits.
-        names: of the samples.
-        bases: identity of the base that must have made each.
+        folder: folder of the stored logits.
+        names: name of each sample.
+        bases: identity of the base for each sample.
     """
 
     folder: Path
@@ -103,7 +109,7 @@ class StoredSplit:
     bases: tuple[str, ...]
 
     def check(self) -> None:
-        """Raises ``ValueError`` unless all are there, made by their bases."""
+        """Raises ``ValueError`` unless the logits of all samples are stored and their bases made them."""
         for name, base in zip(self.names, self.bases, strict=True):
             StoredLogits(self.folder).check(name, base=base)
 
@@ -115,7 +121,7 @@ class StoredSplit:
 
 @dataclass(frozen=True)
 class LiveSplit:
-    """Logits of the samples of one split in memory, in the precision of stored ones."""
+    """Logits of the samples of one split, in memory, with the same precision as stored ones."""
 
     items: list[Tensor]
 

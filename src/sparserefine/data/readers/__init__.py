@@ -1,1 +1,1 @@
-"""Datasets on disk, one file each."""
+"""Readers of datasets on disk, one file per dataset."""

@@ -1,4 +1,4 @@
-"""Which images: a dataset by its reader's name."""
+"""DataConfig: which dataset to read, and its splits."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from sparserefine.data.readers.hrf import hrf
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images.
+    """Which dataset to read, and its splits.
 
     Attributes:
-        name: reader; ``hrf``, or ``folder`` for ``images/`` + ``labels/`` + ``classes.txt``.
+        name: the reader: ``hrf``, or ``folder`` for a folder with ``images/``, ``labels/`` and ``classes.txt``.
         root: the dataset's folder.
-        train: split to train on: for ``hrf`` subject numbers as ``06-13``, for ``folder`` a subfolder or list.
-        val: split that checkpoints, thresholds and schedules are chosen on.
-        test: split that is reported once.
-        ignore: label values that are no class, besides 255 (``folder`` only).
-        black_white: labels are masks of 0 and 255, where 255 is class 1 (``folder`` only).
+        train: split to train on. For ``hrf``: subject numbers such as ``06-13``; for ``folder``: a subfolder or the
+            stem of a list file.
+        val: split for choosing checkpoints, thresholds and schedules.
+        test: split for the final scores.
+        ignore: label values to ignore, besides 255 (``folder`` only).
+        black_white: labels are masks of 0 and 255, where 255 means class 1 (``folder`` only).
     """
 
     name: Literal["hrf", "folder"]
@@ -35,10 +36,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("train", "val", "test"):
             if not getattr(self, name):
-                raise ValueError(f"data.{name} is empty; name a split of {self.root}")
+                raise ValueError(f"data.{name} is empty, expected a split of {self.root}")
 
     def read(self, split: str) -> Dataset:
-        """The dataset of a split string (not of its name ``train``, ``val`` or ``test``)."""
+        """Reads one split. ``split`` is a value such as ``self.train``, not the field name ``"train"``."""
         if self.name == "hrf":
             return hrf(self.root, split)
         return folder(self.root, split, ignore=self.ignore, black_white=self.black_white)

@@ -1,4 +1,4 @@
-"""Image/label pairs on disk: what every reader returns, and finding the label of each image."""
+"""Datasets as readers return them: lists of image and label files; functions that find these files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparserefine.images.classes import IGNORE, Classes
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its label map on disk; ``name`` identifies it in messages and stored logits."""
+    """An image file and its label file. ``name`` identifies them in messages and in stored logits."""
 
     name: str
     image: Path
@@ -26,9 +26,9 @@ class Dataset:
     """A list of samples that share their classes.
 
     Attributes:
-        samples: images and labels.
-        classes: at most 255, since 255 marks ignored pixels.
-        black_white: labels are masks of 0 and 255, as image editors write them: 255 is class 1, and nothing is ignored.
+        samples: image and label files.
+        classes: at most 255 classes, because label 255 marks ignored pixels.
+        black_white: labels are masks of 0 and 255, as image editors write them. 255 means class 1; no pixel is ignored.
     """
 
     samples: tuple[Sample, ...]
@@ -39,11 +39,11 @@ class Dataset:
         return len(self.samples)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image ``uint8 [3, H, W]`` and label ``uint8 [H, W]``, ignored pixels 255.
+        """Reads an image, ``uint8 [3, H, W]``, and its label, ``uint8 [H, W]`` with 255 at ignored pixels.
 
         Raises:
             ImageError: a file cannot be read.
-            ValueError: sizes differ, or a label is no class of this dataset.
+            ValueError: image and label differ in size, or a label value is no class of this dataset.
         """
         sample = self.samples[index]
         image, label = read_image(sample.image), read_label(sample.label)
@@ -60,13 +60,13 @@ class Dataset:
         if unknown.numel():
             raise ValueError(
                 f"{sample.label}: {unknown.numel()} pixels have label {int(unknown[0])}, expected "
-                f"0..{len(self.classes) - 1} or {IGNORE} (ignored); list further values under data.ignore"
+                f"0..{len(self.classes) - 1} or {IGNORE} (ignored); add values to ignore to data.ignore"
             )
         return image, label.to(torch.uint8)
 
 
 def existing(root: Path, *names: str) -> Path:
-    """The first of these folders in ``root`` that is there."""
+    """The first folder in ``root``, of those in ``names``, that exists."""
     for name in names:
         if (root / name).is_dir():
             return root / name
@@ -74,7 +74,7 @@ def existing(root: Path, *names: str) -> Path:
 
 
 def pairs(images: Path, labels: Path, below: str = "") -> list[Sample]:
-    """The images in a folder (``images / below``), each with the label of the same path and stem."""
+    """All images in ``images / below``, each with the label of the same relative path and stem."""
     by_stem: dict[str, Path] = {}
     for file in sorted(labels.rglob("*")):
         if file.suffix.lower() in IMAGE_SUFFIXES:
@@ -95,7 +95,11 @@ def _stem(file: Path, root: Path) -> str:
 
 
 def checked(samples: list[Sample], classes: Classes, root: Path, split: str, black_white: bool) -> Dataset:
-    """A dataset of these samples; refused if there are none, or if the classes do not fit labels of 8 bits."""
+    """A dataset of these samples.
+
+    Raises:
+        ValueError: no sample, more than 255 classes, or black and white masks without exactly two classes.
+    """
     if not samples:
         raise ValueError(f"{root}: no image in split {split!r}")
     if len(classes) > IGNORE:

@@ -10,22 +10,22 @@ from sparserefine.images.classes import read_classes
 
 
 def folder(root: str | Path, split: str = "", *, ignore: Sequence[int] = (), black_white: bool = False) -> Dataset:
-    """A generic dataset: ``images/``, ``labels/`` (same stems) and ``classes.txt``, a class a line.
+    """A generic dataset: ``images/``, ``labels/`` and ``classes.txt`` with one class per line.
 
-    A line is ``name`` or ``name R G B``. A file pairs with the label of the same path and stem.
+    A line is ``name`` or ``name R G B``. The label of an image has the same relative path and stem.
 
     Args:
         root: the folder.
-        split: a subfolder of both ``images/`` and ``labels/``, or the stem of a text file in ``root`` that lists stems
-            (``train.txt``); empty: everything.
-        ignore: label values that are no class, besides 255.
-        black_white: masks of 0 and 255 instead of class indices.
+        split: a subfolder of both ``images/`` and ``labels/``, or the stem of a text file in ``root`` (``train.txt``)
+            that lists image names without suffix; empty: all images.
+        ignore: label values to ignore, besides 255.
+        black_white: labels are masks of 0 and 255, where 255 means class 1.
     """
     root = Path(root)
     classes = read_classes(root / "classes.txt", ignore)
     images, labels = existing(root, "images"), existing(root, "labels")
     if split and (images / split).is_dir():
-        # Named from images/ on: train/1.png and val/1.png are different samples.
+        # Names start below images/, so train/1.png and val/1.png are different samples.
         samples = pairs(images, labels, split)
     elif split and (root / f"{split}.txt").is_file():
         wanted = set((root / f"{split}.txt").read_text().split())

@@ -1,4 +1,4 @@
-"""HRF: 45 fundus photographs and their vessels."""
+"""HRF: 45 fundus photographs with vessel masks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ HRF_CLASSES = Classes(("background", "vessel"), ((0, 0, 0), (0, 230, 110)))
 
 
 def hrf(root: str | Path, split: str) -> Dataset:
-    """The High-Resolution Fundus database (Budai et al. 2013): 15 subjects of each of dr, g and h.
+    """The High-Resolution Fundus database (Budai et al. 2013): 15 subjects in each of the groups dr, g and h.
 
     Args:
         root: folder with ``images/`` and ``labels/`` (or ``manual1/``, as published).
-        split: subject numbers, as ``"06-13"``, ``"14"`` or ``"06-09,14"``.
+        split: subject numbers, such as ``"06-13"``, ``"14"`` or ``"06-09,14"``.
     """
     root = Path(root)
     subjects: set[str] = set()
