@@ -12,13 +12,14 @@ PACKAGE = "src/sparserefine/engines/cpu/native"
 
 
 class KernelsHook(BuildHookInterface):
-    """A wheel with kernels is for Linux on one kind of processor and any Python 3; one without them for any machine.
+    """Builds the CPU kernels into the package, if it can.
 
-    Without them: on other systems, without a C++ compiler, and with ``SPARSEREFINE_PURE=1`` in the environment.
+    A wheel with kernels is for Linux, one processor architecture and any Python 3. A wheel without them is for any
+    machine; it is built on other systems, without a C++ compiler, or with ``SPARSEREFINE_PURE=1`` in the environment.
     """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Builds; runs for wheels and editable installs."""
+        """Compiles the kernels and sets the wheel's tag; hatch calls it for wheels and editable installs."""
         spec = importlib.util.spec_from_file_location("build_kernels", Path(self.root, PACKAGE, "build.py"))
         assert spec is not None
         assert spec.loader is not None

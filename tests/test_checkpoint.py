@@ -225,7 +225,7 @@ def test_files_cut_short(tmp_path: Path, kind: str, keep: float) -> None:
 def test_archive_without_weights(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "file.pth", "w") as file:
         file.writestr("readme.txt", "no weights")
-    with pytest.raises(ValueError, match=r"file.pth: not a weights file of torch"):
+    with pytest.raises(ValueError, match=r"file.pth: not a torch weights file"):
         read_checkpoint(tmp_path / "file.pth")
 
 

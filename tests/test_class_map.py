@@ -131,16 +131,16 @@ def std_of(base: FrozenBase) -> Tensor:
 
 
 def test_other_class_count_is_refused_with_the_cure():
-    with pytest.raises(ValueError, match=r"4 classes, the data has 2; a class map \(base\.class_map\)"):
+    with pytest.raises(ValueError, match=r"4 classes, the data has 2; give a class map \(base\.class_map\)"):
         FrozenBase(LoadedModel(four, 4, MODEL), 2, BaseConfig(ratio=1.0))
-    with pytest.raises(ValueError, match=r"4 classes, expected 2; a class map"):  # known only when it runs
+    with pytest.raises(ValueError, match=r"4 classes, expected 2; give a class map"):  # known only when it runs
         FrozenBase(four, 2, BaseConfig(ratio=1.0))(torch.rand(1, 3, 2, 2))
 
 
 @pytest.mark.parametrize(
     ("class_map", "message"),
     [
-        ((0, 1, 1), "has 3 entries, the model 4 classes"),
+        ((0, 1, 1), "has 3 entries, expected 4: one per class of the model"),
         ((0, 1, 1, 2), r"maps to class 2, the data has 0\.\.1"),
         ((0, 1, 1, -2), "maps to class -2"),
         ((0, 0, 0, -1), "no class of the model maps to class 1 of the data"),

@@ -83,7 +83,7 @@ def test_files_of_mmsegmentation(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_class_names_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
     content = {"meta": {"CLASSES": ["road", "sky"]}, "state_dict": of_mmsegmentation("hrnet_w48", 3)}
-    with pytest.warns(UserWarning, match=r"file.pth: names 2 classes for a model of 3"):
+    with pytest.warns(UserWarning, match=r"file.pth: has 2 class names for a model of 3"):
         loaded = load_hrnet_w48(saved(tmp_path / "file.pth", content))
     assert (loaded.num_classes, loaded.classes) == (3, None)
     assert loaded.model(torch.rand(1, 3, 32, 32)).shape == (1, 3, 8, 8)

@@ -22,7 +22,7 @@ from sparserefine.bases.families.segnext import segnext
 from sparserefine.bases.load import load_model
 from sparserefine.bases.loaded import tensor_of
 from sparserefine.bases.runtimes import NEEDS, Runtime
-from test_doors_end_to_end import mask2former_folder, segformer_folder
+from test_libraries_end_to_end import mask2former_folder, segformer_folder
 
 pytestmark = pytest.mark.xdist_group("runtime")  # models compiled once
 

@@ -209,7 +209,7 @@ def test_files_of_the_authors(tmp_path: Path) -> None:
 
 def test_class_names_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
     content = {"meta": {"CLASSES": ["road", "sky"]}, "state_dict": of_mmsegmentation("segnext_t", K)}
-    with pytest.warns(UserWarning, match=r"file.pth: names 2 classes for a model of 3"):
+    with pytest.warns(UserWarning, match=r"file.pth: has 2 class names for a model of 3"):
         loaded = load_segnext("t", saved(tmp_path / "file.pth", content))
     assert (loaded.num_classes, loaded.classes) == (K, None)
 

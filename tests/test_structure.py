@@ -21,7 +21,7 @@ ROOMS = (
 )
 """From top to bottom: a room, a folder or a file, imports from itself and from rooms below it."""
 EXEMPT = ("__init__", "__main__")
-"""Of the package itself: they open its doors."""
+"""Of the package itself: they may import from every room."""
 OPTIONAL = {
     *("torchvision", "timm", "segmentation_models_pytorch"),
     *("transformers", "onnx", "onnxruntime", "openvino", "matplotlib"),

@@ -1,1 +1,1 @@
-"""Frozen bases: any model as one thing that maps images to coarse logits."""
+"""Frozen bases: any segmentation model, wrapped to map images to coarse logits."""

@@ -1,4 +1,4 @@
-"""FrozenBase: whatever segments images, as one thing that maps full-size images to coarse logits."""
+"""FrozenBase: wraps any segmentation model to map full-size images to coarse logits."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """Which base, and how it wants its input.
+    """Which base to use, and the input it expects.
 
     Attributes:
-        name: one of :data:`sparserefine.bases.load.BASE_NAMES`, as ``hf:<folder or hub id>``; empty: a base given in
-            Python.
-        ratio: input size relative to the image; give this or ``size``.
+        name: one of the forms in :data:`sparserefine.bases.load.BASE_NAMES`, such as ``hf:<folder or hub id>``; empty
+            for a base given in Python.
+        ratio: input size relative to the image; give either this or ``size``.
         size: fixed input height and width [px].
-        mean: subtracted from pixels in 0..1, per channel; ``None``: what the model's files say, else ImageNet's.
-        std: divided by, per channel; likewise.
-        outputs: ``logits``, or ``scores`` >= 0 that are proportional to probabilities; ``None``: what the model gives
-            by its kind, else logits.
-        class_map: for a model of other classes than the data: a YAML file (see :mod:`sparserefine.bases.class_map`), or
-            for each class of the model the class of the data, -1 for none.
-        runtime: what runs a torch model on the CPU: ``onnxruntime`` or ``openvino``; ``None``: the model is called.
+        mean: per channel, subtracted from pixels in 0..1; default: the value in the model's files, else ImageNet's.
+        std: per channel, divides the result; default: like ``mean``.
+        outputs: ``logits``, or ``scores``, which are >= 0 and proportional to probabilities; default: what this kind of
+            model returns, else logits.
+        class_map: needed if the model's classes differ from the data's: a YAML file (see
+            :mod:`sparserefine.bases.class_map`), or for each class of the model the class of the data, -1 for none.
+        runtime: library that runs a torch model on the CPU: ``onnxruntime`` or ``openvino``; default: torch.
     """
 
     name: str = ""
@@ -59,7 +59,9 @@ class BaseConfig:
         if self.outputs not in ("logits", "scores", None):
             raise ValueError(f"base.outputs = {self.outputs!r}, expected 'logits' or 'scores'")
         if self.runtime not in ("onnxruntime", "openvino", None):
-            raise ValueError(f"base.runtime = {self.runtime!r}, expected 'onnxruntime' or 'openvino', or nothing")
+            raise ValueError(
+                f"base.runtime = {self.runtime!r}, expected 'onnxruntime' or 'openvino'; leave it out for torch"
+            )
 
 
 class FrozenBase(nn.Module):
@@ -69,15 +71,15 @@ class FrozenBase(nn.Module):
     that contains this one changes neither. It runs without recording gradients.
 
     Args:
-        model: a module or any callable, ``float32 [B, 3, h, w]`` -> coarse outputs: a tensor, a tuple or list that
-            starts with it, a mapping with ``logits`` or ``out``, or an object with ``.logits``; or what a door
-            returned, with its classes and normalisation.
-        num_classes: K of the data; ``None``: the model's own. Checked against every output.
-        config: input size, normalisation and meaning of the outputs.
-        classes: names and colours of the data's classes; ``None``: the model's own, where it has as many.
+        model: a module or any callable, ``float32 [B, 3, h, w]`` -> coarse outputs: a tensor, a tuple or list whose
+            first item is that tensor, a mapping with ``logits`` or ``out``, or an object with ``.logits``. Or the
+            :class:`LoadedModel` of a loader, which also has classes and normalisation.
+        num_classes: K of the data; default: the model's own. Every output is checked against it.
+        config: input size, normalisation, and whether outputs are logits or scores.
+        classes: names and colours of the data's classes; default: the model's own, unless there is a class map.
 
     Raises:
-        ValueError: the model has another class count than the data and no class map makes up for it.
+        ValueError: the class counts of model and data differ, and there is no class map.
     """
 
     def __init__(
@@ -114,14 +116,14 @@ class FrozenBase(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> FrozenBase:
-        """Stays in evaluation mode, whatever ``mode`` says."""
+        """Does nothing: a frozen base always stays in evaluation mode."""
         return super().train(False)
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size of the model's input for an image of ``height`` x ``width`` [px]."""
+        """Height and width [px] of the model's input for an image of ``height`` x ``width`` [px]."""
         if self.config.size is not None:
             return self.config.size
-        assert self.config.ratio is not None  # BaseConfig has one of the two
+        assert self.config.ratio is not None  # BaseConfig requires one of the two
         return max(1, round(height * self.config.ratio)), max(1, round(width * self.config.ratio))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -135,57 +137,66 @@ class FrozenBase(nn.Module):
 
         Raises:
             ValueError: wrong shape or class count, or values that are not finite (NaN, infinity).
-            TypeError: the model returned something else than the forms above.
+            TypeError: the model's return value has none of the forms listed for ``model`` in the class docstring.
         """
         output = self._output(image)
         self.look_at(output)()
-        return self._mapped(output)
+        return self._to_data_classes(output)
 
     def begin(self, image: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """Like a call, but nothing waits for a GPU: the second result does, and raises what a call would."""
+        """Like a call, but the host does not wait for the GPU.
+
+        Returns:
+            The coarse outputs, and a function that checks them: it waits for the GPU and raises what a call would.
+        """
         output = self._output(image)
-        return self._mapped(output), self.look_at(output)
+        return self._to_data_classes(output), self.look_at(output)
 
     def unchecked(self, image: Tensor) -> Tensor:
-        """Like a call, without the look at the values, for which the host waits for a GPU; see :meth:`bad_values`."""
-        return self._mapped(self._output(image))
+        """Like a call, without the NaN check, which makes the host wait for the GPU; see :meth:`bad_values`."""
+        return self._to_data_classes(self._output(image))
 
     @torch.no_grad()
     def _output(self, image: Tensor) -> Tensor:
-        """What the model says, in its own classes; shape and dtype are checked."""
+        """The model's output in its own classes, with shape and dtype checked but not its values."""
         check_image(image)
         x = resize(image, self.input_size(*image.shape[-2:]))
         scale = 255.0 if image.dtype == torch.uint8 else 1.0
         mean, std = (constant(v, x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         x = ((x / scale - mean) / std).contiguous()
-        if isinstance(self.model, nn.Module):  # a model in half precision takes its input so
+        if isinstance(self.model, nn.Module):  # a half-precision model needs half-precision input
             x = x.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype))
         output = tensor_of((self._runtime or self.model)(x), self.label)
-        self._check_form(output, len(image), self.num_classes if self.class_map is None else len(self.class_map))
+        self._check_shape_and_dtype(
+            output, len(image), self.num_classes if self.class_map is None else len(self.class_map)
+        )
         return output
 
     @torch.no_grad()
-    def _mapped(self, output: Tensor) -> Tensor:
-        """In the classes of the data."""
+    def _to_data_classes(self, output: Tensor) -> Tensor:
+        """Converts the model's classes to the data's, if there is a class map."""
         return output if self.class_map is None else merged(output, self.class_map, self.outputs)
 
     @property
     def label(self) -> str:
-        """What messages call this base."""
+        """The name of this base in messages."""
         return self.config.name or _name_of(self.model)
 
     def checked(self, logits: Tensor, batch: int) -> Tensor:
         """Returns ``logits [B, K, h, w]``, or raises ``ValueError`` if shape, class count or values are wrong."""
-        self._check_form(logits, batch, self.num_classes)
+        self._check_shape_and_dtype(logits, batch, self.num_classes)
         self.look_at(logits)()
         return logits
 
     def check_classes(self, found: int) -> None:
-        """Raises ``ValueError`` unless logits of so many classes can be this base's."""
+        """Raises ``ValueError`` unless ``found`` is this base's class count K."""
         self._check_classes(found, self.num_classes)
 
     def bad_values(self, logits: Tensor) -> Tensor:
-        """How many values :meth:`checked` would refuse, ``int32 []`` on their device: nothing waits for a GPU."""
+        """Number of values that :meth:`checked` would refuse: ``int32 []`` on the logits' device.
+
+        The host does not wait for the GPU.
+        """
         bad = ~logits.isfinite()
         if self.outputs == "scores":
             bad |= logits < 0
@@ -193,16 +204,16 @@ class FrozenBase(nn.Module):
 
     @torch.no_grad()
     def look_at(self, *logits: Tensor) -> Callable[[], None]:
-        """Looks at the values of coarse logits, ``[..., K, h, w]`` each; nothing waits for a GPU.
+        """Starts the check of coarse logits, ``[..., K, h, w]`` each; the host does not wait for the GPU.
 
         Returns:
-            What waits, and raises ``ValueError`` where values are not finite, or scores are negative. If called when
-            the host has waited for something later anyway, it costs no wait of its own.
+            A function that reads the result, which makes the host wait for the GPU, and raises ``ValueError`` if values
+            are not finite or scores are negative. Called after the host has waited for later work, it adds no wait.
         """
-        found = torch.stack([self._found(one) for one in logits])
+        found = torch.stack([self._value_checks(one) for one in logits])
 
-        def judge() -> None:
-            rows = found.tolist()  # one read of all: the host would wait for a GPU for each of them
+        def raise_if_bad() -> None:
+            rows = found.tolist()  # one read for all: each read makes the host wait for the GPU
             bad, count = sum(row[0] for row in rows), sum(one.numel() for one in logits)
             if bad:
                 raise ValueError(
@@ -213,7 +224,7 @@ class FrozenBase(nn.Module):
             if self.outputs == "scores" and smallest < 0:
                 raise ValueError(
                     f"base {self.label}: outputs='scores' but the smallest is {smallest:.4g}, expected >= 0; "
-                    "say outputs='logits' if these are logits"
+                    "set outputs='logits' if these are logits"
                 )
             suspicious = self.outputs == "logits" and not self._warned and all(row[1] for row in rows)
             if suspicious and all(_are_probabilities(one) for one in logits):
@@ -222,16 +233,18 @@ class FrozenBase(nn.Module):
                     "base %s: its outputs look like probabilities; if so, set base.outputs: scores", self.label
                 )
 
-        return judge
+        return raise_if_bad
 
-    def _found(self, logits: Tensor) -> Tensor:
-        """``float32 [3]``: values that are not finite, whether these may be probabilities, the smallest score."""
-        few = logits[..., :1, :8].float()  # most logits cannot be probabilities: a few pixels tell
-        maybe = (few.min() >= 0) & ((few.sum(-3) - 1).abs().max() <= 1e-3)
-        smallest = logits.min() if self.outputs == "scores" else maybe
-        return torch.stack([value.float() for value in (logits.numel() - logits.isfinite().sum(), maybe, smallest)])
+    def _value_checks(self, logits: Tensor) -> Tensor:
+        """``float32 [3]``: count of non-finite values, whether these may be probabilities, the smallest score."""
+        few = logits[..., :1, :8].float()  # for most logits a few pixels show that they are no probabilities
+        maybe_probabilities = (few.min() >= 0) & ((few.sum(-3) - 1).abs().max() <= 1e-3)
+        smallest = logits.min() if self.outputs == "scores" else maybe_probabilities
+        return torch.stack(
+            [value.float() for value in (logits.numel() - logits.isfinite().sum(), maybe_probabilities, smallest)]
+        )
 
-    def _check_form(self, logits: Tensor, batch: int, classes: int) -> None:
+    def _check_shape_and_dtype(self, logits: Tensor, batch: int, classes: int) -> None:
         if logits.dim() != 4 or logits.shape[0] != batch:
             raise ValueError(f"base {self.label}: output is {tuple(logits.shape)}, expected [{batch}, K, h, w]")
         self._check_classes(logits.shape[1], classes)
@@ -240,11 +253,11 @@ class FrozenBase(nn.Module):
 
     def _check_classes(self, found: int, expected: int) -> None:
         if found != expected:
-            cure = f"; {_CURE}" if self.class_map is None else ""
+            cure = f"; {_USE_CLASS_MAP}" if self.class_map is None else ""
             raise ValueError(f"base {self.label}: {found} classes, expected {expected}{cure}")
 
     def macs(self, height: int, width: int) -> int | None:
-        """Multiply-accumulates for one image of that size; ``None`` where torch cannot see them (not a torch model)."""
+        """Multiply-accumulates for one image of that size [px]; ``None`` if torch cannot count them (ONNX files)."""
         size = self.input_size(height, width)
         if size not in self._macs:
             self._macs[size] = count_macs(self.model, (1, 3, *size))
@@ -252,18 +265,18 @@ class FrozenBase(nn.Module):
 
     @property
     def identity(self) -> str:
-        """Changes with the weights and with anything that changes the outputs; stored beside coarse logits."""
+        """A fingerprint of the weights and of every setting that changes the outputs; stored with coarse logits."""
         digest = hashlib.sha256()
-        settings = getattr(self.model, "settings", None)  # of a door's wrapper: what is no weight
+        settings = getattr(self.model, "settings", None)  # of a loader's wrapper: what changes outputs but is no weight
         if isinstance(settings, str):
             digest.update(settings.encode())
         if isinstance(self.model, nn.Module):
-            state = {**self.model.state_dict(), **dict(self.model.named_buffers())}  # also those that are not stored
+            state = {**self.model.state_dict(), **dict(self.model.named_buffers())}  # non-persistent buffers too
             for name, tensor in sorted(state.items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         else:
-            digest.update(getattr(self.model, "digest", "").encode())  # of the file behind it, where a door knows one
+            digest.update(getattr(self.model, "digest", "").encode())  # of the model's file, for loaders that set it
         c = self.config
         digest.update(repr((c.ratio, c.size, c.mean, c.std, c.outputs, self.num_classes, c.class_map)).encode())
         return f"{_name_of(self.model)}:{digest.hexdigest()[:16]}"
@@ -274,7 +287,7 @@ def _are_probabilities(logits: Tensor) -> bool:
 
 
 def _name_of(model: Callable[..., Any]) -> str:
-    """The same in every process, which the repr of a function is not."""
+    """A name that is the same in every process, unlike the repr of a function."""
     name = getattr(model, "__qualname__", None)
     return f"{model.__module__}.{name}" if name else type(model).__name__
 
@@ -282,30 +295,37 @@ def _name_of(model: Callable[..., Any]) -> str:
 def _class_map(
     config: BaseConfig, loaded: LoadedModel, data: Classes | int | None, label: str
 ) -> tuple[int, ...] | None:
-    """The map of a configuration, read and checked."""
+    """Reads and checks the class map of a configuration; ``None`` if it has none."""
     if config.class_map is None:
         return None
     if isinstance(config.class_map, str):
         return read_class_map(config.class_map, loaded.classes or loaded.num_classes, data)
     where = f"base {label}: class_map"
     if loaded.num_classes not in (None, len(config.class_map)):
-        raise ValueError(f"{where} has {len(config.class_map)} entries, the model {loaded.num_classes} classes")
+        raise ValueError(
+            f"{where} has {len(config.class_map)} entries, expected {loaded.num_classes}: one per class of the model"
+        )
     check_class_map(config.class_map, data, where)
     return config.class_map
 
 
 def _check_order(model: Classes | None, data: Classes | None, label: str) -> None:
-    """Raises ``ValueError`` where a model has the classes of the data in another order; warns of other names."""
+    """Raises ``ValueError`` if the model has the data's classes in another order; warns if the names differ."""
     if model is None or data is None:
         return
-    theirs, ours = ([name.strip().lower() for name in classes.names] for classes in (model, data))
-    first = next((k for k, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b), None)
+    model_names, data_names = ([name.strip().lower() for name in classes.names] for classes in (model, data))
+    first = next((k for k, (a, b) in enumerate(zip(model_names, data_names, strict=True)) if a != b), None)
     if first is None:
         return
     pair = f"class {first} is {model.names[first]!r} in the model and {data.names[first]!r} in the data"
-    if sorted(theirs) == sorted(ours):
-        raise ValueError(f"base {label}: the classes of the data in another order ({pair}); {_CURE}")
-    _log.warning("base %s: other class names than the data's (%s); if they mean something else, %s", label, pair, _CURE)
+    if sorted(model_names) == sorted(data_names):
+        raise ValueError(f"base {label}: the model has the data's classes in another order ({pair}); {_USE_CLASS_MAP}")
+    _log.warning(
+        "base %s: its class names differ from the data's (%s); if their meanings differ, %s",
+        label,
+        pair,
+        _USE_CLASS_MAP,
+    )
 
 
 def _class_count(
@@ -315,22 +335,24 @@ def _class_count(
     class_map: tuple[int, ...] | None,
     label: str,
 ) -> int:
-    """K of the data: what was given, else what the class map reaches, else the model's own."""
+    """K of the data: the given count, else the highest class of the class map + 1, else the model's own."""
     if classes is not None and num_classes not in (None, len(classes)):
-        raise ValueError(f"base {label}: num_classes = {num_classes}, but {len(classes)} class names")
+        raise ValueError(f"base {label}: num_classes = {num_classes}, but {len(classes)} class names are given")
     count = num_classes if classes is None else len(classes)
     if count is None:
         count = loaded.num_classes if class_map is None else max(class_map) + 1
     if count is None:
-        raise ValueError(f"base {label}: num_classes is missing, and the model does not tell how many it has")
+        raise ValueError(
+            f"base {label}: num_classes is missing, and the model does not state its class count; give num_classes"
+        )
     if count < 2:
         raise ValueError(
-            f"base {label}: num_classes = {count}, expected at least 2; a model with one foreground channel z becomes "
-            "one of two with torch.cat([torch.zeros_like(z), z], 1)"
+            f"base {label}: num_classes = {count}, expected at least 2; a model with one foreground channel z gives "
+            "two classes if it returns torch.cat([torch.zeros_like(z), z], 1)"
         )
     if class_map is None and loaded.num_classes not in (None, count):
-        raise ValueError(f"base {label}: {loaded.num_classes} classes, the data has {count}; {_CURE}")
+        raise ValueError(f"base {label}: {loaded.num_classes} classes, the data has {count}; {_USE_CLASS_MAP}")
     return count
 
 
-_CURE = "a class map (base.class_map) says which class of the model counts as which of the data"
+_USE_CLASS_MAP = "give a class map (base.class_map), which assigns each class of the model to a class of the data"

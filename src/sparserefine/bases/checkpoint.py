@@ -1,4 +1,4 @@
-"""Weights files of others: read without running anything in them, loaded into our modules by rules for the names."""
+"""Third-party weights files: read without running any code in them, and loaded into our modules by renaming rules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparserefine.images.classes import Classes, wheel
 
-_STOOD_IN = (  # what mmengine saves beside the weights: its log of the training, in arrays of old and new numpy
+_REPLACED = (  # mmengine also saves its training log, in arrays of old and new NumPy
     "mmengine.logging.history_buffer.HistoryBuffer",
     "builtins.getattr",
     "numpy.dtype",
@@ -27,17 +27,17 @@ _STOOD_IN = (  # what mmengine saves beside the weights: its log of the training
     "numpy._core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar",
 )
-_SHOWN = 3
-"""Keys that a message lists of each kind of fault."""
+_MOST_LISTED = 3
+"""Most keys that a message lists for each kind of fault."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a weights file holds for us.
+    """What we use of a weights file.
 
     Attributes:
-        tensors: by the names of the file, in its dtypes; some may be mapped from the file rather than read.
-        classes: of the model, where the file tells; colours that it does not tell are those of
+        tensors: by name, with the names and dtypes of the file; they may be memory-mapped rather than read.
+        classes: names and colours, if the file has names; missing colours are those of
             :func:`sparserefine.images.classes.wheel`.
     """
 
@@ -45,16 +45,16 @@ class Checkpoint:
     classes: Classes | None
 
     def classes_of(self, num_classes: int, source: str | Path) -> Classes | None:
-        """The classes, if there are ``num_classes`` of them; else none, with a warning."""
+        """The classes if there are ``num_classes`` of them; otherwise ``None``, with a warning."""
         if self.classes is None or len(self.classes) == num_classes:
             return self.classes
-        told = f"{source}: names {len(self.classes)} classes for a model of {num_classes}; they are left out"
-        warnings.warn(told, stacklevel=3)
+        message = f"{source}: has {len(self.classes)} class names for a model of {num_classes}; they are ignored"
+        warnings.warn(message, stacklevel=3)
         return None
 
 
 class _Inert:
-    """Takes the place of an object of a checkpoint that we have no use for: takes anything, does and keeps nothing."""
+    """Replaces objects in a checkpoint that we do not need: accepts any arguments, does nothing, stores nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return super().__new__(cls)
@@ -66,26 +66,26 @@ class _Inert:
         pass
 
 
-def _stand_in(name: str) -> type[_Inert]:
-    """A class that unpickling finds under that name: torch 2.5 looks for the names that a class itself bears."""
-    module, _, own = name.rpartition(".")
-    return type(own, (_Inert,), {"__module__": module})
+def _inert_class(name: str) -> type[_Inert]:
+    """An inert class with that name: torch 2.5 finds a class by its own ``__module__`` and ``__name__``."""
+    module, _, class_name = name.rpartition(".")
+    return type(class_name, (_Inert,), {"__module__": module})
 
 
-_STAND_INS = tuple(_stand_in(name) for name in _STOOD_IN)
+_INERT_CLASSES = tuple(_inert_class(name) for name in _REPLACED)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a ``.safetensors`` file, or what ``torch.save`` wrote: a state dict, or one in ``state_dict`` or ``model``.
+    """Reads a ``.safetensors`` file, or a state dict from ``torch.save``, also one under ``state_dict`` or ``model``.
 
-    Files of mmengine 1.x and of the older mmcv are read as they are, with the class names and colours in their
-    ``meta``. A leading ``module.`` or ``_orig_mod.``, as data-parallel training and
-    torch.compile leave them, is taken off. Nothing in the file is executed:
-    torch unpickles tensors and plain values only; what mmengine saves beside them becomes objects that do nothing.
+    Checkpoints of mmengine 1.x and of the older mmcv need no conversion; class names and colours come from their
+    ``meta``. The prefixes ``module.`` (data-parallel training) and ``_orig_mod.`` (torch.compile) are removed from the
+    names. Nothing in the file is executed: torch unpickles only tensors and plain values, and other objects that
+    mmengine saves are replaced by ones that do nothing.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is something else, is cut short, or holds objects that could run code.
+        ValueError: the file has another format, is cut short, or contains objects that could run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -100,41 +100,41 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"{path}: holds {type(content).__name__}, expected a state dict")
     inner = (content.get(name) for name in ("state_dict", "model"))
     state = next((value for value in inner if isinstance(value, Mapping)), content)
-    odd = [f"{key!r} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
-    if odd or not state:
-        count = len(state) - len(odd)
+    others = [f"{key!r} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
+    if others or not state:
+        count = len(state) - len(others)
         tensors = f"{count} tensors and, besides them," if count else "no tensors but"
-        found = f"{tensors} {_listed(odd)}" if state else "nothing"
+        found = f"{tensors} {_listed(others)}" if state else "nothing"
         raise ValueError(f"{path}: expected names and tensors, or those in 'state_dict' or 'model'; found {found}")
     return Checkpoint(_without_prefix(state), _classes(content))
 
 
 def _without_prefix(state: Mapping[Any, Tensor]) -> dict[str, Tensor]:
-    """Without what data-parallel training and torch.compile put before every name."""
+    """Removes the prefixes that data-parallel training and torch.compile put before every name."""
     tensors = {str(key): value for key, value in state.items()}
-    for prefix in ("module.", "_orig_mod.", "module."):  # either may be around the other
+    for prefix in ("module.", "_orig_mod.", "module."):  # the two may be nested either way
         if all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
 
 
 def _unpickled(path: Path) -> Any:
-    """What is in the file. Tensors are mapped where the format allows it: optimiser states are never read then."""
+    """Unpickles the file. Tensors are memory-mapped if the format allows it: optimiser states are then not read."""
     try:
-        with torch.serialization.safe_globals(list(_STAND_INS)):
+        with torch.serialization.safe_globals(list(_INERT_CLASSES)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # unpickling what is not a pickle fails in any way there is
+    except Exception as error:  # unpickling a file that is no pickle can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise ValueError(
                 f"{path}: contains {refused[1]} and is not loaded, because it could run code; expected tensors and "
                 "plain values only, as torch.save(model.state_dict(), file) writes them"
             ) from error
-        told = re.search(r"WeightsUnpickler error: (.*)", str(error))
-        reason = (told[1] if told else str(error)) or type(error).__name__
-        raise ValueError(f"{path}: not a weights file of torch, or cut short ({reason})") from error
+        explained = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        reason = (explained[1] if explained else str(error)) or type(error).__name__
+        raise ValueError(f"{path}: not a torch weights file, or cut short ({reason})") from error
 
 
 def _classes(content: Mapping[Any, Any]) -> Classes | None:
@@ -142,16 +142,16 @@ def _classes(content: Mapping[Any, Any]) -> Classes | None:
     meta = content.get("meta")
     if not isinstance(meta, Mapping):
         return None
-    told = meta.get("dataset_meta")
-    told = {str(key).lower(): value for key, value in (told if isinstance(told, Mapping) else meta).items()}
-    names, palette = told.get("classes"), told.get("palette")
+    newer = meta.get("dataset_meta")
+    entries = {str(key).lower(): value for key, value in (newer if isinstance(newer, Mapping) else meta).items()}
+    names, palette = entries.get("classes"), entries.get("palette")
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
         return None
     return Classes(tuple(names), _palette(palette, len(names)))
 
 
 def _palette(colours: Any, count: int) -> tuple[tuple[int, int, int], ...]:
-    """The colours of a file, if these are ``count`` times three bytes; else our own."""
+    """The colours of a file if they are ``count`` times three bytes; otherwise our own."""
     if isinstance(colours, list | tuple) and len(colours) == count:
         values = [value for colour in colours if isinstance(colour, list | tuple) for value in colour]
         if len(values) == 3 * count and all(isinstance(v, int) and 0 <= v <= 255 for v in values):
@@ -166,21 +166,21 @@ def load_renamed(
     dropped: Sequence[str],
     source: str,
 ) -> None:
-    """Copies ``tensors`` into ``model``, whose own names and dtypes they take: all of them, or on error none.
+    """Copies ``tensors`` into ``model``, converted to its names and dtypes; on an error nothing is copied.
 
-    Batch normalisation's ``num_batches_tracked``, which plays no part in evaluation, may be there or not.
+    Batch normalisation's ``num_batches_tracked``, which evaluation does not use, is optional and ignored.
 
     Args:
-        model: gets the weights, in place.
-        tensors: by the names of a file.
-        rules: regular expressions for a whole name of the file, and templates (``re.Match.expand``) of the model's
-            name; the first that matches applies.
-        dropped: what starts with one of these is left out, as ``auxiliary_head.``.
+        model: changed in place.
+        tensors: by name, as in the file.
+        rules: pairs of a regular expression for a whole name in the file and a template (``re.Match.expand``) for the
+            model's name; the first that matches applies.
+        dropped: prefixes of names to ignore, such as ``auxiliary_head.``.
         source: the file, for messages.
 
     Raises:
-        ValueError: a tensor of the model is missing or has another shape or kind of numbers, a name fits no rule, or
-            two become one.
+        ValueError: a tensor of the model is missing, or has another shape or is integer instead of floating point (or
+            the other way round); a name matches no rule; or two names become the same.
     """
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in rules]
     own = {name: value for name, value in model.state_dict().items() if not _is_counter(name)}
@@ -208,15 +208,15 @@ def load_renamed(
     missing = [name for name in own if name not in given]
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": misfits, "given twice": twice}
     if any(faults.values()):
-        told = "; ".join(f"{len(which)} {fault}: {_listed(which)}" for fault, which in faults.items() if which)
-        raise ValueError(f"{source}: does not fit {type(model).__name__}, nothing is loaded; {told}")
+        listed = "; ".join(f"{len(keys)} {fault}: {_listed(keys)}" for fault, keys in faults.items() if keys)
+        raise ValueError(f"{source}: does not fit {type(model).__name__}, nothing is loaded; {listed}")
     with torch.no_grad():
         for name, value in given.items():
             own[name].copy_(value)
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says first."""
+    """The first line of an exception's message, or its type if there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -229,4 +229,4 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _listed(items: Sequence[str]) -> str:
-    return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
+    return ", ".join(items[:_MOST_LISTED]) + (", ..." if len(items) > _MOST_LISTED else "")

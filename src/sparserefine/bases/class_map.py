@@ -1,14 +1,15 @@
-"""Class maps: a model of other classes than the data, 19 Cityscapes classes for 11 of CamVid, say.
+"""Class maps: use a model whose classes differ from the data's, such as 19 Cityscapes classes for the 11 of CamVid.
 
-A map is a YAML file with a line for each class of the model, by name or number, and the class of the data that it
-counts as, by name or number, or ``null`` where the data has no such class::
+A map is a YAML file with one line for each class of the model: its name or number, then the name or number of the
+data's class that it counts as, or ``null`` if the data has no such class::
 
     road: road
     sidewalk: pavement
     truck: car
     terrain: null
 
-The probability of a data class is the sum of those of its model classes, over the sum of all that were mapped.
+The probability of a data class is the sum of the probabilities of its model classes, divided by the sum over all mapped
+classes.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ from torch import Tensor
 from sparserefine.images.classes import Classes
 
 NONE = -1
-"""Stands in a class map for a class of the model that the data does not have."""
+"""The entry of a class map for a class of the model that the data does not have."""
 
 
 def read_class_map(path: str | Path, model: Classes | int | None, data: Classes | int | None) -> tuple[int, ...]:
-    """For each class of the model the class of the data, or -1.
+    """Reads a class map: for each class of the model the class of the data, or -1.
 
     Args:
         path: the YAML file.
-        model: names of the model's classes, or their count, or ``None`` where not even that is known.
-        data: likewise of the data.
+        model: names of the model's classes, or their count, or ``None`` if neither is known.
+        data: the same for the data's classes.
 
     Raises:
-        ValueError: not such a file; a class that is unknown, missing or given twice; a data class that nothing maps to.
+        ValueError: the file is missing or is no class map; a class is unknown, missing or given twice; or a class of
+            the data has no class of the model.
     """
     path = Path(path)
     try:
-        entries = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        entries = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"class map {path}: not readable as YAML ({error})") from error
     if not isinstance(entries, dict) or not entries:
@@ -64,7 +66,7 @@ def read_class_map(path: str | Path, model: Classes | int | None, data: Classes 
 
 
 def check_class_map(class_map: tuple[int, ...], data: Classes | int | None, where: str) -> None:
-    """Raises ``ValueError`` unless every class of the data has a class of the model, and no other is named."""
+    """Raises ``ValueError`` if a class of the data has no class of the model, or an entry is no class of the data."""
     count = max(class_map, default=NONE) + 1 if data is None else _count(data)
     outside = [index for index in class_map if not NONE <= index < count]
     if outside:
@@ -81,22 +83,21 @@ def check_class_map(class_map: tuple[int, ...], data: Classes | int | None, wher
 def merged(outputs: Tensor, class_map: tuple[int, ...], kind: str) -> Tensor:
     """Outputs ``[B, K of the model, h, w]`` -> ``[B, K of the data, h, w]``: probabilities are summed.
 
-    Logits of classes that count as one become ``log(sum(exp(.)))``, which is what summing their softmax means; scores
-    are summed.
+    Logits of classes that count as one become ``log(sum(exp(.)))``, which sums their softmax; scores are summed.
     """
     parts = []
     for target in range(max(class_map) + 1):
         rows = [index for index, value in enumerate(class_map) if value == target]
-        some = outputs[:, rows]
-        parts.append(some.sum(1) if kind == "scores" else some.logsumexp(1))
+        same = outputs[:, rows]
+        parts.append(same.sum(1) if kind == "scores" else same.logsumexp(1))
     return torch.stack(parts, dim=1)
 
 
-class _Loader(yaml.SafeLoader):
-    """Keeps lines that are given twice, of which YAML's own mapping would keep the last."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses equal keys, of which YAML's own loader would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping, or an error that names the second one of two equal keys."""
+        """Builds the mapping; raises an error that names a key given twice."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)

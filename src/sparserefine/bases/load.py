@@ -1,6 +1,6 @@
-"""Bases by name: one string, as configuration and command line have it, becomes a frozen base.
+"""Makes a frozen base from its name, the string that configurations and command lines use.
 
-Each kind is a file of ``families/`` with a function that loads it: ``from sparserefine.bases.families.hf import hf``.
+Each model family is a file in ``families/`` with its loader: ``from sparserefine.bases.families.hf import hf``.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ SEGNEXT: dict[str, Literal["t", "s", "b", "l"]] = {
 def load_base(
     config: BaseConfig, classes: Classes | int | None = None, *, folder: Path | None = None, trust_base: bool = True
 ) -> FrozenBase:
-    """The base that ``config.name`` names.
+    """Loads the base that ``config.name`` names.
 
     Args:
-        config: name and input of the base.
-        classes: of the data, or their number; a base of another class count is refused, unless ``config.class_map``
-            says which of its classes counts as which. ``None``: the model's own.
-        folder: where relative files are looked for first (the folder of a stored refiner).
-        trust_base: false where the name comes out of a downloaded configuration: then ``python:``, which runs any code
-            on the module path, is refused.
+        config: name of the base, and the input it expects.
+        classes: the data's classes or their number; default: the model's own. A base with another class count is
+            refused unless ``config.class_map`` assigns its classes to the data's.
+        folder: relative paths are looked up here first (the folder of a stored refiner).
+        trust_base: pass false for a name from a downloaded configuration: then ``python:``, which can run any code on
+            the module path, is refused.
 
     Raises:
-        ValueError: unknown name, wrong class count, files that are not such a model, or ``python:`` without trust.
-        FileNotFoundError: no such weights.
+        ValueError: unknown name, wrong class count, files of another model, or ``python:`` with ``trust_base=False``.
+        FileNotFoundError: the weights are not there.
         ImportError: a package is missing; the message says which.
     """
     known = classes if isinstance(classes, Classes) else None
@@ -61,61 +61,64 @@ def load_base(
 def load_model(
     name: str, num_classes: int | None = None, *, folder: Path | None = None, trust_base: bool = True
 ) -> LoadedModel:
-    """The model of that name; ``num_classes`` helps where its files do not tell. For the rest see :func:`load_base`."""
+    """Loads the model of that name; arguments and errors as in :func:`load_base`.
+
+    ``num_classes`` is K of the data: torchvision and timm models are first built with it; the weights decide.
+    """
     kind, _, rest = name.partition(":")
     unknown = f"base {name!r} is not known; expected one of {', '.join(BASE_NAMES)}"
     if kind == "python" and rest.count(":") == 1:
         if not trust_base:
             raise ValueError(f"base {name}: runs code; pass trust_base=True (--trust_base) if you trust it")
-        return _called(name, *rest.split(":"))
+        return _model_from_module(name, *rest.split(":"))
     if not rest:
         random = "; random weights are for `sparserefine benchmark` only" if kind in ("hrnet_w48", *SEGNEXT) else ""
         raise ValueError(unknown + random)
     if kind in ("torchvision", "timm"):
         from sparserefine.bases.families.libraries import timm, torchvision
 
-        builder, _, weights = rest.partition(":")
+        architecture, _, weights = rest.partition(":")
         if not weights:
-            raise ValueError(f"base {name!r}: no weights; expected '{kind}:{builder}:<file>'")
-        door = torchvision if kind == "torchvision" else timm
-        return door(builder, _found(weights, folder), num_classes)
-    place = _found(rest, folder)
+            raise ValueError(f"base {name!r}: no weights; expected '{kind}:{architecture}:<file>'")
+        load = torchvision if kind == "torchvision" else timm
+        return load(architecture, _resolved(weights, folder), num_classes)
+    path = _resolved(rest, folder)
     if kind == "hf":
         from sparserefine.bases.families.hf import hf
 
-        return hf(place)
+        return hf(path)
     if kind == "hrnet_w48":
         from sparserefine.bases.families.hrnet import load_hrnet_w48
 
-        return load_hrnet_w48(place)
+        return load_hrnet_w48(path)
     if kind in SEGNEXT:
         from sparserefine.bases.families.segnext import load_segnext
 
-        return load_segnext(SEGNEXT[kind], place)
+        return load_segnext(SEGNEXT[kind], path)
     if kind == "onnx":
         from sparserefine.bases.families.onnx import onnx
 
-        return onnx(place)
+        return onnx(path)
     if kind == "unet":
         from sparserefine.bases.families.unet import load_unet
 
-        unet = load_unet(place)
+        unet = load_unet(path)
         return LoadedModel(unet, unet.num_classes)
     if kind == "smp":
         from sparserefine.bases.families.libraries import smp
 
-        return smp(place)
+        return smp(path)
     raise ValueError(unknown)
 
 
-def _found(file: str, folder: Path | None) -> str:
-    """A relative file or folder inside ``folder``, where it is there; else the name as it is."""
+def _resolved(file: str, folder: Path | None) -> str:
+    """The path inside ``folder`` if it exists there; otherwise ``file`` unchanged."""
     inside = folder / file if folder else None
     return str(inside) if inside and inside.exists() else file
 
 
-def _called(base: str, module: str, name: str) -> LoadedModel:
-    """What the callable of that name in that module returns; a module of torch is taken as it is."""
+def _model_from_module(base: str, module: str, name: str) -> LoadedModel:
+    """Calls that callable of that Python module, which returns a model; an ``nn.Module`` is the model itself."""
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What loaders of models return, and what models return."""
+"""What the loaders return, and how to get the coarse outputs from what a model returns."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and what its files tell of it; doors such as :func:`sparserefine.bases.families.hf.hf` return one.
+    """A model and what its files say about it; loaders such as :func:`sparserefine.bases.families.hf.hf` return one.
 
     Attributes:
-        model: ``float32 [B, 3, h, w]``, normalised -> coarse outputs.
-        num_classes: of the model; ``None``: not known before it runs.
-        classes: names and colours, where the files have them.
-        mean: the normalisation that it was trained with, for pixels in 0..1.
-        std: likewise.
+        model: normalised ``float32 [B, 3, h, w]`` -> coarse outputs.
+        num_classes: K of the model; ``None`` if it is not known before the model runs.
+        classes: names and colours, if the files have them.
+        mean: per channel, of the normalisation that the model was trained with, for pixels in 0..1.
+        std: the same for the standard deviation.
         outputs: ``logits`` or ``scores``.
     """
 
@@ -34,10 +34,10 @@ class LoadedModel:
 
 
 def tensor_of(output: Any, label: str) -> Tensor:
-    """The coarse outputs in what a model returned: see :class:`sparserefine.bases.base.FrozenBase`.
+    """Gets the coarse outputs from a model's return value; forms: :class:`sparserefine.bases.base.FrozenBase`.
 
     Raises:
-        TypeError: it is none of those forms.
+        TypeError: the value has none of those forms.
     """
     found = output
     if isinstance(found, Mapping):

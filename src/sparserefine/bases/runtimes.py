@@ -1,4 +1,4 @@
-"""Runtime: a torch base on the CPU, run by ONNX Runtime or OpenVINO, which are mostly faster than torch there."""
+"""Runtime: runs a torch base on the CPU by ONNX Runtime or OpenVINO, which are mostly faster than torch."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from sparserefine.bases.loaded import tensor_of
 _log = logging.getLogger(__name__)
 
 _Program = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
-"""``[1, 3, h, w]`` of one size -> ``[1, K, h', w']``, not overwritten by the next call."""
+"""``[1, 3, h, w]`` of one size -> ``[1, K, h', w']``, an array that the next call does not overwrite."""
 
 MOST_SIZES = 4
-"""Compiled programs that are kept; each has a copy of the weights."""
+"""Most compiled programs to keep, one for each input size; each has a copy of the weights."""
 
 NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",)}
 """The packages that each library needs to run a torch module."""
 
-_CURE = "leave base.runtime out"
+_LEAVE_OUT = "leave base.runtime out"
 
 
 class Runtime:
-    """Runs a base by another library than torch: ``runtime(x)`` is ``tensor_of(model(x))`` within rounding.
+    """Runs a base by another library than torch: ``runtime(x)`` equals ``tensor_of(model(x))`` up to rounding.
 
-    At the first image of a size the model is compiled for that size, which takes seconds to a minute; a log line says
-    how long. The four sizes used last are kept, each with its own copy of the weights. Images run one by one, in
-    float32, with as many threads as torch has when the model is compiled. The weights are those at that time: a base is
-    frozen, and later changes to the module are not seen. So is Python code of the module that depends on values of
-    pixels: it stays as it ran for the first image. Copies and pickles compile anew.
+    The first image of each size compiles the model for that size, which takes seconds to a minute; a log line says how
+    long. The four sizes used last are kept, each with its own copy of the weights. Images run one by one, in float32,
+    with the number of threads that torch has when the model is compiled. Compiling freezes the weights: later changes
+    to the module have no effect. It also freezes Python branches that depend on pixel values: every image takes the
+    branch of the first one. Copied and unpickled objects compile again.
 
-    OpenVINO reports its use to its makers when it is imported, unless ``opt_in_out --opt_out`` was run once.
+    OpenVINO sends usage statistics to its makers when it is imported, unless ``opt_in_out --opt_out`` was run once.
 
     Args:
         name: the library.
-        model: a module in evaluation mode, float32 and on the CPU, that is called with ``float32 [1, 3, h, w]``; or an
-            :class:`~sparserefine.bases.families.onnx.OnnxModel`, whose file is then read by the library.
+        model: a module in evaluation mode, in float32 and on the CPU, that takes ``float32 [1, 3, h, w]``; or an
+            :class:`~sparserefine.bases.families.onnx.OnnxModel`, whose file the library reads itself.
 
     Raises:
-        ValueError: the model is of another kind, in another precision or on a GPU, or the library cannot run it.
+        ValueError: the model is neither of these, has another precision, is on a GPU, or the library cannot run it.
         ImportError: the library is missing; the message says what to install.
     """
 
@@ -64,7 +64,7 @@ class Runtime:
             )
         if name not in NEEDS:
             raise ValueError(f"base.runtime = {name!r}, expected one of {', '.join(NEEDS)}")
-        packages = (name,) if isinstance(model, OnnxModel) else NEEDS[name]  # a file needs no exporter
+        packages = (name,) if isinstance(model, OnnxModel) else NEEDS[name]  # an ONNX file needs no exporter
         for package in packages:
             try:
                 importlib.import_module(package)
@@ -85,16 +85,18 @@ class Runtime:
         if x.device.type != "cpu" or x.dtype != torch.float32:
             raise ValueError(
                 f"base.runtime = {self.name!r} takes float32 on the CPU, got {x.dtype} on {x.device}; "
-                + _cure(x.device)
+                + _advice(x.device)
             )
         if isinstance(self.model, OnnxModel):
             images = [part[i : i + 1] for part in self.model.parts(x) for i in range(len(part))]
         else:
-            odd = next((p for p in self.model.parameters() if p.dtype != torch.float32 or p.device.type != "cpu"), None)
-            if odd is not None:
+            misfit = next(
+                (p for p in self.model.parameters() if p.dtype != torch.float32 or p.device.type != "cpu"), None
+            )
+            if misfit is not None:
                 raise ValueError(
-                    f"base.runtime = {self.name!r} runs models in float32 on the CPU, got {odd.dtype} on {odd.device}; "
-                    + _cure(odd.device)
+                    f"base.runtime = {self.name!r} runs models in float32 on the CPU, got {misfit.dtype} on "
+                    f"{misfit.device}; " + _advice(misfit.device)
                 )
             images = list(x.detach().contiguous().numpy()[:, None])
         program = self._program(x[:1])
@@ -105,29 +107,29 @@ class Runtime:
         size = (x.shape[2], x.shape[3])
         if size not in self._programs:
             while len(self._programs) >= MOST_SIZES:
-                self._programs.popitem(last=False)  # before, so that there are never more in memory
+                self._programs.popitem(last=False)  # before compiling, so that there are never more in memory
             start, label = time.perf_counter(), type(self.model).__name__
             compiled = _compiled_openvino if self.name == "openvino" else _compiled_onnxruntime
             try:
-                # Not as the caller's surroundings would have it: autocast would become part of the program.
+                # Without the caller's modes: autocast, for example, would become part of the program.
                 with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet():
                     self._programs[size] = compiled(self.model, x.clone())
-            except Exception as error:  # whatever these libraries raise for a model that they cannot take
+            except Exception as error:  # these libraries raise many kinds for a model that they cannot run
                 raise ValueError(
                     f"base.runtime = {self.name!r} cannot run {label} at {size[0]} x {size[1]} "
-                    f"({first_line(error.__cause__ or error)}); {_CURE}"
+                    f"({first_line(error.__cause__ or error)}); {_LEAVE_OUT}"
                 ) from error
             _log.info("%s: %s compiled for %d x %d in %.1f s", self.name, label, *size, time.perf_counter() - start)
         self._programs.move_to_end(size)
         return self._programs[size]
 
 
-def _cure(device: torch.device) -> str:
-    return _CURE if device.type == "cpu" else f"{_CURE}, or stay on the CPU (--device cpu)"
+def _advice(device: torch.device) -> str:
+    return _LEAVE_OUT if device.type == "cpu" else f"{_LEAVE_OUT}, or stay on the CPU (--device cpu)"
 
 
-class _Logits(nn.Module):
-    """A model that returns its coarse outputs and nothing else, as exporters want it."""
+class _SingleOutput(nn.Module):
+    """Wraps a model to return its coarse outputs as one tensor, which exporters need."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -146,18 +148,18 @@ def _compiled_openvino(model: nn.Module | OnnxModel, x: Tensor) -> _Program:
         graph, output = core.read_model(model.path), model.output_index
         graph.reshape(list(x.shape))
     else:
-        graph = openvino.convert_model(_Logits(model).eval(), example_input=x, input=[list(x.shape)])
+        graph = openvino.convert_model(_SingleOutput(model).eval(), example_input=x, input=[list(x.shape)])
     program = core.compile_model(
         graph,
         "CPU",
         {
-            "INFERENCE_PRECISION_HINT": "f32",  # it takes bfloat16 by itself where the CPU multiplies that fast
+            "INFERENCE_PRECISION_HINT": "f32",  # by default it uses bfloat16 on CPUs with fast bfloat16 products
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            # Its compiler of fused operations (2026.4) crashes the process on y + group_norm(f(y)) where y is
-            # relu(group_norm(x)), as SegNeXt has it, and makes none of the paper's models faster.
+            # Its compiler of fused operations (2026.4) crashes the process on SegNeXt's y + group_norm(f(y)) with
+            # y = relu(group_norm(x)), and makes none of the paper's models faster.
             "SNIPPETS_MODE": "DISABLE",
-            "ENABLE_CPU_PINNING": False,  # pinned: no faster alone, 10 % slower on a busy machine
+            "ENABLE_CPU_PINNING": False,  # pinning is no faster on an idle machine, and 10 % slower on a busy one
         },
     )
     return lambda image: np.asarray(program(image)[output])
@@ -165,10 +167,10 @@ def _compiled_openvino(model: nn.Module | OnnxModel, x: Tensor) -> _Program:
 
 def _compiled_onnxruntime(model: nn.Module | OnnxModel, x: Tensor) -> _Program:
     assert isinstance(model, nn.Module)  # an ONNX file is run by OnnxModel itself
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # an open file on Windows stays
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows cannot delete an open file
         path = Path(folder, "model.onnx")
-        # The older exporter (dynamo=False) is quicker, but its Mask2Former is refused by ONNX Runtime 1.31: GridSample.
-        torch.onnx.export(_Logits(model).eval(), (x,), path, dynamo=True, verbose=False)
+        # The older exporter (dynamo=False) is quicker, but ONNX Runtime 1.31 refuses its Mask2Former (GridSample).
+        torch.onnx.export(_SingleOutput(model).eval(), (x,), path, dynamo=True, verbose=False)
         session = open_session(path)
     name = session.get_inputs()[0].name
     return lambda image: np.asarray(session.run(None, {name: image})[0])
@@ -176,7 +178,7 @@ def _compiled_onnxruntime(model: nn.Module | OnnxModel, x: Tensor) -> _Program:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of exporters, which are about their own insides; errors are heard."""
+    """Hides the exporters' warnings, which are about their internals; errors still appear."""
     before, level = logging.root.manager.disable, logging.root.level
     logging.disable(logging.WARNING)
     try:
@@ -185,4 +187,4 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-        logging.root.setLevel(level)  # OpenVINO sets it to ERROR, for everyone
+        logging.root.setLevel(level)  # OpenVINO sets the root logger to ERROR

@@ -1,1 +1,1 @@
-"""Kinds of models, one file each, with a function that loads it."""
+"""Model families, one file each, with its loader."""

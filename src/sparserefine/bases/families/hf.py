@@ -1,4 +1,4 @@
-"""The door to transformers: its models for semantic segmentation, from a folder or the hub, as bases."""
+"""Loader for transformers' semantic segmentation models, from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 _log = logging.getLogger(__name__)
 
 _CONFIG = "config.json"
-_PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # transformers 5 writes either, 4 the second
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # transformers 5 writes either, 4 only the second
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 _LOGITS = (
@@ -38,39 +38,42 @@ _LOGITS = (
     "SegformerForSemanticSegmentation",
     "UperNetForSemanticSegmentation",
 )
-"""Models that give logits for each class and pixel. A new one may shift its output at sizes that it does not like: it
-comes in with a test."""
+"""Models that return logits for each class and pixel. A model added here needs a test: it may return a shifted output
+at sizes that it does not support."""
 
-_SPARE = re.compile(r"auxiliary_head\.|criterion\.|(num_batches_tracked|position_ids|relative_position_index)\b")
-"""Weights that the prediction does not use, and buffers that are not learnt: a checkpoint may lack these."""
+_OPTIONAL_WEIGHTS = re.compile(
+    r"auxiliary_head\.|criterion\.|(num_batches_tracked|position_ids|relative_position_index)\b"
+)
+"""Weights that a checkpoint may lack: the prediction does not use them, or they are buffers that are not learnt."""
 
 
 def hf(name: str | Path) -> LoadedModel:
-    """A model that transformers saved or that its hub has.
+    """Loads a model that transformers saved, from a folder or the hub.
 
-    What works: SegFormer, UperNet, DPT, BEiT, Data2Vec, MobileViT (1 and 2) and MobileNetV2 for semantic segmentation
+    Supported: SegFormer, UperNet, DPT, BEiT, Data2Vec, MobileViT (1 and 2) and MobileNetV2 for semantic segmentation
     (logits), Mask2Former, MaskFormer and EoMT (scores). The code is always transformers' own, never the checkpoint's: a
-    configuration that names code, or a backbone elsewhere, is refused. Weights are read as safetensors, or as a state
-    dict in ``.bin`` with torch's ``weights_only``, and become float32.
+    configuration that names code, or a backbone stored elsewhere, is refused. Weights are read from safetensors, or
+    from a state dict in ``.bin`` with torch's ``weights_only``, and converted to float32.
 
-    The normalisation is that of the image processor, read from its JSON: pixels p in 0..1 are what it calls 255 p;
-    it multiplies with r (``rescale_factor``; 1 without ``do_rescale``), subtracts m and divides by s (0 and 1 without
-    ``do_normalize``). That is (p - mean) / std with ``mean = m / (255 r)`` and ``std = s / (255 r)``. Its sizes and
-    crops are left to :class:`sparserefine.bases.base.BaseConfig`. Without such a file it is ImageNet's, with a warning.
+    The normalisation is read from the image processor's JSON file. The processor takes bytes, 255 p for our pixels p in
+    0..1. It multiplies by r (``rescale_factor``; 1 without ``do_rescale``), subtracts m and divides by s (0 and 1
+    without ``do_normalize``). That is (p - mean) / std with ``mean = m / (255 r)`` and ``std = s / (255 r)``. Its sizes
+    and crops are ignored: :class:`sparserefine.bases.base.BaseConfig` sets the input size. Without such a file the
+    normalisation is ImageNet's, with a warning.
 
     Args:
-        name: a folder written by ``save_pretrained``, or a hub id, as ``nvidia/segformer-b0-finetuned-ade-512-512``.
+        name: a folder written by ``save_pretrained``, or a hub id like ``nvidia/segformer-b0-finetuned-ade-512-512``.
 
     Raises:
-        ValueError: not one of these models, a configuration that asks for more than the files beside it, files that
-            are broken or do not fit it, or weights that the checkpoint lacks (transformers would take random ones).
-        FileNotFoundError: no such folder, and no such hub id or no way to the hub.
+        ValueError: another model, a configuration that needs code or models from elsewhere, files that are broken or do
+            not fit the configuration, or weights missing from the checkpoint (transformers would use random ones).
+        FileNotFoundError: no such folder, and no such hub id, or the hub cannot be reached.
         ImportError: transformers, or a package that this model needs, is missing.
     """
     transformers = _transformers()
     folder = _local_folder(name)
     config = read_json(folder / _CONFIG)
-    _check_own(config, folder / _CONFIG)
+    _check_self_contained(config, folder / _CONFIG)
     model = _load(_architecture(config, transformers, folder / _CONFIG), transformers, folder)
     processor, where = _read_processor(folder)
     mean, std, flip = _normalisation(processor, str(config.get("model_type")), where)
@@ -96,7 +99,7 @@ def mask2former_t(num_classes: int) -> LoadedModel:
 
 
 def mask2former_l(num_classes: int) -> LoadedModel:
-    """Mask2Former on Swin-L with random weights: 200 queries, as its authors have it, and 215.5 M parameters."""
+    """Mask2Former on Swin-L with random weights: 200 queries, as in its authors' configuration, 215.5 M parameters."""
     return _mask2former(
         num_classes, 200, embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=12
     )
@@ -131,7 +134,7 @@ def _transformers() -> Any:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError(
-            f"models of transformers need `pip install 'sparserefine[hf]'`, which brings it ({error})"
+            f"this base needs the package transformers; `pip install 'sparserefine[hf]'` ({error})"
         ) from error
 
 
@@ -143,7 +146,7 @@ def _local_folder(name: str | Path) -> Path:
                 f"{folder}: no {_CONFIG} in it; expected a folder written by transformers' save_pretrained"
             )
         return folder
-    for weights in _WEIGHTS:  # the second kind is fetched only where the first is not there
+    for weights in _WEIGHTS:  # .bin is fetched only if there is no safetensors file
         folder = hub_snapshot(name, _CONFIG, *_PROCESSOR, "*.index.json", weights)
         if list(folder.glob(weights)):
             break
@@ -152,11 +155,11 @@ def _local_folder(name: str | Path) -> Path:
     return folder
 
 
-def _check_own(value: Any, where: Path) -> None:
-    """Raises ``ValueError`` where a part of a configuration would have transformers take code or models from elsewhere.
+def _check_self_contained(value: Any, where: Path) -> None:
+    """Raises ``ValueError`` if a configuration would make transformers use code or models from elsewhere.
 
-    Before 5.3 it calls ``AutoBackbone.from_pretrained(backbone, **backbone_kwargs)``, where ``trust_remote_code`` may
-    be among these, or asks on the terminal whether to run what ``auto_map`` names.
+    Before 5.3 it calls ``AutoBackbone.from_pretrained(backbone, **backbone_kwargs)``, where the latter may contain
+    ``trust_remote_code``; or it asks on the terminal whether to run the code that ``auto_map`` names.
     """
     if isinstance(value, dict):
         for key in ("auto_map", "backbone_kwargs", "use_pretrained_backbone"):
@@ -169,29 +172,29 @@ def _check_own(value: Any, where: Path) -> None:
                 )
                 raise ValueError(f"{where}: {key} = {value[key]!r}, expected none; {cure}")
         backbone = value.get("backbone")
-        if isinstance(backbone, str) and not re.fullmatch(r"[\w.-]+", backbone):  # timm's names are of these letters
+        if isinstance(backbone, str) and not re.fullmatch(r"[\w.-]+", backbone):  # the characters of timm's names
             raise ValueError(
-                f"{where}: backbone = {backbone!r} is elsewhere; save the model with its backbone's configuration "
-                "inside (backbone_config)"
+                f"{where}: backbone = {backbone!r} is not in the checkpoint; save the model with its backbone's "
+                "configuration inside (backbone_config)"
             )
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_own(part, where)
+        _check_self_contained(part, where)
 
 
 def _architecture(config: Mapping[str, Any], transformers: Any, where: Path) -> str:
-    """Name of the class in transformers that the configuration is of."""
+    """Name of the configuration's model class in transformers."""
     given = config.get("architectures")
     name = given[0] if isinstance(given, list) and given else None
-    works = (*_LOGITS, *MASKS)
-    known = name in works
+    supported = (*_LOGITS, *MASKS)
+    known = name in supported
     if known and hasattr(transformers, str(name)):
         return str(name)
-    lacking = f", which transformers {transformers.__version__} does not have" if known else ""
-    raise ValueError(f"{where}: architectures = {given}{lacking}; what works: {', '.join(works)}")
+    unavailable = f", which transformers {transformers.__version__} does not have" if known else ""
+    raise ValueError(f"{where}: architectures = {given}{unavailable}; expected one of {', '.join(supported)}")
 
 
 def _load(architecture: str, transformers: Any, folder: Path) -> Any:
-    """The model with its weights, all of them."""
+    """Loads the model; the checkpoint must have every weight that prediction uses."""
     try:
         with _quiet(transformers):
             model, report = getattr(transformers, architecture).from_pretrained(
@@ -199,8 +202,8 @@ def _load(architecture: str, transformers: Any, folder: Path) -> Any:
                 local_files_only=True,
                 weights_only=True,
                 dtype=torch.float32,
-                attn_implementation=None,  # or config.json could name code on the hub that computes it
-                ignore_mismatched_sizes=True,  # they come with the report
+                attn_implementation=None,  # otherwise config.json could name attention code on the hub
+                ignore_mismatched_sizes=True,  # the report lists them
                 output_loading_info=True,
             )
     except ImportError as error:
@@ -209,20 +212,22 @@ def _load(architecture: str, transformers: Any, folder: Path) -> Any:
         if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
             expected = " or ".join(pattern.replace("*", "") for pattern in _WEIGHTS)
             raise FileNotFoundError(f"{folder}: no weights in it; expected {expected}") from error
-        raise ValueError(f"{folder}: transformers cannot make a {architecture} of it: {first_line(error)}") from error
-    missing = sorted(key for key in report["missing_keys"] if not _SPARE.search(key))
+        raise ValueError(f"{folder}: transformers cannot load a {architecture} from it: {first_line(error)}") from error
+    missing = sorted(key for key in report["missing_keys"] if not _OPTIONAL_WEIGHTS.search(key))
     if missing:
         raise ValueError(
-            f"{folder}: the checkpoint lacks {len(missing)} weights of {architecture}, as {', '.join(missing[:3])}; "
-            "they would be random. Was it saved from a model for another task?"
+            f"{folder}: the checkpoint lacks {len(missing)} weights of {architecture}, such as "
+            f"{', '.join(missing[:3])}; they would be random. Was it saved from a model for another task?"
         )
-    # transformers 5 tells (name, stored shape, expected shape), 4 the name
+    # transformers 5 reports (name, stored shape, expected shape), 4 only the name
     misfits = sorted(
         key if isinstance(key, str) else "{}: {}, expected {}".format(*key) for key in report["mismatched_keys"]
     )
-    misfits = [misfit for misfit in misfits if not _SPARE.search(misfit)]
+    misfits = [misfit for misfit in misfits if not _OPTIONAL_WEIGHTS.search(misfit)]
     if misfits:
-        raise ValueError(f"{folder}: {len(misfits)} weights are of other shapes than {_CONFIG} says, as {misfits[0]}")
+        raise ValueError(
+            f"{folder}: {len(misfits)} weights have other shapes than {_CONFIG} says, such as {misfits[0]}"
+        )
     channels = getattr(model.config, "num_channels", 3)
     if channels != 3:
         raise ValueError(f"{folder}: the model takes {channels} channels, expected 3 (red, green, blue)")
@@ -231,7 +236,7 @@ def _load(architecture: str, transformers: Any, folder: Path) -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars and no report of weights: what matters of it is raised."""
+    """Hides progress bars and the report of weights; :func:`_load` raises what matters of it."""
     logs = transformers.utils.logging
     verbosity, bar = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity(logs.CRITICAL)
@@ -245,7 +250,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 def _read_processor(folder: Path) -> tuple[dict[str, Any], Path]:
-    """Settings of the image processor and the file they are from; empty without one."""
+    """Settings of the image processor, and the file they come from; no settings if there is no such file."""
     for name in _PROCESSOR:
         if (folder / name).is_file():
             found: Any = read_json(folder / name)
@@ -259,16 +264,16 @@ def _read_processor(folder: Path) -> tuple[dict[str, Any], Path]:
 def _normalisation(
     processor: Mapping[str, Any], model_type: str, where: Path
 ) -> tuple[tuple[float, float, float], tuple[float, float, float], bool]:
-    """Mean and spread for pixels in 0..1, and whether the model wants blue, green, red; formula: :func:`hf`."""
+    """Mean and standard deviation for pixels in 0..1, and whether the model takes BGR; formula: :func:`hf`."""
     kind = processor.get("image_processor_type") or processor.get("feature_extractor_type") or model_type
-    mobilevit = str(kind).lower().startswith("mobilevit")  # never normalises, though its files may name a mean
+    mobilevit = str(kind).lower().startswith("mobilevit")  # never normalises, even if its files have a mean
     flip = bool(processor.get("do_flip_channel_order", mobilevit))
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
     scale = 255 * _numbers(factor, 1, f"{where}: rescale_factor", positive=True)[0]
     if mobilevit or not processor.get("do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
     elif processor.get("image_mean") is None or processor.get("image_std") is None:
-        _log.warning("%s: no normalisation told; taking ImageNet's. base.mean and base.std are for another one", where)
+        _log.warning("%s: has no normalisation; using ImageNet's. Give base.mean and base.std for another one", where)
         return IMAGENET_MEAN, IMAGENET_STD, flip
     else:
         mean = _numbers(processor["image_mean"], 3, f"{where}: image_mean")
@@ -279,7 +284,7 @@ def _normalisation(
 
 
 def _numbers(value: Any, count: int, where: str, *, positive: bool = False) -> list[float]:
-    """``count`` numbers from JSON; one alone stands for all."""
+    """Checks ``count`` numbers from JSON; a single number is repeated."""
     found = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
     good = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in found)
     if not good or len(found) != count or (positive and min(found) <= 0):
@@ -298,7 +303,9 @@ def _classes(loaded: Any, config: Mapping[str, Any], processor: Mapping[str, Any
     if palette is not None:
         if _is_palette(palette, len(names)):
             return Classes(names, tuple((r, g, b) for r, g, b in palette))
-        _log.warning("%s: palette is not %d colours [red, green, blue] in 0..255; left out", where.parent, len(names))
+        _log.warning(
+            "%s: palette is not %d colours [red, green, blue] in 0..255; it is ignored", where.parent, len(names)
+        )
     if {name.lower() for name in names} == set(known):
         return Classes(names, tuple(known[name.lower()] for name in names))
     return Classes(names, tuple(wheel(k) for k in range(len(names))))

@@ -41,15 +41,15 @@ def _basic(channels: int) -> Residual:
 
 
 def _bottleneck(c_in: int, inner: int) -> Residual:
-    """Four times ``inner`` channels come out."""
+    """Bottleneck block with ``4 * inner`` output channels."""
     body = [*_conv(c_in, inner, 1), *_conv(inner, inner), *_conv(inner, 4 * inner, 1, relu=False)]
     return Residual(body, _conv(c_in, 4 * inner, 1, relu=False) if c_in != 4 * inner else ())
 
 
 class Exchange(nn.Module):
-    """Some blocks in each branch, then every branch gets the sum of all, resampled to its size (section 3.1).
+    """Runs blocks in each branch; each then gets the sum of all branches, resampled to its size (section 3.1).
 
-    A list of ``[B, WIDTHS[i], h_i, w_i]`` -> the same.
+    A list of ``[B, WIDTHS[i], h_i, w_i]`` -> a list of the same shapes.
     """
 
     def __init__(self, branches: int, blocks: int = 4) -> None:
@@ -63,13 +63,13 @@ class Exchange(nn.Module):
         return [F.relu(self._fused(i, x)) for i in range(len(x))]
 
     def _fused(self, i: int, x: list[Tensor]) -> Tensor:
-        """The sum of what all branches ``x`` send to branch ``i``."""
+        """New features of branch ``i``: the sum over all branches ``x``, each through its path to ``i``."""
         paths = self.fuse[i]
-        assert isinstance(paths, nn.ModuleList)  # so that mypy knows
+        assert isinstance(paths, nn.ModuleList)  # for mypy
         y: Tensor = paths[0](x[0])
         for j in range(1, len(x)):
             part = paths[j](x[j])
-            if j > i:  # up by the whole factor, then to this branch's size: not the same where sizes are odd
+            if j > i:  # up by the power of two, then to this branch's size: differs for odd sizes
                 part = _resized(part, [n * 2 ** (j - i) for n in part.shape[2:]])
                 part = _resized(part, x[i].shape[2:])
             y = y + part
@@ -77,7 +77,7 @@ class Exchange(nn.Module):
 
 
 def _path(j: int, i: int) -> nn.Sequential:
-    """From branch ``j`` to ``i``: nothing, a 1x1 convolution before going up, or halvings; ends without ReLU."""
+    """From branch ``j`` to ``i``: identity, a 1x1 convolution to be upsampled, or stride-2 ones; no ReLU at the end."""
     if j > i:
         return nn.Sequential(*_conv(WIDTHS[j], WIDTHS[i], 1, relu=False))
     steps = [_conv(WIDTHS[j], WIDTHS[i] if k == i - 1 else WIDTHS[j], stride=2, relu=k < i - 1) for k in range(j, i)]
@@ -103,7 +103,7 @@ class HRNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(*_conv(3, 64, stride=2), *_conv(64, 64, stride=2))
         self.stage1 = nn.Sequential(_bottleneck(64, 64), *(_bottleneck(256, 64) for _ in range(3)))
-        # What opens the branches of stages 2, 3 and 4: both out of the 256 channels, then one more out of the last.
+        # These start the branches: the first two from stage 1's 256 channels, later ones from the last branch.
         self.first = nn.Sequential(*_conv(256, WIDTHS[0]))
         self.grow = nn.ModuleList(
             nn.Sequential(*_conv(a, b, stride=2)) for a, b in zip((256, *WIDTHS[1:]), WIDTHS[1:], strict=False)
@@ -135,7 +135,7 @@ def hrnet_w48(num_classes: int) -> HRNet:
 
 
 def _rules() -> list[tuple[str, str]]:
-    """Patterns of mmsegmentation's keys, and ours."""
+    """Rules from mmsegmentation's names to ours; see :func:`load_renamed`."""
     inside = {f"{kind}{n + 1}": f"body.{3 * n + k}" for n in range(3) for k, kind in enumerate(("conv", "bn"))}
     inside["downsample"] = "shortcut"
     renamed = {
@@ -162,19 +162,19 @@ def _rules() -> list[tuple[str, str]]:
 
 
 _CLASSIFIERS = {"decode_head.conv_seg.weight": _rules(), "head.3.weight": [(r"(.+)", r"\1")]}
-"""The classifier's weight in files of mmsegmentation and in ours, and how the names in them become ours."""
+"""Name of the classifier's weight in mmsegmentation's files and in ours, with the rules to rename the tensors."""
 
 
 def load_hrnet_w48(path: str | Path) -> LoadedModel:
-    """HRNet-W48 with the weights of a file, in evaluation mode.
+    """Loads HRNet-W48 with the weights of a file, in evaluation mode.
 
     Args:
-        path: mmsegmentation's checkpoint of an ``fcn_hr48`` model, or a state dict of :class:`HRNet` (``.pth`` or
+        path: an ``fcn_hr48`` checkpoint of mmsegmentation, or a state dict of :class:`HRNet` (``.pth`` or
             ``.safetensors``).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, not safe to read, or of some other model.
+        ValueError: the file is no checkpoint, is not safe to read, or is of another model.
     """
     checkpoint = read_checkpoint(path)
     tensors = checkpoint.tensors
@@ -182,7 +182,7 @@ def load_hrnet_w48(path: str | Path) -> LoadedModel:
     if classifier is None:
         raise ValueError(
             f"{path}: not an HRNet-W48, it has neither of {', '.join(_CLASSIFIERS)}; it has {len(tensors)} tensors, "
-            f"as {', '.join(list(tensors)[:3])}"
+            f"such as {', '.join(list(tensors)[:3])}"
         )
     num_classes = len(tensors[classifier])
     model = hrnet_w48(num_classes)

@@ -28,40 +28,41 @@ _EXPECTED = "expected one input of float pixels, [B, 3, h, w]"
 
 
 def onnx(path: str | Path) -> LoadedModel:
-    """The model in an ONNX file, with the class count where the file tells it; see :class:`OnnxModel`."""
+    """Loads an ONNX file, with the class count if the file has it; errors as in :class:`OnnxModel`."""
     model = OnnxModel(path)
     return LoadedModel(model, model.num_classes)
 
 
 class OnnxModel:
-    """An ONNX file as a base: ``float32 [B, 3, h, w]``, normalised -> ``float32 [B, K, h', w']``.
+    """An ONNX file as a base: normalised ``float32 [B, 3, h, w]`` -> ``float32 [B, K, h', w']``.
 
-    The file has one input, ``[B, 3, h, w]`` of float32, float16 or float64. Its sizes may be dynamic or fixed; a batch
-    fixed at 1 runs image by image. Of several outputs the first one that is 4-D and floating point counts.
+    The file must have one input, ``[B, 3, h, w]`` of float32, float16 or float64. Its sizes may be dynamic or fixed;
+    with a batch size fixed at 1, images run one by one. If there are several outputs, the first one that is 4-D and
+    floating point is used.
 
-    It runs with as many threads as torch has at the first image, which do not spin between images: the refiner uses the
-    same cores. An image on a GPU is run there if ONNX Runtime has its CUDA provider (``onnxruntime-gpu``), else on the
-    CPU; the result comes back to the image's device. The file stays where it is: it is opened at the first image, and
-    again by copies of this object and in other processes.
+    It runs with the number of threads that torch has at the first image. They do not spin between images, because the
+    refiner uses the same cores. Images on a GPU run there if ONNX Runtime has its CUDA provider (``onnxruntime-gpu``),
+    otherwise on the CPU; the result is on the images' device. Do not move the file: it is opened at the first image,
+    and again by copies of this object and in other processes.
 
     Attributes:
         path: of the file.
-        digest: SHA-256 of the file and of the files that hold its weights, where it has such; in hexadecimal.
-        num_classes: K where the file tells it, else ``None``.
+        digest: hexadecimal SHA-256 of the file and of its external weight files, if it has any.
+        num_classes: K if the file has it, else ``None``.
 
     Raises:
-        FileNotFoundError: there is no such file, or one with its weights is missing.
-        ValueError: not an ONNX file, cut short, or inputs and outputs are others than said above.
-        ImportError: without ``pip install 'sparserefine[onnx]'``.
+        FileNotFoundError: the file or one of its weight files is missing.
+        ValueError: not an ONNX file, cut short, or its input or outputs are not as described above.
+        ImportError: ONNX Runtime is missing; the message says what to install.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such ONNX file")
-        described = open_session(self.path, optimize=False)
-        self._input, self._shape, self._dtype = _input_of(described, self.path)
-        self._output, self._output_index, self.num_classes = _output_of(described, self.path)
+        session = open_session(self.path, optimize=False)
+        self._input, self._shape, self._dtype = _input_of(session, self.path)
+        self._output, self._output_index, self.num_classes = _output_of(session, self.path)
         self.digest = _digest(self.path)
         self._sessions: dict[torch.device, Any] = {}
 
@@ -69,15 +70,15 @@ class OnnxModel:
         return {**self.__dict__, "_sessions": {}}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Coarse outputs of ``[B, 3, h, w]``; raises ``ValueError`` for a size that the file does not take."""
+        """Coarse outputs of ``[B, 3, h, w]``; raises ``ValueError`` if the file does not take this size."""
         session = self._session(x.device)
         return torch.cat([self._run(session, part) for part in self.parts(x)]).to(x.device)
 
     def parts(self, x: Tensor) -> Iterator[np.ndarray[Any, Any]]:
-        """The input in pieces that the file takes: all of it, or image by image.
+        """Splits the input into batches that the file takes: the whole of it, or single images.
 
         Raises:
-            ValueError: the file has another size than ``x``.
+            ValueError: the file has a fixed size that differs from that of ``x``.
         """
         if x.dim() != 4 or not x.is_floating_point():
             raise ValueError(f"{self.path}: input is {x.dtype} {tuple(x.shape)}, {_EXPECTED}")
@@ -91,14 +92,15 @@ class OnnxModel:
             )
         if isinstance(batch, int) and batch not in (1, len(x)):
             raise ValueError(
-                f"{self.path}: takes batches of {batch}, got {len(x)}; export the model with a dynamic batch, or of 1"
+                f"{self.path}: takes batches of {batch}, got {len(x)}; export the model with a dynamic batch or a "
+                "batch of 1"
             )
         array = x.detach().cpu().contiguous().numpy().astype(self._dtype, copy=False)
         return (array[i : i + 1] for i in range(len(x))) if batch == 1 else iter((array,))
 
     @property
     def output_index(self) -> int:
-        """Which of the file's outputs counts."""
+        """Index of the file's output that is used."""
         return self._output_index
 
     def _session(self, device: torch.device) -> Any:
@@ -119,22 +121,24 @@ class OnnxModel:
 
 
 def open_session(path: Path, device: torch.device | None = None, *, optimize: bool = True) -> Any:
-    """A session of ONNX Runtime, with torch's number of threads; not optimized: quick to make, to look at.
+    """Opens a session of ONNX Runtime with torch's number of threads.
+
+    ``optimize=False`` is quick to open: for reading inputs and outputs, not for running.
 
     Raises:
         ValueError: the file is not ONNX, is cut short, or needs what this ONNX Runtime does not have.
-        FileNotFoundError: a file with weights is missing.
-        ImportError: without ``pip install 'sparserefine[onnx]'``.
+        FileNotFoundError: a weight file is missing.
+        ImportError: ONNX Runtime is missing; the message says what to install.
     """
     try:
         import onnxruntime
     except ImportError as error:
         raise ImportError(f"{path}: ONNX files need ONNX Runtime; pip install 'sparserefine[onnx]'") from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; its warnings are about what it could have folded
+    options.log_severity_level = 3  # only errors; its warnings are about missed optimizations
     options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that spin while they wait take the cores from the refiner: with two threads on two cores, torch's
-    # convolutions right after a network of 110 ms took 93 ms instead of 62; the network itself took as long.
+    # Threads that spin while they wait slow the refiner down: with two threads on two cores, torch's convolutions
+    # right after a network of 110 ms took 93 ms instead of 62; the network itself was no faster.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -158,7 +162,7 @@ def open_session(path: Path, device: torch.device | None = None, *, optimize: bo
 
 
 def _input_of(session: Any, path: Path) -> tuple[str, tuple[int | str | None, ...], type[np.floating[Any]]]:
-    """Name, shape (dynamic sizes as a name or ``None``) and dtype of the one input."""
+    """Name, shape (a dynamic size is a name or ``None``) and dtype of the only input."""
     inputs = session.get_inputs()
     if len(inputs) != 1:
         names = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs) or "none"
@@ -175,7 +179,7 @@ def _input_of(session: Any, path: Path) -> tuple[str, tuple[int | str | None, ..
 
 
 def _output_of(session: Any, path: Path) -> tuple[str, int, int | None]:
-    """Name and place of the first 4-D output of floats, and its number of classes."""
+    """Name and index of the first 4-D floating-point output, and its class count if fixed."""
     outputs = session.get_outputs()
     for index, output in enumerate(outputs):
         if output.type in _FLOATS and len(output.shape) == 4:
@@ -197,9 +201,9 @@ def _digest(path: Path) -> str:
 def _weight_files(path: Path) -> list[Path]:
     """The files beside ``path`` that hold its weights.
 
-    A tensor outside of the file says so by a pair of strings, "location" and the file's name, which as protocol buffers
-    are: tag, length, text, tag, length (seven bits a byte), text. Notes that the exporter left in the file may look the
-    same, so that not all that is found need be there; names that lead elsewhere are left out.
+    An external tensor has a pair of strings, "location" and the name of its file. In protocol buffers that is: tag,
+    length, text, tag, length (seven bits a byte), text. Metadata of an exporter may look the same, so a file found here
+    need not exist. Names that point outside the folder are left out.
     """
     with path.open("rb") as stream:
         if not path.stat().st_size:
@@ -210,5 +214,5 @@ def _weight_files(path: Path) -> list[Path]:
                 length = sum((byte & 127) << 7 * i for i, byte in enumerate(match[1]))
                 if 0 < length <= 255:  # no file has a longer name
                     names.add(data[match.end() : match.end() + length].decode(errors="replace"))
-    inside = (name for name in map(Path, sorted(names)) if not name.is_absolute() and ".." not in name.parts)
-    return [path.parent / name for name in inside]
+    local = (name for name in map(Path, sorted(names)) if not name.is_absolute() and ".." not in name.parts)
+    return [path.parent / name for name in local]

@@ -1,4 +1,4 @@
-"""SegNeXt (Guo et al., NeurIPS 2022, arXiv 2209.08575): convolutional attention, and a matrix factorisation as head."""
+"""SegNeXt (Guo et al., NeurIPS 2022, arXiv 2209.08575): convolutional attention, and a matrix factorisation head."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _WIDTHS: dict[Size, _Widths] = {
 
 
 def _depthwise(channels: int, kernel: tuple[int, int]) -> nn.Conv2d:
-    """Keeps the size; ``kernel`` is odd both ways."""
+    """Depthwise convolution that keeps the size; height and width of ``kernel`` are odd."""
     padding = (kernel[0] // 2, kernel[1] // 2)
     return nn.Conv2d(channels, channels, kernel, padding=padding, groups=channels)
 
@@ -55,7 +55,7 @@ def _halve(c_in: int, c_out: int) -> list[nn.Module]:
 
 
 class StripAttention(nn.Module):
-    """Multi-scale convolutional attention: each value is weighted by what depthwise strips see around its pixel."""
+    """Multi-scale convolutional attention: depthwise strip convolutions give each value its weight."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -125,14 +125,15 @@ class NMF(nn.Module):
     a fixed number of multiplicative updates (Lee and Seung 2001).
 
     The updates start from ``bases [1, D, R]``, the same for every image, call, instance and machine. The published code
-    draws new ones at each call, so that two looks at one image differ: a frozen base must not, its stored logits would
-    be those of one call. The distribution is theirs: uniform in 0..1, then columns of length 1. The bases are no part
-    of the state dict, as no published file has them; put others in with ``nmf.bases.copy_(...)``.
+    draws new ones at each call, so that two calls on one image differ. A frozen base must be deterministic: stored
+    logits have to equal computed ones. The distribution is the published one: uniform in 0..1, then columns scaled to
+    length 1. The bases are not in the state dict, as no published file has them; to set others, use
+    ``nmf.bases.copy_(...)``.
 
     Args:
         channels: D.
         rank: R.
-        steps: updates of both factors; one more of the coefficients follows.
+        steps: number of updates of both factors; the coefficients get one more.
     """
 
     bases: Tensor
@@ -140,7 +141,7 @@ class NMF(nn.Module):
     def __init__(self, channels: int, rank: int = 16, steps: int = 7) -> None:
         super().__init__()
         self.steps = steps
-        # NumPy promises never to change this generator's numbers; it makes no such promise of the newer ones.
+        # NumPy guarantees that this generator's numbers never change, which it does not for the newer ones.
         draw = np.random.RandomState(0).random_sample((channels, rank))
         draw /= np.sqrt((draw * draw).sum(0))
         self.register_buffer("bases", torch.tensor(draw[None], dtype=torch.get_default_dtype()), persistent=False)
@@ -148,7 +149,7 @@ class NMF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``float [B, D, h, w]``, >= 0 -> the same shape and dtype."""
         b, d, h, w = x.shape
-        # Sums over thousands of pixels and an epsilon of 1e-6: half precision overflows and underflows here.
+        # Half precision overflows in sums over thousands of pixels and underflows at the epsilon of 1e-6.
         dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         rows = x.permute(0, 2, 3, 1).reshape(b, h * w, d).to(dtype)
         bases = self.bases.to(dtype).expand(b, -1, -1)
@@ -170,8 +171,8 @@ class HamHead(nn.Module):
     """The light "Hamburger" head: 1x1 convolutions around an NMF, on the stages of strides 8, 16 and 32.
 
     Args:
-        c_in: channels of the three inputs together.
-        channels: of everything inside.
+        c_in: sum of the channels of the three inputs.
+        channels: of all layers inside.
         num_classes: K.
     """
 
@@ -189,7 +190,7 @@ class HamHead(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Maps ``[B, C_i, h_i, w_i]``, the largest first -> logits ``[B, K, h_0, w_0]``."""
+        """Features ``[B, C_i, h_i, w_i]``, largest first -> logits ``[B, K, h_0, w_0]``."""
         size = features[0].shape[-2:]
         same = [F.interpolate(f, size, mode="bilinear", align_corners=False) for f in features]
         x = self.squeeze(torch.cat(same, dim=1))
@@ -242,7 +243,7 @@ def segnext_l(num_classes: int) -> SegNeXt:
 
 
 def _rules() -> list[tuple[str, str]]:
-    """Patterns of mmsegmentation's keys, and ours; files of the paper's authors have one more ``dwconv`` in a row."""
+    """Rules from mmsegmentation's names to ours (:func:`load_renamed`); the authors' files repeat ``dwconv``."""
     strips = {
         rf"attn\.spatial_gating_unit\.conv{i}_{j + 1}": f"attention.2.strips.{i}.{j}"
         for i in range(len(STRIPS))
@@ -286,18 +287,18 @@ def _rules() -> list[tuple[str, str]]:
 
 
 _CLASSIFIERS = {"decode_head.conv_seg.weight": _rules(), "head.classifier.weight": [(r"(.+)", r"\1")]}
-"""The classifier's weight in files of mmsegmentation and in ours, and how the names in them become ours."""
+"""Name of the classifier's weight in mmsegmentation's files and in ours, with the rules to rename the tensors."""
 
 
 def _depths(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Blocks per stage that a file has, by either kind of names; () if it has none."""
+    """Blocks per stage in a file with mmsegmentation's or our names; () if it has none."""
     matches = (re.match(r"(?:backbone\.block|stages\.)(\d)\.(?:blocks\.)?(\d+)\.", key) for key in tensors)
     per_stage = Counter(stage for stage, _ in {match.groups() for match in matches if match})
     return tuple(per_stage[stage] for stage in sorted(per_stage))
 
 
 def load_segnext(size: Size, path: str | Path) -> LoadedModel:
-    """SegNeXt with the weights of a file, in evaluation mode.
+    """Loads SegNeXt with the weights of a file, in evaluation mode.
 
     Args:
         size: ``t``, ``s``, ``b`` or ``l``.
@@ -306,7 +307,7 @@ def load_segnext(size: Size, path: str | Path) -> LoadedModel:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, not safe to read, or of another size or model.
+        ValueError: the file is no checkpoint, is not safe to read, or is of another size or model.
     """
     checkpoint = read_checkpoint(path)
     tensors = checkpoint.tensors
@@ -315,12 +316,12 @@ def load_segnext(size: Size, path: str | Path) -> LoadedModel:
     if classifier is None or not depths:
         raise ValueError(
             f"{path}: not a SegNeXt, it lacks blocks or has neither of {', '.join(_CLASSIFIERS)}; "
-            f"it has {len(tensors)} tensors, as {', '.join(list(tensors)[:3])}"
+            f"it has {len(tensors)} tensors, such as {', '.join(list(tensors)[:3])}"
         )
     found = next((name for name, widths in _WIDTHS.items() if widths.depths == depths), None)
     if found not in (None, size):
         raise ValueError(
-            f"{path}: has the blocks of segnext_{found}, expected those of segnext_{size}; load it as the former"
+            f"{path}: has the blocks of segnext_{found}, expected those of segnext_{size}; load it as segnext_{found}"
         )
     num_classes = len(tensors[classifier])
     model = segnext(size, num_classes)

@@ -1,4 +1,4 @@
-"""A plain dense U-Net: the base and the dense peer of the demo and of ``examples/hrf``."""
+"""A plain dense U-Net: the base, and the dense model to compare with, in the demo and ``examples/hrf``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class UNet(nn.Module):
 
     Args:
         num_classes: K.
-        planes: channels of each level, full size first.
+        planes: channels of each level, from full size down.
     """
 
     def __init__(self, num_classes: int, planes: Sequence[int] = (16, 32, 64, 96, 128)) -> None:
@@ -57,7 +57,7 @@ class UNet(nn.Module):
 
 
 def save_unet(model: UNet, path: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Writes weights in ``dtype`` and the architecture into one safetensors file."""
+    """Writes the weights, converted to ``dtype``, and the architecture into one safetensors file."""
     tensors = {
         name: value.detach().to(dtype).contiguous() if value.is_floating_point() else value.contiguous()
         for name, value in model.state_dict().items()
@@ -68,10 +68,10 @@ def save_unet(model: UNet, path: str | Path, *, dtype: torch.dtype = torch.float
 
 
 def load_unet(path: str | Path) -> UNet:
-    """Reads what :func:`save_unet` wrote; weights come back as float32.
+    """Reads a file of :func:`save_unet`; the weights become float32.
 
     Raises:
-        ValueError: the file is not of this format.
+        ValueError: the file has another format, or header and weights do not fit.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)

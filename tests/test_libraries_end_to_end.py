@@ -14,7 +14,7 @@ from sparserefine import BaseConfig, ExtractorConfig, RefinerConfig, Selector, S
 from sparserefine.bases.load import BASE_NAMES, load_base
 from sparserefine.bases.runtimes import NEEDS
 from sparserefine.commands.main import main
-from test_doors import Segmenter, fake_smp, fake_timm, fake_torchvision, saved_smp, stored  # noqa: F401 (fixtures)
+from test_libraries import Segmenter, fake_smp, fake_timm, fake_torchvision, saved_smp, stored  # noqa: F401 (fixtures)
 from test_predict import photo
 
 K, SIZE = 3, (64, 96)
@@ -122,8 +122,10 @@ def onnx_file(folder: Path) -> str:
 
 
 def python_module(folder: Path) -> str:
-    (folder / "door_module.py").write_text("from test_doors_end_to_end import Net\ndef build():\n    return Net()\n")
-    return "python:door_module:build"
+    (folder / "base_module.py").write_text(
+        "from test_libraries_end_to_end import Net\ndef build():\n    return Net()\n"
+    )
+    return "python:base_module:build"
 
 
 def torchvision_file(folder: Path) -> str:
@@ -139,7 +141,7 @@ def smp_folder(folder: Path) -> str:
     return f"smp:{folder / 'smp'}"
 
 
-DOORS: dict[str, Callable[[Path], str]] = {
+BASES: dict[str, Callable[[Path], str]] = {
     "unet": unet_file,
     "hrnet_w48": hrnet_file,
     "segnext_<t, s, b or l>": segnext_file,
@@ -152,7 +154,7 @@ DOORS: dict[str, Callable[[Path], str]] = {
     "smp": smp_folder,
 }
 STAND_INS = {"torchvision": "fake_torchvision", "timm": "fake_timm", "smp": "fake_smp"}
-"""Fixtures of test_doors.py for packages that are not installed here."""
+"""Fixtures of test_libraries.py for packages that are not installed here."""
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +162,7 @@ def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Modules are found in the folder of the test, and forgotten after it."""
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    sys.modules.pop("door_module", None)
+    sys.modules.pop("base_module", None)
 
 
 def stored_refiner(name: str, folder: Path) -> Tensor:
@@ -174,16 +176,16 @@ def stored_refiner(name: str, folder: Path) -> Tensor:
 
 
 def test_every_kind_is_here() -> None:
-    assert {name.partition(":")[0] for name in BASE_NAMES} == {name.split(" of ")[0] for name in DOORS}
+    assert {name.partition(":")[0] for name in BASE_NAMES} == {name.split(" of ")[0] for name in BASES}
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_predict_through(door: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if door in STAND_INS:
-        request.getfixturevalue(STAND_INS[door])
-    expected = stored_refiner(DOORS[door](tmp_path), tmp_path)
+@pytest.mark.parametrize("family", BASES)
+def test_predict_with_base(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if family in STAND_INS:
+        request.getfixturevalue(STAND_INS[family])
+    expected = stored_refiner(BASES[family](tmp_path), tmp_path)
     arguments = [str(tmp_path / "a.png"), "--refiner", str(tmp_path / "refiner"), "--out", str(tmp_path / "out")]
-    trust = ["--trust_base"] if door == "python" else []
+    trust = ["--trust_base"] if family == "python" else []
     assert main(["predict", *arguments, *trust, "--device", "cpu"]) == 0
     assert torch.equal(read_label(tmp_path / "out" / "a.png"), expected)
 

@@ -1,4 +1,4 @@
-"""Doors to torchvision, timm and segmentation_models.pytorch, judged with small stand-ins for these packages."""
+"""Loaders for torchvision, timm and segmentation_models.pytorch, tested with small stand-ins for these packages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
-from sparserefine.bases.families import libraries as doors
+from sparserefine.bases.families import libraries
 from sparserefine.bases.loaded import LoadedModel
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from support import assert_close
@@ -28,9 +28,9 @@ K = 4
 FULL = BaseConfig(ratio=1.0)
 PACKAGES = {"torchvision": "torchvision", "timm": "timm", "segmentation_models_pytorch": "segmentation-models-pytorch"}
 OPEN: dict[str, Callable[[], LoadedModel]] = {
-    "torchvision": lambda: doors.torchvision("fcn", "weights.pth", K),
-    "timm": lambda: doors.timm("segmenter", "weights.pth", K),
-    "segmentation_models_pytorch": lambda: doors.smp("folder"),
+    "torchvision": lambda: libraries.torchvision("fcn", "weights.pth", K),
+    "timm": lambda: libraries.timm("segmenter", "weights.pth", K),
+    "segmentation_models_pytorch": lambda: libraries.smp("folder"),
 }
 
 
@@ -245,7 +245,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(sys, "meta_path", [Forbidding(error), *sys.meta_path])
 
 
-def test_importing_the_doors_imports_none_of_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importing_the_loaders_imports_none_of_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch, RuntimeError("imported"))
     monkeypatch.delitem(sys.modules, "sparserefine.bases.families.libraries")
     assert "torchvision" in runpy.run_module("sparserefine.bases.families.libraries")
@@ -295,7 +295,7 @@ def test_torchvision_model(
     """It is the model of the file, of as many classes as that has, whatever the data has."""
     model = {"fcn_small": Segmenter, "lraspp": TwoHeads}[name](K).eval()
     model.norm.running_mean += 1
-    loaded = doors.torchvision(name, stored(model.state_dict(), tmp_path / f"w{suffix}"), asked)
+    loaded = libraries.torchvision(name, stored(model.state_dict(), tmp_path / f"w{suffix}"), asked)
     assert (loaded.num_classes, loaded.mean, loaded.std) == (K, IMAGENET_MEAN, IMAGENET_STD)
     assert loaded.outputs == "logits"
     assert not any(module.training for module in loaded.model.modules())
@@ -311,7 +311,7 @@ def test_torchvision_model(
 
 def test_torchvision_auxiliary_head_is_left_out(fake_torchvision: list[Any], tmp_path: Path) -> None:
     model = Segmenter(K, aux=True)
-    loaded = doors.torchvision("fcn_small", stored(model.state_dict(), tmp_path / "w.pth"), K)
+    loaded = libraries.torchvision("fcn_small", stored(model.state_dict(), tmp_path / "w.pth"), K)
     kept = {k: v for k, v in model.state_dict().items() if not k.startswith("aux")}
     assert kept.keys() == loaded.model.state_dict().keys()
     assert all(torch.equal(v, kept[k]) for k, v in loaded.model.state_dict().items())
@@ -320,28 +320,28 @@ def test_torchvision_auxiliary_head_is_left_out(fake_torchvision: list[Any], tmp
 def test_torchvision_model_of_other_classes_than_the_data(fake_torchvision: list[Any], tmp_path: Path) -> None:
     weights = stored(Segmenter(K).state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"4 classes.* 3\b"):
-        FrozenBase(doors.torchvision("fcn_small", weights, 3), 3, FULL)
+        FrozenBase(libraries.torchvision("fcn_small", weights, 3), 3, FULL)
 
 
 @pytest.mark.parametrize("count", [K, K + 1])
-@pytest.mark.parametrize("door", [doors.torchvision, doors.timm], ids=["torchvision", "timm"])
+@pytest.mark.parametrize("loader", [libraries.torchvision, libraries.timm], ids=["torchvision", "timm"])
 def test_class_names_of_the_file(
-    door: Any, count: int, fake_torchvision: list[Any], fake_timm: list[Any], tmp_path: Path
+    loader: Any, count: int, fake_torchvision: list[Any], fake_timm: list[Any], tmp_path: Path
 ) -> None:
-    """Names that do not fit the model are left out, which is told."""
+    """Names that do not fit the model are ignored, with a warning."""
     meta = {"classes": [f"name {k}" for k in range(count)]}
     torch.save({"state_dict": Segmenter(K).state_dict(), "meta": meta}, tmp_path / "w.pth")
-    name = "fcn_small" if door is doors.torchvision else "segmenter"
+    name = "fcn_small" if loader is libraries.torchvision else "segmenter"
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        loaded = door(name, tmp_path / "w.pth", K)
+        loaded = loader(name, tmp_path / "w.pth", K)
     if count == K:
         assert loaded.classes.names == ("name 0", "name 1", "name 2", "name 3")
         assert not told
     else:
         assert loaded.classes is None
         assert [str(w.message) for w in told] == [
-            f"{tmp_path / 'w.pth'}: names 5 classes for a model of 4; they are left out"
+            f"{tmp_path / 'w.pth'}: has 5 class names for a model of 4; they are ignored"
         ]
 
 
@@ -356,29 +356,29 @@ def test_class_names_of_the_file(
     ],
     ids=["missing", "extra", "other shape", "other widths", "like an auxiliary head"],
 )
-@pytest.mark.parametrize("door", [doors.torchvision, doors.timm], ids=["torchvision", "timm"])
+@pytest.mark.parametrize("loader", [libraries.torchvision, libraries.timm], ids=["torchvision", "timm"])
 def test_weights_of_another_model(
-    door: Any, spoil: Any, words: str, fake_torchvision: list[Any], fake_timm: list[Any], tmp_path: Path
+    loader: Any, spoil: Any, words: str, fake_torchvision: list[Any], fake_timm: list[Any], tmp_path: Path
 ) -> None:
     state = Segmenter(K).state_dict()
     spoil(state)
-    name = "fcn_small" if door is doors.torchvision else "segmenter"
+    name = "fcn_small" if loader is libraries.torchvision else "segmenter"
     with pytest.raises(ValueError, match=words):
-        door(name, stored(state, tmp_path / "w.pth"), K)
+        loader(name, stored(state, tmp_path / "w.pth"), K)
 
 
-@pytest.mark.parametrize("door", [doors.torchvision, doors.timm], ids=["torchvision", "timm"])
-def test_no_weights(door: Any, fake_torchvision: list[Any], fake_timm: list[Any], tmp_path: Path) -> None:
-    name = "fcn_small" if door is doors.torchvision else "segmenter"
+@pytest.mark.parametrize("loader", [libraries.torchvision, libraries.timm], ids=["torchvision", "timm"])
+def test_no_weights(loader: Any, fake_torchvision: list[Any], fake_timm: list[Any], tmp_path: Path) -> None:
+    name = "fcn_small" if loader is libraries.torchvision else "segmenter"
     with pytest.raises(FileNotFoundError, match=r"w\.pth"):
-        door(name, tmp_path / "w.pth", K)
+        loader(name, tmp_path / "w.pth", K)
 
 
 @pytest.mark.parametrize("name", ["fcn_smal", "resnet", "nothing like it"])
 def test_unknown_torchvision_model(name: str, fake_torchvision: list[Any]) -> None:
     """Classifiers that torchvision has are unknown too."""
-    with pytest.raises(ValueError, match=f"torchvision:{name}: not a segmentation model.* its 3 are .*fcn_small"):
-        doors.torchvision(name, "w.pth", K)
+    with pytest.raises(ValueError, match=f"torchvision:{name}: not a segmentation model.* its 3 names are .*fcn_small"):
+        libraries.torchvision(name, "w.pth", K)
 
 
 # ---- timm
@@ -387,7 +387,7 @@ def test_unknown_torchvision_model(name: str, fake_torchvision: list[Any]) -> No
 @pytest.mark.parametrize("asked", [None, K, K + 3])
 def test_timm_model(asked: int | None, fake_timm: list[dict[str, Any]], tmp_path: Path) -> None:
     model = Segmenter(K).eval()
-    loaded = doors.timm("segmenter", stored(model.state_dict(), tmp_path / "w.pth"), asked)
+    loaded = libraries.timm("segmenter", stored(model.state_dict(), tmp_path / "w.pth"), asked)
     image = pixels()
     with torch.no_grad():
         expected = model(normalised(image))["out"]
@@ -398,7 +398,7 @@ def test_timm_model(asked: int | None, fake_timm: list[dict[str, Any]], tmp_path
 
 def test_timm_normalisation_and_size_are_of_the_model(fake_timm: list[Any], tmp_path: Path) -> None:
     model = OneSize(K).eval()
-    loaded = doors.timm("sized", stored(model.state_dict(), tmp_path / "w.pth"), None)
+    loaded = libraries.timm("sized", stored(model.state_dict(), tmp_path / "w.pth"), None)
     assert (loaded.num_classes, loaded.mean, loaded.std) == (K, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     image = pixels(10, 12)
     with torch.no_grad():
@@ -408,7 +408,7 @@ def test_timm_normalisation_and_size_are_of_the_model(fake_timm: list[Any], tmp_
 
 def test_timm_model_that_does_not_tell_its_size(fake_timm: list[Any], tmp_path: Path) -> None:
     """It cannot be tried, so its class count is that of the data; used at another size, its own error shows."""
-    loaded = doors.timm("one_size", stored(OneSize(K).state_dict(), tmp_path / "w.pth"), K)
+    loaded = libraries.timm("one_size", stored(OneSize(K).state_dict(), tmp_path / "w.pth"), K)
     assert loaded.num_classes is None
     base = FrozenBase(loaded, K, FULL)
     assert base(pixels(10, 12)).shape == (2, K, 10, 12)
@@ -419,25 +419,27 @@ def test_timm_model_that_does_not_tell_its_size(fake_timm: list[Any], tmp_path: 
 def test_timm_classifier_is_refused(fake_timm: list[Any], tmp_path: Path) -> None:
     weights = stored(Classifier(K).state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"timm:classifier: its output is \(1, 4\), expected \[1, K, h, w\].*smp.*tu-"):
-        doors.timm("classifier", weights, K)
+        libraries.timm("classifier", weights, K)
 
 
 def test_unknown_timm_model(fake_timm: list[Any]) -> None:
-    with pytest.raises(ValueError, match="timm:segmentor: timm has no such model; the nearest of its 4 are segmenter"):
-        doors.timm("segmentor", "w.pth", K)
+    with pytest.raises(
+        ValueError, match="timm:segmentor: timm has no such model; the closest of its 4 names are segmenter"
+    ):
+        libraries.timm("segmentor", "w.pth", K)
 
 
 # ---- one output channel
 
 
 @pytest.mark.parametrize("asked", [None, 1, 2])
-@pytest.mark.parametrize("door", [doors.torchvision, doors.timm], ids=["torchvision", "timm"])
+@pytest.mark.parametrize("loader", [libraries.torchvision, libraries.timm], ids=["torchvision", "timm"])
 def test_one_channel_becomes_two_classes(
-    door: Any, asked: int | None, fake_torchvision: list[Any], fake_timm: list[Any], tmp_path: Path
+    loader: Any, asked: int | None, fake_torchvision: list[Any], fake_timm: list[Any], tmp_path: Path
 ) -> None:
     model = Segmenter(1).eval()
-    name = "fcn_small" if door is doors.torchvision else "segmenter"
-    base = FrozenBase(door(name, stored(model.state_dict(), tmp_path / "w.pth"), asked), config=FULL)
+    name = "fcn_small" if loader is libraries.torchvision else "segmenter"
+    base = FrozenBase(loader(name, stored(model.state_dict(), tmp_path / "w.pth"), asked), config=FULL)
     image = pixels()
     with torch.no_grad():
         z = model(normalised(image))["out"]
@@ -455,7 +457,7 @@ def test_one_channel_becomes_two_classes(
 def test_smp_model_at_any_size(stride: int, size: tuple[int, int], fake_smp: list[Any], tmp_path: Path) -> None:
     """Its output is that for the image with zeros added right and bottom after normalisation, at the image's pixels."""
     model = saved_smp(tmp_path / "m", classes=K, encoder_stride=stride)
-    loaded = doors.smp(tmp_path / "m")
+    loaded = libraries.smp(tmp_path / "m")
     assert (loaded.num_classes, loaded.outputs, loaded.mean) == (K, "logits", IMAGENET_MEAN)
     assert not any(module.training for module in loaded.model.modules())
     image = pixels(*size)
@@ -473,7 +475,7 @@ def test_smp_model_that_takes_any_size_is_not_padded(fake_smp: list[Any], tmp_pa
     image = pixels(10, 6)
     with torch.no_grad():
         expected = model(normalised(image))
-    output = FrozenBase(doors.smp(tmp_path / "m"), config=FULL)(image)
+    output = FrozenBase(libraries.smp(tmp_path / "m"), config=FULL)(image)
     assert output.shape == (2, K, 5, 3)
     assert_close(output, expected)
 
@@ -486,15 +488,15 @@ def test_smp_output_smaller_than_the_input_stays_in_place(fake_smp: list[Any], t
     with torch.no_grad():
         small = model(padded)
     expected = F.interpolate(small.double(), (32, 64), mode="bilinear", align_corners=False)[..., :30, :50]
-    assert_close(FrozenBase(doors.smp(tmp_path / "m"), config=FULL)(image), expected, torch.float32)
+    assert_close(FrozenBase(libraries.smp(tmp_path / "m"), config=FULL)(image), expected, torch.float32)
     divisible = pixels(32, 64)
-    assert FrozenBase(doors.smp(tmp_path / "m"), config=FULL)(divisible).shape == (2, K, 8, 16)
+    assert FrozenBase(libraries.smp(tmp_path / "m"), config=FULL)(divisible).shape == (2, K, 8, 16)
 
 
 @pytest.mark.parametrize("activation", [None, "identity", "logsoftmax", "softmax2d", "sigmoid"])
 def test_smp_activation(activation: str | None, fake_smp: list[Any], tmp_path: Path) -> None:
     model = saved_smp(tmp_path / "m", classes=K, activation=activation)
-    loaded = doors.smp(tmp_path / "m")
+    loaded = libraries.smp(tmp_path / "m")
     assert loaded.outputs == ("scores" if activation in ("softmax2d", "sigmoid") else "logits")
     image = pixels(32, 32)
     with torch.no_grad():
@@ -505,8 +507,8 @@ def test_smp_activation(activation: str | None, fake_smp: list[Any], tmp_path: P
 @pytest.mark.parametrize("activation", [None, "sigmoid"])
 def test_smp_binary_model(activation: str | None, fake_smp: list[Any], tmp_path: Path) -> None:
     model = saved_smp(tmp_path / "m", classes=1, activation=activation)
-    loaded = doors.smp(tmp_path / "m")
-    assert (loaded.num_classes, loaded.classes) == (2, doors.FOREGROUND)
+    loaded = libraries.smp(tmp_path / "m")
+    assert (loaded.num_classes, loaded.classes) == (2, libraries.FOREGROUND)
     image = pixels(20, 32)
     with torch.no_grad():
         z = model(F.pad(normalised(image), (0, 0, 0, 12)))[..., :20, :]
@@ -520,19 +522,19 @@ def test_smp_dpt(fake_smp: list[Any], tmp_path: Path) -> None:
     saved_smp(tmp_path / "m", classes=K, encoder_stride=16)
     path = tmp_path / "m" / "config.json"
     path.write_text(path.read_text().replace('"Smp"', '"DPT"'))
-    assert FrozenBase(doors.smp(tmp_path / "m"), config=FULL)(pixels(40, 20)).shape == (2, K, 40, 20)
+    assert FrozenBase(libraries.smp(tmp_path / "m"), config=FULL)(pixels(40, 20)).shape == (2, K, 40, 20)
 
 
 def test_nothing_is_printed(fake_smp: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Standard output is for results."""
     saved_smp(tmp_path / "m", classes=K)
-    doors.smp(tmp_path / "m")
+    libraries.smp(tmp_path / "m")
     assert capsys.readouterr().out == ""
 
 
 def test_smp_classification_head_is_ignored(fake_smp: list[Any], tmp_path: Path) -> None:
     saved_smp(tmp_path / "m", classes=K, aux_params={"classes": 2})
-    assert FrozenBase(doors.smp(tmp_path / "m"), config=FULL)(pixels(20, 20)).shape == (2, K, 20, 20)
+    assert FrozenBase(libraries.smp(tmp_path / "m"), config=FULL)(pixels(20, 20)).shape == (2, K, 20, 20)
 
 
 @pytest.mark.parametrize(
@@ -549,7 +551,7 @@ def test_smp_normalisation_is_of_the_encoder(
 ) -> None:
     """The model sees what smp's own preprocessing makes: channels swapped first, then scaled, then normalised."""
     model = saved_smp(tmp_path / "m", classes=K, encoder_name=encoder, encoder_weights="imagenet")
-    loaded = doors.smp(tmp_path / "m")
+    loaded = libraries.smp(tmp_path / "m")
     assert fake_smp == [(encoder, "imagenet")]
     assert loaded.mean == pytest.approx(mean)
     assert loaded.std == pytest.approx(std)
@@ -562,7 +564,7 @@ def test_smp_normalisation_is_of_the_encoder(
 
 def test_smp_encoder_without_pretrained_weights_has_no_normalisation(fake_smp: list[Any], tmp_path: Path) -> None:
     saved_smp(tmp_path / "m", classes=K, encoder_name="resnet", encoder_weights=None)
-    assert doors.smp(tmp_path / "m").mean == IMAGENET_MEAN
+    assert libraries.smp(tmp_path / "m").mean == IMAGENET_MEAN
     assert fake_smp == []
 
 
@@ -570,7 +572,7 @@ def test_smp_normalisation_that_cannot_be_had_is_told(
     fake_smp: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved_smp(tmp_path / "m", classes=K, encoder_name="offline", encoder_weights="imagenet")
-    loaded = doors.smp(tmp_path / "m")
+    loaded = libraries.smp(tmp_path / "m")
     assert (loaded.mean, loaded.std) == (IMAGENET_MEAN, IMAGENET_STD)
     (message,) = caplog.messages
     assert "offline (imagenet)" in message
@@ -584,7 +586,10 @@ def test_smp_normalisation_that_cannot_be_had_is_told(
     [
         ({"activation": "argmax2d"}, "activation = 'argmax2d' gives no class scores.*remove it"),
         ({"activation": "tanh"}, "activation = 'tanh' gives no class scores"),
-        ({"activation": "softmax2d", "classes": 1}, "activation = 'softmax2d' of one class.*use 'sigmoid'"),
+        (
+            {"activation": "softmax2d", "classes": 1},
+            "activation = 'softmax2d' is constant for one class.*use 'sigmoid'",
+        ),
         ({"in_channels": 4}, "takes 4 channels, expected 3"),
         ({"decoder_width": 7}, r"cannot be loaded \(TypeError: .*width"),
     ],
@@ -596,7 +601,7 @@ def test_smp_model_that_cannot_be_a_base(
     saved_smp(tmp_path / "m", classes=K)
     (tmp_path / "m" / "config.json").write_text(json.dumps({"_model_class": "Smp", "classes": K, **config}))
     with pytest.raises(ValueError, match=words):
-        doors.smp(tmp_path / "m")
+        libraries.smp(tmp_path / "m")
 
 
 @pytest.mark.parametrize(
@@ -624,13 +629,13 @@ def test_smp_model_from_elsewhere_is_refused(
     monkeypatch.delattr(sys.modules["segmentation_models_pytorch"], "from_pretrained")
     ((key, value),) = config.items()
     (tmp_path / "config.json").write_text(json.dumps({"_model_class": "Smp", "classes": K, **config}))
-    with pytest.raises(ValueError, match=rf"config\.json: {key} = {re.escape(repr(value))} is (refused|elsewhere)"):
-        doors.smp(tmp_path)
+    with pytest.raises(ValueError, match=rf"config\.json: {key} = {re.escape(repr(value))} is refused"):
+        libraries.smp(tmp_path)
 
 
 def test_smp_settings_of_timm_that_are_harmless(fake_smp: list[Any], tmp_path: Path) -> None:
     saved_smp(tmp_path / "m", classes=K, encoder_name="tu-vit_small_patch16_224.augreg_in21k", img_size=64)
-    assert doors.smp(tmp_path / "m").num_classes == K
+    assert libraries.smp(tmp_path / "m").num_classes == K
 
 
 def test_identity_is_of_the_settings_too() -> None:
@@ -643,7 +648,7 @@ def test_identity_is_of_the_settings_too() -> None:
         {"foreground": "logits"},
         {"foreground": "scores"},
     ]
-    found = [FrozenBase(doors.Adapted(model, "m", **way), 2, FULL).identity for way in (*ways, {})]
+    found = [FrozenBase(libraries.Adapted(model, "m", **way), 2, FULL).identity for way in (*ways, {})]
     assert len(set(found)) == len(ways)
     assert found[0] == found[-1]
 
@@ -654,20 +659,20 @@ def test_smp_weights_of_another_model(fake_smp: list[Any], tmp_path: Path) -> No
     with pytest.raises(
         ValueError, match=r"smp:.*cannot be loaded \(RuntimeError: .*: size mismatch for conv.*save_pretrained"
     ):
-        doors.smp(tmp_path / "m")
+        libraries.smp(tmp_path / "m")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"classes": 3}'])
 def test_smp_configuration_of_another_library(text: str, fake_smp: list[Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json (is not JSON|names no _model_class)"):
-        doors.smp(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json (is not JSON|has no _model_class)"):
+        libraries.smp(tmp_path)
 
 
 def test_smp_folder_that_is_none(fake_smp: list[Any], tmp_path: Path) -> None:
     for name in (tmp_path, tmp_path / "nowhere", "nowhere"):
         with pytest.raises(FileNotFoundError, match=r"no .*config\.json; expected a folder"):
-            doors.smp(name)
+            libraries.smp(name)
 
 
 def test_smp_hub_id(fake_smp: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -679,4 +684,4 @@ def test_smp_hub_id(fake_smp: list[Any], tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
     with pytest.raises(FileNotFoundError, match=r"hub \(owner/model/config.json: no network\)$"):
-        doors.smp("owner/model")
+        libraries.smp("owner/model")
