@@ -268,7 +268,9 @@ def _whole_table(table: Tensor) -> Relation:
 
 
 def build_grid_plan(sites: Sites, spec: PlanSpec, engine: str, kernels: Kernels) -> Plan:
-    """Builds the plan of sites on the CPU. Its tables equal those of :func:`engines.reference.geometry.build_plan`.
+    """Builds the plan of sites on the CPU.
+
+    Its tables equal those of :func:`sparserefine.engines.reference.geometry.build_plan`.
 
     Args:
         sites: sites of the finest level.
