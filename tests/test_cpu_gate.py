@@ -56,7 +56,7 @@ def test_no_result_depends_on_the_threads(library: Library, threads: Callable[[i
         ({"coarse": torch.zeros(4, 4)}, r"coarse logits are \(4, 4\)"),
         ({"coarse": torch.zeros(4)}, r"coarse logits are \(4,\)"),
         ({"sparse": torch.zeros(5, 3)}, r"sparse ones \(5, 3\)"),
-        ({"coarse": torch.zeros(4, 0), "sparse": torch.zeros(4, 0)}, "K of at least 1"),
+        ({"coarse": torch.zeros(4, 0), "sparse": torch.zeros(4, 0)}, "K at least 1"),
         ({"coarse": torch.zeros(4, 3, dtype=torch.float64)}, "coarse logits is torch.float64"),
         ({"sparse": torch.zeros(4, 3, dtype=torch.float16)}, "sparse logits is torch.float16"),
         ({"sparse": torch.zeros(3, 4).t()}, "not contiguous"),

@@ -372,12 +372,12 @@ WRONG: dict[str, tuple[str, Callable[[], Any], list[str]]] = {
     "features integer": ("x", lambda: torch.zeros(N, C_IN).int(), ["features", "int32", "float32"]),
     "features of too many channels": ("x", lambda: torch.zeros(N, C_IN + 1), ["features", "(6, 4)", "[N, 3]"]),
     "features not a matrix": ("x", lambda: torch.zeros(N), ["features", "(6,)", "[N, 3]"]),
-    "features transposed": ("x", lambda: torch.zeros(C_IN, N).t(), ["features", "(1, 6)", "side by side"]),
+    "features transposed": ("x", lambda: torch.zeros(C_IN, N).t(), ["features", "(1, 6)", "contiguous channels"]),
     "features on another device": ("x", lambda: torch.zeros(N, C_IN, device="meta"), ["features", "meta", "CPU"]),
     "raw float64": ("epilogue", lambda: Epilogue(raw=torch.zeros(OUT).double()), ["raw", "float64"]),
     "raw too short": ("epilogue", lambda: Epilogue(raw=torch.zeros(N - 1, C_OUT)), ["raw", "(5, 5)", "[6, 5]"]),
     "raw too narrow": ("epilogue", lambda: Epilogue(raw=torch.zeros(N, C_OUT - 1)), ["raw", "(6, 4)", "[6, 5]"]),
-    "raw transposed": ("epilogue", lambda: Epilogue(raw=torch.zeros(C_OUT, N).t()), ["raw", "side by side"]),
+    "raw transposed": ("epilogue", lambda: Epilogue(raw=torch.zeros(C_OUT, N).t()), ["raw", "contiguous channels"]),
     "residual too short": ("epilogue", lambda: Epilogue(torch.zeros(N - 1, C_OUT)), ["residual", "[6, 5]"]),
     "activated too short": (
         "epilogue",
@@ -444,7 +444,7 @@ def test_winograd_refuses(one: CpuEngine, tile: int, wrong: str) -> None:
 def test_a_table_that_points_outside(engine: CpuEngine, tile: int, bad: int) -> None:
     call = Call(engine, tile)
     (call.tiles.table if tile else call.table).view(-1)[14] = bad
-    with pytest.raises(IndexError, match=r"points outside.*expected 0\.\.N"):
+    with pytest.raises(IndexError, match=r"has entries out of range.*expected 0\.\.N"):
         call()
 
 
@@ -453,7 +453,7 @@ def test_rows_that_point_outside(engine: CpuEngine, bad: int) -> None:
     call = Call(engine)
     call.rows = torch.arange(N).int()
     call.rows[3] = bad
-    with pytest.raises(IndexError, match="points outside"):
+    with pytest.raises(IndexError, match="has entries out of range"):
         call()
 
 
@@ -474,7 +474,7 @@ def test_a_quarter_of_no_tile(engine: CpuEngine, bad: int) -> None:
     around = torch.full((3, 36), N).int()
     around[1] = call.tiles.table[0]
     call.tiles = Tiles(around[1:2], quarters)
-    with pytest.raises(IndexError, match="points outside"):
+    with pytest.raises(IndexError, match="has entries out of range"):
         call()
 
 
@@ -482,7 +482,7 @@ def test_a_quarter_of_no_tile(engine: CpuEngine, bad: int) -> None:
 def test_a_gradients_table_that_points_outside(kernel: Kernels, bad: int) -> None:
     table = table_of(40, 57, 4)
     table[39, 3] = bad
-    with pytest.raises(IndexError, match="points outside"):
+    with pytest.raises(IndexError, match="has entries out of range"):
         kernel.weight_gradient(torch.randn(57, 3), torch.randn(40, 5), table)
 
 

@@ -35,9 +35,9 @@ class Standing(TorchEngine):
 @pytest.fixture(autouse=True)
 def _untold() -> Iterator[None]:
     """What is said once is said again."""
-    engine._tell.cache_clear()
+    engine._log_once.cache_clear()
     yield
-    engine._tell.cache_clear()
+    engine._log_once.cache_clear()
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_gpu_without_triton(gpu: None, monkeypatch: pytest.MonkeyPatch, caplog
         assert {one.on(CPU).name for one in chosen} <= {"cpu", "torch"}
         assert {one.on(CUDA).name for one in chosen} == {"torch"}
     said = [record.message for record in caplog.records if "GPU" in record.message]
-    assert said == ["engine torch on the GPU, for engine triton is not available: it broke"]
+    assert said == ["using engine torch on the GPU, because engine triton is not available: it broke"]
     with pytest.raises(ValueError, match="engine 'triton' cannot be used here: it broke"):
         get_engine("triton")
     assert engine_report()["triton"] == "it broke"
@@ -158,7 +158,7 @@ except ValueError as error:
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        ("ModuleNotFoundError(name='triton')", "triton is not installed; on Linux, torch for a GPU brings it"),
+        ("ModuleNotFoundError(name='triton')", "triton is not installed; on Linux, it comes with torch for GPUs"),
         ("RuntimeError('no driver')", "triton does not load: RuntimeError: no driver"),
     ],
     ids=["missing", "broken"],

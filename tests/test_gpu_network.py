@@ -220,7 +220,7 @@ def test_too_little_room_is_survived(engine: TritonEngine, device: torch.device)
 def test_a_padded_plan_is_not_for_single_layers(engine: TritonEngine, device: torch.device) -> None:
     net, mask, _, _ = of(device, (16, 32), 2, "cell", "random")
     padded = engine.padded_plan(mask, net.spec, [100, 50])
-    with pytest.raises(ValueError, match="padded plan serves packed networks only"):
+    with pytest.raises(ValueError, match="padded plan is for packed networks only"):
         net(torch.zeros(100, 3, device=device), padded)
 
 

@@ -162,7 +162,7 @@ def test_other_systems_get_the_pure_package(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(build, "sys", SimpleNamespace(platform=system))
     monkeypatch.setattr(build, "_run", lambda command: pytest.fail(f"compiled: {command}"))
     assert build.build() is False
-    assert f"the compiled kernels are for Linux, this is {system}" in note_of(folder)
+    assert f"the compiled kernels need Linux, this is {system}" in note_of(folder)
 
 
 @pytest.mark.parametrize("name", build.INSTRUCTION_SETS)
@@ -465,7 +465,7 @@ def test_wheel_of_another_system_is_pure(tree: Path, monkeypatch: pytest.MonkeyP
     build_data: dict = {"artifacts": []}
     hook.initialize(here, "standard", build_data)
     assert set(build_data) == {"artifacts"}
-    assert told == [f"CPU kernels: not built: the compiled kernels are for Linux, this is {system}"]
+    assert told == [f"CPU kernels: not built: the compiled kernels need Linux, this is {system}"]
 
 
 @pytest.mark.slow

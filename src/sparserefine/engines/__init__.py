@@ -1,1 +1,1 @@
-"""What executes the sparse network: the reference defines results, the others are only faster."""
+"""Engines execute the sparse network. The reference engine defines the results; the others are only faster."""

@@ -1,4 +1,4 @@
-"""Engines by name: which one runs here, and why."""
+"""Chooses an engine by name and device, and reports which engines work here and why the others do not."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from sparserefine.sparse.interface import Engine, Unavailable
 
 ENGINES = ("torch", "cpu", "cpu-int8", "triton")
-"""Engines by name. ``auto`` does not pick ``cpu-int8``: it rounds."""
+"""Names of the engines. ``auto`` never picks ``cpu-int8``, because 8 bits change the results."""
 
 
 class EngineChoice:
-    """Engines of one name, one for each kind of device; made when first asked for, and kept: they own packed weights.
+    """The engine for each kind of device. Engines are made on first use and kept, because they own packed weights.
 
-    Copies and pickles are by name: where one is read there may be no GPU.
+    Copies and pickles hold only the name, because the machine that reads them may have no GPU.
 
     Args:
-        name: ``auto`` picks the fastest that works on a device; of ``ENGINES``, an engine that leaves devices it has no
-            code for to engine ``torch``.
+        name: ``auto`` picks the fastest engine that works on a device. A name of ``ENGINES`` picks that engine; on
+            devices it does not support, engine ``torch`` runs instead.
 
     Attributes:
         name: as given.
 
     Raises:
-        ValueError: no engine has that name, or it cannot be used here.
+        ValueError: there is no engine of that name, or it cannot be used here.
     """
 
     def __init__(self, name: str = "auto") -> None:
@@ -38,28 +38,28 @@ class EngineChoice:
         return type(self), (self.name,)
 
     def on(self, device: torch.device) -> Engine:
-        """The engine for tensors on that device."""
+        """The engine for tensors on ``device``."""
         kind = device.type
         if kind not in self._kept:
-            # Two threads may make one each; both take the one that came first.
+            # Two threads may each make an engine; both then use the one that was stored first.
             self._kept.setdefault(kind, self._for(device))
         return self._kept[kind]
 
     def _for(self, device: torch.device) -> Engine:
         if self._named is None:
             return _fastest(device)
-        return self._named if _has_code_for(self.name, device) else _load("torch")
+        return self._named if _supports(self.name, device) else _load("torch")
 
 
 def get_engine(name: str = "auto", device: str | torch.device = "cpu") -> Engine:
-    """One engine, for those who need no choice by device.
+    """One engine, for callers that use a single device.
 
     Args:
-        name: as for :class:`EngineChoice`.
-        device: of the tensors, for ``auto``; any other engine is given as it is.
+        name: ``auto`` or a name of ``ENGINES``.
+        device: device of the tensors. Only ``auto`` depends on it.
 
     Raises:
-        ValueError: no engine has that name, or it cannot be used here.
+        ValueError: there is no engine of that name, or it cannot be used here.
     """
     return EngineChoice().on(torch.device(device)) if name == "auto" else _named(name)
 
@@ -69,17 +69,18 @@ def _fastest(device: torch.device) -> Engine:
         try:
             return _load("cpu")
         except Unavailable as error:
-            _tell(logging.WARNING, f"engine torch, for engine cpu is not available: {error}")
+            _log_once(logging.WARNING, f"using engine torch, because engine cpu is not available: {error}")
     elif device.type == "cuda":
         try:
             return _load_for_gpu()
         except Unavailable as error:
-            _tell(logging.WARNING, f"engine torch on the GPU, for engine triton is not available: {error}")
+            message = f"using engine torch on the GPU, because engine triton is not available: {error}"
+            _log_once(logging.WARNING, message)
     return _load("torch")
 
 
-def _has_code_for(name: str, device: torch.device) -> bool:
-    """Whether the engine of that name, which was loaded, has code of its own for the device."""
+def _supports(name: str, device: torch.device) -> bool:
+    """Whether the engine has code of its own for the device. The engine must have been loaded."""
     if name == "triton":
         from sparserefine.engines.triton.launch import runs_on
 
@@ -97,7 +98,7 @@ def _named(name: str) -> Engine:
 
 
 def _load(name: str) -> Engine:
-    """The engine of that name, or ``Unavailable``. Engines import much, so each is imported when it is asked for."""
+    """The engine of that name; raises ``Unavailable``. Engines are slow to import, so each is imported on first use."""
     if name == "torch":
         from sparserefine.engines.reference.engine import TorchEngine
 
@@ -107,24 +108,24 @@ def _load(name: str) -> Engine:
     from sparserefine.engines.cpu.engine import CpuEngine, Int8Engine
 
     engine = Int8Engine() if name == "cpu-int8" else CpuEngine()
-    _tell(logging.INFO, f"engine {name} ({engine.kernels.library.name})")
+    _log_once(logging.INFO, f"engine {name} ({engine.kernels.library.name})")
     return engine
 
 
 def _load_triton() -> Engine:
     try:
         from sparserefine.engines.triton.engine import TritonEngine
-    except Exception as error:  # triton looks for drivers and compilers when it is imported
+    except Exception as error:  # importing triton looks for drivers and compilers
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
-            raise Unavailable("triton is not installed; on Linux, torch for a GPU brings it") from error
+            raise Unavailable("triton is not installed; on Linux, it comes with torch for GPUs") from error
         raise Unavailable(f"triton does not load: {type(error).__name__}: {error}") from error
     engine = TritonEngine()
-    _tell(logging.INFO, "engine triton")
+    _log_once(logging.INFO, "engine triton")
     return engine
 
 
 def _load_for_gpu() -> Engine:
-    """Engine ``triton`` for tensors on a GPU, or ``Unavailable``."""
+    """Engine ``triton`` for tensors on a GPU; raises ``Unavailable``."""
     engine = _load_triton()
     from sparserefine.engines.triton.launch import runs_on
 
@@ -134,24 +135,25 @@ def _load_for_gpu() -> Engine:
 
 
 @cache
-def _tell(level: int, words: str) -> None:
-    """Once for each message: refiners are made often, and what they run on does not change."""
-    logging.getLogger(__name__).log(level, words)
+def _log_once(level: int, message: str) -> None:
+    """Logs each message once. Refiners are made often, but the engines they use stay the same."""
+    logging.getLogger(__name__).log(level, message)
 
 
 def engine_report() -> dict[str, str]:
-    """Each engine and whether it works here, and what ``auto`` picks, in words."""
+    """For each engine whether it works here, and what ``auto`` picks; as text for ``sparserefine info``."""
     cpu, triton = _cpu_report(), _triton_report()
-    works, on_gpu = cpu.startswith(_AVAILABLE), triton.startswith(_AVAILABLE)
-    if on_gpu:
-        auto = f"{'cpu' if works else 'torch'} for tensors on the CPU, triton on the GPU"
+    cpu_works, triton_works = cpu.startswith(_AVAILABLE), triton.startswith(_AVAILABLE)
+    if triton_works:
+        auto = f"{'cpu' if cpu_works else 'torch'} for tensors on the CPU, triton on the GPU"
     else:
-        auto = "cpu for tensors on the CPU, torch elsewhere" if works else "torch, for engine cpu is not available"
+        only_torch = "torch, because engine cpu is not available"
+        auto = "cpu for tensors on the CPU, torch elsewhere" if cpu_works else only_torch
     return {
         "auto": auto,
         "torch": "available on every device",
         "cpu": cpu,
-        "cpu-int8": _int8_report() if works else "needs engine cpu",
+        "cpu-int8": _int8_report() if cpu_works else "needs engine cpu",
         "triton": triton,
     }
 
@@ -177,7 +179,7 @@ def _int8_report() -> str:
         get_engine("cpu-int8")
     except ValueError as error:
         return str(error)
-    return "available for quantized refiners (`sparserefine quantize`); about 1 % of rounding in the logits"
+    return "available for quantized refiners (`sparserefine quantize`); rounding changes the logits by about 1 %"
 
 
 def _triton_report() -> str:

@@ -1,4 +1,4 @@
-"""What a fused convolution does with its sums before it stores them."""
+"""The epilogue of a fused convolution: what it does with its sums before it stores them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Activation(NamedTuple):
     """One output of an epilogue: ``relu(v * scale + shift)``.
 
     Attributes:
-        out: ``[N, C]``, columns contiguous: float32, on a GPU half precision too, or uint8, rounded.
+        out: ``[N, C]``, columns contiguous: float32, uint8 (rounded), or on a GPU also float16 and bfloat16.
         scale: ``float32 [C]``.
         shift: ``float32 [C]``.
     """
@@ -24,13 +24,13 @@ class Activation(NamedTuple):
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What becomes of results v = sum + bias + residual, ``[N, C]``.
+    """Where the results v = sum + bias + residual, ``[N, C]``, are stored.
 
     Attributes:
-        residual: ``[N, C]``.
-        bias: ``float32 [C]``.
-        raw: ``[N, C]``, gets v.
-        activated: up to two, for those who read v normalised.
+        residual: ``[N, C]``, added to the sums.
+        bias: ``float32 [C]``, added to the sums.
+        raw: ``[N, C]``, receives v.
+        activated: up to two outputs that receive v normalised and activated.
     """
 
     residual: Tensor | None = None

@@ -1,8 +1,8 @@
-"""A network in evaluation mode as one flat list of fused convolutions: what engines that run whole networks execute.
+"""A network in evaluation mode as one flat list of fused convolutions. Engines that run whole networks execute it.
 
-But for the modules themselves, nothing else knows how layers follow each other. A step is a convolution and what
-becomes of its sums before they are stored (``epilogue.py``): normalisation, ReLU, residuals and the concatenation of
-skips are no steps of their own. A new layer is a change here; engines only know steps.
+Besides the modules themselves, only this file knows the order of the layers. A step is a convolution with its epilogue
+(``epilogue.py``). Normalisation, ReLU, residuals and the concatenation of skips are part of epilogues, not steps. To
+add a layer, change this file; engines only know steps.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from sparserefine.sparse.quantisation import step_of
 from sparserefine.sparse.unet import SparseUNet
 
 Kind = Literal["around", "down", "up", "own"]
-"""Which rows a step reads: ``around``, neighbours in its level; ``down`` and ``up``, the next finer and the next
-coarser level; ``own``, each row itself, as linear layers do."""
+"""Which rows a step reads: ``around``, neighbours at its own level; ``down``, the next finer level; ``up``, the next
+coarser level; ``own``, only the row itself, as linear layers do."""
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Features that one step writes for others.
+    """Features that one step writes and others read.
 
     Attributes:
-        level: whose sites are the rows.
-        channels: of a row.
-        rounded: the steps that read it may do so in 8 bits (``quantisation.py``).
+        level: its sites are the rows.
+        channels: columns of each row.
+        rounded: whether the steps that read it may do so in 8 bits (``quantisation.py``).
     """
 
     level: int
@@ -41,7 +41,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Part:
-    """Channels ``start`` to ``stop`` of a buffer, which is named by its number."""
+    """Channels ``start`` to ``stop`` of the buffer with that number."""
 
     buffer: int
     start: int
@@ -55,8 +55,8 @@ class Norm:
     Attributes:
         scale: ``float64 [C]``.
         shift: ``float64 [C]``.
-        step: what one unit of 8 bits is worth to the step that reads the result, ``float32 [C]``; ``None``: that step
-            reads floats, or the network is not calibrated.
+        step: quantisation step of the result, ``float32 [C]``; ``None`` if the next layer reads floats or the network
+            is not calibrated.
     """
 
     scale: Tensor
@@ -64,7 +64,7 @@ class Norm:
     step: Tensor | None
 
     def factors(self, *, int8: bool = False) -> tuple[Tensor, Tensor]:
-        """Scale and shift, ``float32 [C]``; with ``int8`` those of a result in units of ``step``, if there is one."""
+        """Scale and shift, ``float32 [C]``. With ``int8``, the result is in units of ``step``, if there is one."""
         scale, shift = self.scale, self.shift
         if int8 and self.step is not None:
             scale, shift = scale / self.step, shift / self.step
@@ -73,11 +73,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Weights:
-    """The numbers of a step.
+    """The parameters of a step.
 
     Attributes:
-        weight: ``[T, C_in, C_out]``; shares memory with the network's.
-        input_step: what one unit of 8-bit inputs is worth, ``float32 [C_in]``; ``None``: inputs are floats, or the
+        weight: ``[T, C_in, C_out]``; shares memory with the network.
+        input_step: quantisation step of the inputs, ``float32 [C_in]``; ``None`` if the inputs are floats or the
             network is not calibrated.
         bias: ``[C_out]``.
         norms: one for each of the step's ``activated``.
@@ -91,17 +91,17 @@ class Weights:
 
 @dataclass(frozen=True)
 class Step:
-    """``v = sum + bias + residual``; ``raw`` gets v, each of ``activated`` gets ``relu(v * scale + shift)``.
+    """Writes ``v = sum + bias + residual`` to ``raw``, and ``relu(v * scale + shift)`` to each of ``activated``.
 
     Attributes:
-        kind: which rows are read.
-        level: of the rows that are written.
-        source: buffer that is read; ``None``: the features that the network is given.
-        residual: buffer that is added.
-        raw: where v goes.
-        activated: up to two, for those who read v normalised.
-        begins: buffers that are written here for the first time.
-        ends: buffers that nobody needs after this.
+        kind: which rows the step reads.
+        level: the level of the rows it writes.
+        source: buffer it reads; ``None``: the network's input features.
+        residual: buffer it adds.
+        raw: receives v.
+        activated: up to two outputs that receive v normalised and activated.
+        begins: buffers that this step is the first to write.
+        ends: buffers that no later step needs.
     """
 
     kind: Kind
@@ -115,11 +115,11 @@ class Step:
 
     @property
     def finer(self) -> int:
-        """The finer one of the levels that are read and written."""
+        """The finer of the two levels that the step reads and writes."""
         return self.level - 1 if self.kind == "down" else self.level
 
     def stencil(self, plan: Plan) -> Stencil | None:
-        """Who reads whom; ``None``: each row itself."""
+        """Which rows each row reads; ``None``: only itself."""
         if self.kind == "own":
             return None
         level = plan.levels[self.finer]
@@ -134,11 +134,11 @@ class Program:
     """Steps in order, and the buffers between them.
 
     Attributes:
-        spec: what plans must be made for.
-        channels: of the features that the network is given.
-        buffers: by number.
-        steps: in order.
-        result: buffer of the logits, float32; it has no end.
+        spec: plans must be built for it.
+        channels: channels of the network's input features.
+        buffers: all buffers; their numbers are positions here.
+        steps: in order of execution.
+        result: number of the buffer of the logits, float32; no step ends it.
     """
 
     spec: PlanSpec
@@ -148,16 +148,16 @@ class Program:
     result: int
 
     def check(self, features: Tensor, plan: Plan, stencil: type[Stencil], engine: str) -> None:
-        """Refuses features and plans that do not fit.
+        """Checks that features and plan fit this program.
 
         Args:
             features: should be ``[N, channels]``.
-            plan: should be of the N sites.
-            stencil: what the plan must be made of.
-            engine: which makes those.
+            plan: should be the plan of the N sites.
+            stencil: class that the plan's stencils must have.
+            engine: name of the engine whose plans have them, for the message.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: they do not.
         """
         if plan.spec != self.spec:
             raise ValueError(f"plan was built for {plan.spec}, this network needs {self.spec}")
@@ -169,45 +169,45 @@ class Program:
 
 
 def fuse(network: SparseUNet) -> tuple[Program, tuple[Weights, ...]]:
-    """The steps of a network that :func:`sparserefine.sparse.unet.is_packable` allows, and the numbers of each step."""
+    """The steps of a network and the parameters of each; :func:`sparserefine.sparse.unet.is_packable` must be true."""
     write = _Writer()
     last = network.spec.levels - 1
-    descend, ascend = ([_blocks_of(blocks) for blocks in part] for part in (network.descend, network.ascend))
+    descend, ascend = ([_block_list(blocks) for blocks in part] for part in (network.descend, network.ascend))
     planes = [blocks[0].conv2.weight.shape[2] for blocks in descend]
     skips: list[tuple[Part, _Activated]] = []
 
-    def leaving(depth: int) -> _Activated:
-        """What the last block of a level writes for the next finer one, or for the head."""
+    def level_output(depth: int) -> _Activated:
+        """The output of the last block of a level, for the next finer level or the head."""
         if not depth:
             return write.activated(0, planes[0], network.head_norm, network.head)
         return write.activated(depth, planes[depth], network.up_norms[depth - 1], network.up_convs[depth - 1])
 
-    def enter(kind: Kind, depth: int, layer: nn.Module, source: Part | None) -> tuple[Part, _Activated]:
-        """The convolution that leads to a level, on the way down."""
+    def enter_level(kind: Kind, depth: int, layer: nn.Module, source: Part | None) -> tuple[Part, _Activated]:
+        """The convolution whose output is the input of an encoder level."""
         raw, first = write.buffer(depth, planes[depth]), descend[depth][0]
         active = write.activated(depth, planes[depth], first.norm1, first.conv1)
         write.step(kind, depth, layer, source, raw=raw, activated=(active,))
         return raw, active
 
-    raw, active = enter("around", 0, network.stem, None)
+    raw, active = enter_level("around", 0, network.stem, None)
     for depth in range(last):
         c, down, first = planes[depth], network.down_convs[depth], ascend[depth][0]
         skip, whole = write.buffer(depth, 2 * c), write.activated(depth, 2 * c, first.norm1, first.conv1)
         below = write.activated(depth, c, network.down_norms[depth], down)
-        write.blocks(depth, descend[depth], raw, active.part, _channels(skip, 0, c), (below, whole.channels(0, c)))
+        write.blocks(depth, descend[depth], raw, active.part, _slice(skip, 0, c), (below, whole.channels(0, c)))
         skips.append((skip, whole))
-        raw, active = enter("down", depth + 1, down, below.part)
-    result = leaving(last)
+        raw, active = enter_level("down", depth + 1, down, below.part)
+    result = level_output(last)
     write.blocks(last, descend[last], raw, active.part, None, (result,))
     for depth in reversed(range(last)):
         c, (skip, whole), blocks = planes[depth], skips.pop(), ascend[depth]
         up = (whole.channels(c, 2 * c),)
-        write.step("up", depth, network.up_convs[depth], result.part, raw=_channels(skip, c, 2 * c), activated=up)
+        write.step("up", depth, network.up_convs[depth], result.part, raw=_slice(skip, c, 2 * c), activated=up)
         residual = skip
         if isinstance(blocks[0].shortcut, nn.Linear):
             residual = write.buffer(depth, c)
             write.step("own", depth, blocks[0].shortcut, skip, raw=residual)
-        result = leaving(depth)
+        result = level_output(depth)
         write.blocks(depth, blocks, residual, whole.part, None, (result,))
     logits = write.buffer(0, network.head.out_features)
     write.step("own", 0, network.head, result.part, raw=logits)
@@ -216,7 +216,7 @@ def fuse(network: SparseUNet) -> tuple[Program, tuple[Weights, ...]]:
 
 @dataclass(frozen=True)
 class _Activated:
-    """An output of an epilogue before it is split into what is written and with which numbers."""
+    """An activated output of a step: the channels to write and the normalisation to apply."""
 
     part: Part
     norm: Norm
@@ -224,11 +224,11 @@ class _Activated:
     def channels(self, start: int, stop: int) -> _Activated:
         norm, step = self.norm, self.norm.step
         some = Norm(norm.scale[start:stop], norm.shift[start:stop], None if step is None else step[start:stop])
-        return _Activated(_channels(self.part, start, stop), some)
+        return _Activated(_slice(self.part, start, stop), some)
 
 
 class _Writer:
-    """Buffers and steps as they are written down."""
+    """Collects buffers and steps."""
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
@@ -240,7 +240,7 @@ class _Writer:
         return Part(len(self.buffers) - 1, 0, channels)
 
     def activated(self, level: int, channels: int, norm: nn.Module, reader: nn.Module) -> _Activated:
-        """A buffer for what ``reader`` reads through ``norm``."""
+        """A new buffer for the activated input of layer ``reader``; ``norm`` precedes that layer."""
         assert isinstance(norm, SparseBatchNorm)
         part = self.buffer(level, channels, rounded=isinstance(reader, SparseConv))
         return _Activated(part, Norm(*norm.folded(), _input_step(reader)))
@@ -287,7 +287,7 @@ class _Writer:
         raw: Part | None,
         activated: Sequence[_Activated],
     ) -> None:
-        """Residual blocks of a level, the last of which writes ``raw`` and ``activated``."""
+        """Adds the residual blocks of a level. The last one writes ``raw`` and ``activated``."""
         for i, block in enumerate(blocks):
             channels = block.conv2.weight.shape[2]
             between = self.activated(level, channels, block.norm2, block.conv2)
@@ -302,7 +302,7 @@ class _Writer:
             residual, active = sums, following.part
 
     def finish(self, spec: PlanSpec, channels: int, result: int) -> Program:
-        """With begin and end of each buffer."""
+        """The program, with the first and last step of each buffer filled in."""
         begins: dict[int, int] = {}
         ends: dict[int, int] = {}
         for number, step in enumerate(self.steps):
@@ -312,21 +312,21 @@ class _Writer:
             used = {step.source, step.residual, *written} - {None, result}
             ends.update((buffer, number) for buffer in used if buffer is not None)
 
-        def at(places: dict[int, int], number: int) -> tuple[int, ...]:
-            return tuple(buffer for buffer, place in places.items() if place == number)
+        def buffers_at(when: dict[int, int], number: int) -> tuple[int, ...]:
+            return tuple(buffer for buffer, at_step in when.items() if at_step == number)
 
         steps = [
-            Step(s.kind, s.level, s.source, s.residual, s.raw, s.activated, at(begins, n), at(ends, n))
+            Step(s.kind, s.level, s.source, s.residual, s.raw, s.activated, buffers_at(begins, n), buffers_at(ends, n))
             for n, s in enumerate(self.steps)
         ]
         return Program(spec, channels, tuple(self.buffers), tuple(steps), result)
 
 
-def _blocks_of(blocks: nn.Module) -> list[ResidualBlock]:
+def _block_list(blocks: nn.Module) -> list[ResidualBlock]:
     return cast("list[ResidualBlock]", list(blocks.children()))
 
 
-def _channels(part: Part, start: int, stop: int) -> Part:
+def _slice(part: Part, start: int, stop: int) -> Part:
     return Part(part.buffer, part.start + start, part.start + stop)
 
 

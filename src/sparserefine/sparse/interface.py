@@ -1,4 +1,4 @@
-"""The seam between the network and what executes it: what an engine provides."""
+"""The interface between the network and what executes it: what an engine provides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from sparserefine.sparse.plan import Plan, PlanSpec
 from sparserefine.sparse.sites import PaddedSites, Sites
 
 Perceptron = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Weight and bias of a hidden layer with ReLU, weight and bias of the layer after it, as ``nn.Linear`` has them."""
+"""A two-layer perceptron: weight and bias of the hidden layer (ReLU), weight and bias of the output layer.
+
+Shapes are those of ``nn.Linear``.
+"""
 
 
 class Unavailable(RuntimeError):
@@ -21,28 +24,28 @@ class Unavailable(RuntimeError):
 
 
 class Engine(Protocol):
-    """What an engine provides. ``engines/reference`` defines each result; inherit from it what an engine lacks.
+    """What an engine provides. ``engines/reference`` defines the results; others inherit what they do not speed up.
 
-    Engines compute. What they are given was checked by who calls them: :class:`Coarse` and :class:`Sites` when they
-    were made, the rest by the stages.
+    Engines only compute; callers check the arguments. :class:`Coarse` and :class:`Sites` check themselves when they are
+    made, the stages check the rest.
     """
 
     name: str
 
     def keep_largest(self, values: Tensor, mask: Tensor, budget: int) -> None:
-        """Clears ``mask``, ``bool [B, H, W]``, in place but for the ``budget`` largest values of each image."""
+        """Keeps the ``budget`` largest values per image: clears the rest of ``mask``, ``bool [B, H, W]``, in place."""
 
     def plan(self, mask: Tensor, spec: PlanSpec) -> Plan:
-        """Sites of ``mask``, ``bool [B, H, W]``, and their plan in one go."""
+        """The plan of the sites where ``mask``, ``bool [B, H, W]``, is true. The plan holds the sites."""
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
-        """Plan of the sites; its stencils compute convolutions with this engine's code."""
+        """The plan of the sites. Its stencils run convolutions on this engine."""
 
     def prepare(self, network: torch.nn.Module) -> Callable[[Tensor, Plan], Tensor] | None:
-        """A whole network packed for inference, or ``None`` to run its modules."""
+        """The whole network packed for inference, or ``None`` if its modules must run one by one."""
 
     def uncertainty(self, coarse: Coarse) -> tuple[Tensor, Tensor]:
-        """Labels and entropy at full size."""
+        """Labels and entropy [nats] at full size, both ``[B, H, W]``."""
 
     def sample(self, coarse: Coarse, coords: Tensor) -> Tensor:
         """Full-resolution logits at ``coords``, ``int32 [N, 3]``: ``float32 [N, K]``."""
@@ -53,7 +56,7 @@ class Engine(Protocol):
     def gated(
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
     ) -> Tensor | None:
-        """What the gated ensembler computes, or ``None`` to let it do so."""
+        """The result of the gated ensembler, or ``None`` if its own modules must compute it."""
 
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
-        """The classes of the largest ``logits [N, K]`` into ``labels [B, H, W]`` at the sites; none for padding."""
+        """Writes the class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites in use."""

@@ -1,4 +1,4 @@
-"""Layers on the one primitive: convolution, batch normalisation that bears few rows, residual block."""
+"""Layers built on one primitive: convolution, batch normalisation that works with few rows, residual block."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sparserefine.sparse.plan import Stencil
 
 
 def conv(x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
-    """``y[n] = sum_t x[table[n, t]] @ weight[t]`` by the stencil, operands checked: the one way in for layers.
+    """Checks the operands and computes ``y[n] = sum_t x[table[n, t]] @ weight[t]``. Every layer calls this function.
 
     Args:
         x: ``[N_in, C_in]``, floating point.
         weight: ``[T, C_in, C_out]``, the same dtype.
-        stencil: who reads whom.
+        stencil: which input rows each output row reads.
 
     Returns:
         ``[N_out, C_out]``.
@@ -43,8 +43,8 @@ def conv(x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
 class SparseConv(nn.Module):
     """Convolution without bias; ``weight [T, C_in, C_out]``, taps row-major (3x3, or 2x2 between ``cell`` levels).
 
-    ``input_max [C_in]``, the largest inputs seen, is there after calibration only (``quantisation.py``) and stored with
-    the weights then; training forgets it.
+    ``input_max [C_in]`` holds the largest input seen per channel. It exists only after calibration
+    (``quantisation.py``) and is then stored with the weights. Training resets it.
     """
 
     input_max: Tensor | None
@@ -52,7 +52,7 @@ class SparseConv(nn.Module):
     def __init__(self, c_in: int, c_out: int, taps: int = 9) -> None:
         super().__init__()
         self.register_buffer("input_max", None)
-        # Variance of a ReLU network is kept (He et al. 2015), counting every tap as present.
+        # Keeps the variance through a ReLU network (He et al. 2015), if every tap has a neighbour.
         self.weight = nn.Parameter(torch.randn(taps, c_in, c_out) * math.sqrt(2 / (taps * c_in)))
 
     def forward(self, x: Tensor, stencil: Stencil) -> Tensor:
@@ -75,8 +75,8 @@ class SparseConv(nn.Module):
 class SparseBatchNorm(nn.BatchNorm1d):
     """Batch normalisation of ``[N, C]`` rows.
 
-    In training with fewer than 2 rows there is no variance: the running statistics are used and not updated, and the
-    parameters still get a gradient, so that distributed training does not wait for one.
+    In training, fewer than 2 rows have no variance. The layer then uses the running statistics and does not update
+    them. The parameters still get a gradient, because distributed training waits for one.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class SparseBatchNorm(nn.BatchNorm1d):
         )
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, ``float64 [C]``: with running statistics, the result is ``x * scale + shift``."""
+        """Scale and shift, ``float64 [C]``, of evaluation mode: the result is ``x * scale + shift``."""
         assert self.running_mean is not None
         assert self.running_var is not None
         scale = self.weight.detach().double() / (self.running_var.double() + self.eps).sqrt()

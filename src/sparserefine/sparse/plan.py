@@ -16,7 +16,7 @@ DownKind = Literal["paper", "cell"]
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """What a network needs of its geometry: the number of levels and the kind of down-sampling between them."""
+    """What a network requires of a plan: the number of levels and the kind of down-sampling between them."""
 
     levels: int
     down: DownKind
@@ -37,15 +37,16 @@ class PlanSpec:
 class Stencil(ABC):
     """Which input rows each output row of a convolution reads: ``y[n] = sum_t x[table[n, t]] @ W[t]``.
 
-    Each engine has a subclass that computes this, and may hold tables of its own.
+    Each engine has its own subclass, which computes this and may hold further tables.
 
     Attributes:
         table: ``int32 [N_out, T]``, rows of the input, ``N_in`` where there is none (read as zero).
         reverse: ``int32 [N_in, T]``, the transposed relation: rows of the output, ``N_out`` where there is none.
-        mirrored: ``reverse`` lists the taps in opposite order; true for the submanifold stencil, which is its own
-            transpose but for that.
-        single: ``int32 [N_out]``: ``T i + t`` where each output reads just one input i, by tap t; ``None`` elsewhere.
-        reverse_single: the same of the transposed relation.
+        mirrored: whether ``reverse`` lists the taps in opposite order. True for the submanifold stencil: its transpose
+            is the stencil itself with the taps reversed.
+        single: ``int32 [N_out]``, ``T i + t``: set only if every output reads exactly one input i, through tap t;
+            otherwise ``None``.
+        reverse_single: the same for the transposed relation.
     """
 
     table: Tensor
@@ -71,7 +72,7 @@ class Stencil(ABC):
 
     @abstractmethod
     def conv(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The primitive, differentiable in both arguments, which are not checked: call :func:`layers.conv`.
+        """The primitive, differentiable in both arguments. Does not check them; :func:`layers.conv` does.
 
         Args:
             x: ``[N_in, C_in]``, floating point.
@@ -117,18 +118,18 @@ class Plan:
 
     @property
     def sites(self) -> Sites:
-        """Those of the first level."""
+        """The sites of the first level."""
         return self.levels[0].sites
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Sites of each level."""
+        """Number of sites at each level."""
         return tuple(len(level.sites) for level in self.levels)
 
 
 @dataclass(frozen=True)
 class PaddedLevel:
-    """As :class:`Level`, with room for a fixed number of cells."""
+    """A :class:`Level` with room for a fixed number of cells."""
 
     sites: PaddedSites
     around: Stencil
@@ -137,16 +138,16 @@ class PaddedLevel:
 
 @dataclass(frozen=True)
 class PaddedPlan:
-    """A plan with room for a fixed number of rows at each level, whatever the image: for CUDA graphs.
+    """A plan with a fixed number of rows at each level, independent of the image, as CUDA graphs require.
 
-    It is for packed networks, which stop at the rows in use. Entries of tables past them are undefined. Sites past a
-    capacity are left out, and read as missing by their neighbours.
+    Only packed networks can use it, because they stop at the rows in use; table entries past those rows are undefined.
+    Sites past the capacity of a level are left out: their neighbours see them as missing.
 
     Attributes:
         levels: full size first.
         spec: what it was built for.
         engine: name of the engine that built it.
-        totals: ``int32 [levels]`` on the device: the sites there are, which may be more than the rows.
+        totals: ``int32 [levels]`` on the device: number of sites found, which may exceed the number of rows.
     """
 
     levels: tuple[PaddedLevel, ...]
@@ -166,7 +167,7 @@ class PaddedPlan:
 
 
 def kernel_size(down: DownKind) -> int:
-    """Width of the convolution between two levels."""
+    """Width of the convolution kernel between two levels [cells]."""
     return 3 if down == "paper" else 2
 
 

@@ -1,8 +1,8 @@
-"""8-bit arithmetic for inference: what a network must know of its activations, and how weights are rounded.
+"""8-bit arithmetic for inference: calibration of the activations, and rounding of the weights.
 
-The input of every convolution but the stem comes out of a ReLU: unsigned 8 bits, with one step for each channel, the
-largest value seen while calibrating / 255. The steps are folded into the weights, which become signed 8 bits with one
-step for each output. The stem, the residual stream, the shortcuts and the head stay float32.
+Every convolution except the stem reads the output of a ReLU. Its inputs are unsigned 8-bit integers with one step per
+channel: the largest value seen in calibration / 255. The steps are folded into the weights, which become signed 8-bit
+integers with one step per output channel. The stem, the residual stream, the shortcuts and the head stay float32.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from sparserefine.sparse.unet import SparseUNet
 
 
 def quantised_convs(network: SparseUNet) -> list[SparseConv]:
-    """The convolutions that run in 8 bits: all but the stem."""
+    """The convolutions that run in 8 bits: all except the stem."""
     return [m for m in network.modules() if isinstance(m, SparseConv) and m is not network.stem]
 
 
 def is_calibrated(network: SparseUNet) -> bool:
-    """Whether the largest activations are known."""
+    """Whether the largest input of every 8-bit convolution is known."""
     return all(conv.input_max is not None for conv in quantised_convs(network))
 
 
 @contextmanager
 def calibrating(network: SparseUNet) -> Iterator[None]:
-    """Every forward inside of the ``with`` counts; at its end the network knows its largest activations.
+    """Records the largest activations of the forward passes in the ``with`` block. At its end, the network stores them.
 
     Raises:
-        ValueError: no forward saw a site, so there is nothing to know.
+        ValueError: some convolution saw no site, so its largest input is unknown.
     """
     seen: dict[SparseConv, Tensor] = {}
 
@@ -49,27 +49,28 @@ def calibrating(network: SparseUNet) -> Iterator[None]:
             stack.callback(conv.register_forward_pre_hook(observe).remove)
         yield
     if not all(conv in seen for conv in convs):
-        raise ValueError("calibration saw no site at some level; give images of which pixels are selected")
-    with torch.inference_mode(False):  # tensors of inference mode could not be changed later
+        raise ValueError("calibration saw no site at some level; give images in which pixels are selected")
+    with torch.inference_mode(False):  # inference-mode tensors could not be changed later
         for conv in convs:
             conv.input_max = seen[conv].clone()
 
 
 def step_of(conv: SparseConv) -> Tensor:
-    """What one unit of the 8-bit input is worth, ``float32 [C_in]``; next to nothing for channels never active."""
+    """Quantisation step of the 8-bit input, ``float32 [C_in]``; tiny but positive for channels never active."""
     assert conv.input_max is not None
     return conv.input_max.float().clamp_min(1e-6) / 255
 
 
 def quantised_weight(weight: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of 8 bits, and what 1 is worth then, ``float32 [C_out]``.
+    """Rounds weights to 8 bits.
 
     Args:
         weight: ``float32 [T, C_in, C_out]``.
-        step: of the inputs, see :func:`step_of`.
+        step: of the inputs, ``float32 [C_in]``, see :func:`step_of`.
 
     Returns:
-        ``int8 [T, C_in, C_out]``, and the outputs' steps.
+        The weights, ``int8 [T, C_in, C_out]``, and their steps, ``float32 [C_out]``: a sum of products times the step
+        is the output.
     """
     folded = weight.detach() * step[None, :, None]
     scale = (folded.abs().amax((0, 1)) / 127).clamp_min(1e-30)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sites:
-    """N selected pixels of a batch of equally large images, sorted by (batch, row, column), without repeats.
+    """N selected pixels of a batch of images of one size, sorted by (batch, row, column), without duplicates.
 
     Attributes:
         coords: ``int32 [N, 3]``: batch, row, column.
@@ -19,7 +19,7 @@ class Sites:
         width: W [px].
 
     Raises:
-        ValueError: another shape or dtype of the coordinates. Their values are not looked at.
+        ValueError: the coordinates have another shape or dtype. Their values are not checked.
     """
 
     coords: Tensor
@@ -65,7 +65,7 @@ class Sites:
         """Values of ``image``, ``[B, C, H, W]``, at the sites: ``[N, C]``."""
         if image.shape[0] != self.batch_size or image.shape[2:] != (self.height, self.width):
             raise ValueError(
-                f"image is {tuple(image.shape)}, the sites are of "
+                f"image is {tuple(image.shape)}, the sites belong to "
                 f"[{self.batch_size}, C, {self.height}, {self.width}]; expected the same batch, height and width"
             )
         batch, row, column = self.coords.long().unbind(1)
@@ -77,17 +77,17 @@ class Sites:
 
 @dataclass(frozen=True)
 class PaddedSites:
-    """Room for a fixed number of sites, whatever the image: what a CUDA graph holds.
+    """A fixed number of sites, independent of the image, as CUDA graphs require. The last ones may be padding.
 
     Attributes:
-        rows: all of them as sites. Those past ``count`` are padding, with coordinates 0.
-        count: ``int32 [1]`` on the device: rows in use.
+        rows: all sites, padding included. Sites past ``count`` are padding and have coordinates 0.
+        count: ``int32 [1]`` on the device: number of rows in use.
     """
 
     rows: Sites
     count: Tensor
 
     def first(self, count: int) -> Sites:
-        """The sites in use, in memory of their own, for a host that knows how many they are."""
+        """The first ``count`` sites, copied. Pass the number in use, read from the device."""
         rows = self.rows
         return Sites(rows.coords[:count].clone(), rows.batch_size, rows.height, rows.width)

@@ -1,4 +1,4 @@
-"""The sparse U-Net: residual blocks on sites, down and up again."""
+"""The sparse U-Net: an encoder and a decoder of residual blocks, computed at the sites."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sparserefine.sparse.plan import DownKind, Plan, PlanSpec, Stencil
 
 
 class SparseUNet(nn.Module):
-    """Sparse residual U-Net: the same layers as a dense one, computed at the sites only.
+    """Sparse residual U-Net: the layers of a dense U-Net, computed at the sites only.
 
     Args:
-        in_channels: input features of a site.
+        in_channels: input features per site.
         num_classes: K.
         planes: channels of each level.
-        blocks: residual blocks of each level and direction.
-        down: kind of down-sampling; ``plan`` must be built for it.
+        blocks: residual blocks per level, in the encoder and again in the decoder.
+        down: kind of down-sampling; plans must be built for the same kind.
     """
 
     def __init__(
@@ -42,13 +42,17 @@ class SparseUNet(nn.Module):
         self.head = nn.Linear(planes[0], num_classes)
 
     def forward(self, features: Tensor, plan: Plan) -> Tensor:
-        """``[N, in_channels]``, plan of the N sites -> logits ``[N, K]``."""
+        """Features ``[N, in_channels]`` and the plan of the N sites -> logits ``[N, K]``.
+
+        Raises:
+            ValueError: the plan was built for another network.
+        """
         if plan.spec != self.spec:
             raise ValueError(f"plan was built for {plan.spec}, this network needs {self.spec}")
         x = self.stem(features, plan.levels[0].around)
         skips: list[Tensor] = []
         for depth, level in enumerate(plan.levels):
-            x = _through(self.descend[depth], x, level.around)
+            x = _run_blocks(self.descend[depth], x, level.around)
             if level.down is not None:
                 skips.append(x)
                 x = self.down_convs[depth](F.relu(self.down_norms[depth](x), inplace=True), level.down)
@@ -57,32 +61,33 @@ class SparseUNet(nn.Module):
             assert level.down is not None
             x = self.up_convs[depth](F.relu(self.up_norms[depth](x), inplace=True), level.down.transposed())
             x = torch.cat([skips.pop(), x], dim=1)
-            x = _through(self.ascend[depth], x, level.around)
+            x = _run_blocks(self.ascend[depth], x, level.around)
         logits: Tensor = self.head(F.relu(self.head_norm(x), inplace=True))
         return logits
 
     def macs(self, plan: Plan) -> int:
-        """Multiply-accumulates of one forward, a missing neighbour counted like a present one (it is multiplied)."""
+        """Multiply-accumulates of one forward pass. Missing neighbours count too: they are multiplied as zero rows."""
         return self.macs_of([len(level.sites) for level in plan.levels])
 
     def macs_of(self, sites: Sequence[int]) -> int:
-        """The same from the number of sites of each level, full size first."""
-        total = _rows(self.stem, sites[0]) + self.head.weight.numel() * sites[0]
+        """Like :meth:`macs`, from the number of sites at each level, full size first."""
+        total = _macs_of_layer(self.stem, sites[0]) + self.head.weight.numel() * sites[0]
         for depth, n in enumerate(sites):
-            total += sum(_rows(module, n) for module in self.descend[depth].modules())
+            total += sum(_macs_of_layer(module, n) for module in self.descend[depth].modules())
             if depth + 1 < len(sites):
-                total += sum(_rows(module, n) for module in self.ascend[depth].modules())
+                total += sum(_macs_of_layer(module, n) for module in self.ascend[depth].modules())
                 coarser = sites[depth + 1]
-                total += _rows(self.down_convs[depth], coarser)
-                # `cell`: every site has one parent, so only the parents are multiplied; see gemm_gather.
-                total += _rows(self.up_convs[depth], n if self.spec.down == "paper" else coarser)
+                total += _macs_of_layer(self.down_convs[depth], coarser)
+                # With `cell`, every site has one parent and only the parents are multiplied; see gemm_gather.
+                total += _macs_of_layer(self.up_convs[depth], n if self.spec.down == "paper" else coarser)
         return total
 
 
 def is_packable(network: nn.Module) -> TypeGuard[SparseUNet]:
-    """Whether an engine may run the network as a whole: in evaluation mode, of our layers only, without hooks.
+    """Whether an engine may run the whole network at once: in evaluation mode, with our layers only, without hooks.
 
-    Hooks want to be called, and synchronised normalisation layers (``convert_sync_batchnorm``) are another library's.
+    A packed network would not call hooks, and synchronised normalisation layers (``convert_sync_batchnorm``) are
+    torch's.
     """
     modules = list(network.modules())
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
@@ -94,11 +99,11 @@ def _blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
     return nn.ModuleList(ResidualBlock(c_in if i == 0 else c_out, c_out) for i in range(count))
 
 
-def _through(blocks: nn.Module, x: Tensor, around: Stencil) -> Tensor:
+def _run_blocks(blocks: nn.Module, x: Tensor, around: Stencil) -> Tensor:
     for block in blocks.children():
         x = block(x, around)
     return x
 
 
-def _rows(module: nn.Module, rows: int) -> int:
+def _macs_of_layer(module: nn.Module, rows: int) -> int:
     return rows * module.weight.numel() if isinstance(module, (SparseConv, nn.Linear)) else 0

@@ -1,1 +1,1 @@
-"""Engine ``cpu``: the sparse network on compiled kernels (``native/``), for inference and training on the CPU."""
+"""Engine ``cpu``: compiled kernels (``native/``) for inference and training on the CPU."""

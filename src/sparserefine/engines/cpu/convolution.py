@@ -1,4 +1,4 @@
-"""The primitive on compiled kernels, with gradients: operators of ``torch.library``, as those of the torch engine."""
+"""The primitive on compiled kernels, with gradients, as ``torch.library`` operators like those of the torch engine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ from sparserefine.engines.cpu.kernels import kernels
 from sparserefine.sparse.epilogue import Epilogue
 
 Relation = tuple[Tensor, Tensor, list[int]]
-"""Table, rows, counts. Without counts: ``table [N_out, T]``. With them the outputs are ``rows``, parity by parity, and
-``table`` is flat, one ``[count, taps]`` after the other: the transposed convolution, see ``Between.parities``."""
+"""Table, rows and counts of a convolution.
+
+If counts are empty, the table is ``[N_out, T]`` and rows are unused. Otherwise it is a transposed convolution: rows are
+the outputs, grouped by parity, counts are the sizes of the groups, and the table is flat, one ``[count, taps]`` per
+group after the other (``Between.parities``).
+"""
 
 
 def parity_taps(taps: int) -> tuple[list[int], ...]:
-    """Taps of the transposed convolution that reach sites of (even, odd) row x (even, odd) column, in this order."""
+    """The taps of a transposed convolution that reach sites of each parity.
+
+    In order (row, column): (even, even), (even, odd), (odd, even), (odd, odd).
+    """
     return ([0, 2, 6, 8], [1, 7], [3, 5], [4]) if taps == 9 else ([0], [1], [2], [3])
 
 
@@ -33,7 +40,7 @@ def cpu_conv(
     mirrored: bool,
     instruction_set: str,
 ) -> Tensor:
-    """``y[n] = sum_t x[table[n, t]] @ weight[t]``; ``back_*`` is the transposed relation, for the gradients."""
+    """``y[n] = sum_t x[table[n, t]] @ weight[t]``. ``back_*`` describe the transposed relation, for the gradients."""
     kernel, x, weight = kernels(instruction_set), x.contiguous(), weight.contiguous()
     n = len(rows) if counts else len(table)
     y = x.new_empty(n, weight.shape[2])
@@ -86,10 +93,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
         flipped = weight.flip(0) if ctx.mirrored else weight
-        forth, back = (table, rows, ctx.counts), (back_table, back_rows, ctx.back_counts)
-        grad_x = cpu_conv(grad, flipped.transpose(1, 2), *back, *forth, ctx.mirrored, ctx.isa)
+        forward, transposed = (table, rows, ctx.counts), (back_table, back_rows, ctx.back_counts)
+        grad_x = cpu_conv(grad, flipped.transpose(1, 2), *transposed, *forward, ctx.mirrored, ctx.isa)
     if ctx.needs_input_grad[1]:
-        if ctx.counts:  # seen from the inputs, which have all taps, it is the gradient of the transposed weight
+        if ctx.counts:  # the transposed relation has all its taps
             grad_weight = cpu_conv_weight(grad, x, back_table, ctx.isa).transpose(1, 2)
         else:
             grad_weight = cpu_conv_weight(x, grad, table, ctx.isa)

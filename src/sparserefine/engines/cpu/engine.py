@@ -1,4 +1,4 @@
-"""The CPU engine: compiled kernels for float32 on the CPU; what it lacks it inherits from the torch engine."""
+"""The CPU engine: compiled kernels for float32 on the CPU. It inherits everything else from the torch engine."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from sparserefine.sparse.quantisation import is_calibrated
 from sparserefine.sparse.sites import PaddedSites, Sites
 from sparserefine.sparse.unet import SparseUNet, is_packable
 
-_SAMPLE = 64  # values of each parameter that are compared
+_SAMPLED_VALUES = 64  # how many values of each parameter are compared, at least
 
 
 class CpuEngine(TorchEngine):
-    """Engine ``cpu``. Tensors of other devices and other dtypes than float32 go to the torch engine's code.
+    """Engine ``cpu``. Tensors on other devices or of other dtypes than float32 fall back to the torch engine.
 
     Args:
-        instruction_set: ``avx512``, ``avx2`` or ``generic``; by default the best one that runs here.
+        instruction_set: ``avx512``, ``avx2`` or ``generic``; default: the best one that this processor runs.
 
     Raises:
-        sparserefine.sparse.interface.Unavailable: the kernels were not built or do not run here.
+        sparserefine.sparse.interface.Unavailable: the kernels were not built or do not run on this machine.
     """
 
     name = "cpu"
@@ -43,20 +43,20 @@ class CpuEngine(TorchEngine):
         )
 
     def __reduce__(self) -> tuple[type[CpuEngine], tuple[str]]:
-        return type(self), (self.kernels.library.name,)  # for copy and pickle; packed weights stay here
+        return type(self), (self.kernels.library.name,)  # for copy and pickle, which leave packed weights out
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
-        """Plan of the sites; its tables are made when they are first read."""
+        """The plan of the sites. Its tables are made when first read."""
         if sites.coords.device.type != "cpu":
             return super().geometry(sites, spec)
         return build_grid_plan(sites, spec, self.name, self.kernels)
 
     def prepare(self, network: torch.nn.Module) -> PackedNetwork | None:  # type: ignore[override]
-        """The network packed, once for as long as its parameters stay what they are; ``None`` for what is not packed.
+        """The packed network, or ``None`` if the network cannot be packed. Repacked only when parameters changed.
 
-        Packed is :class:`SparseUNet` in evaluation mode, float32 on the CPU. Parameters are watched by address, version
-        and a sample of their values; tensors made in inference mode have no version: such networks are not packed, nor
-        are those with hooks, which want to be called.
+        Packs a :class:`SparseUNet` in evaluation mode, float32 on the CPU. Changes are detected by the address, version
+        and a sample of the values of each parameter. Networks made in inference mode are not packed (their tensors have
+        no version), nor are networks with hooks (a packed network would not call them).
         """
         if not is_packable(network):
             return None
@@ -65,11 +65,11 @@ class CpuEngine(TorchEngine):
             return None
         if any(t.is_floating_point() and t.dtype != torch.float32 for t in tensors):
             return None
-        # Running statistics change without a new version; the count of batches beside them has one.
+        # Running statistics change without a new version, but the batch counter next to them gets one.
         state = tuple((t.data_ptr(), t._version) for t in tensors)
-        # And writing through `.data` makes no version at all; optimisers and averages of weights did so once.
+        # Writing through `.data`, as older optimisers and weight averages do, changes no version: compare some values.
         with torch.no_grad():
-            sample = torch.cat([t.flatten()[:: max(1, t.numel() // _SAMPLE)].float() for t in tensors])
+            sample = torch.cat([t.flatten()[:: max(1, t.numel() // _SAMPLED_VALUES)].float() for t in tensors])
         known = self._packed.get(network)
         if known is None or known[0] != state or not torch.equal(known[1], sample):
             known = (state, sample, PackedNetwork(network, self.kernels, int8=self.int8))
@@ -77,45 +77,48 @@ class CpuEngine(TorchEngine):
         return known[2]
 
     def uncertainty(self, coarse: Coarse) -> tuple[Tensor, Tensor]:
-        """Labels and entropy at full size, in one pass."""
-        if _plain(*coarse.logits):
+        """Labels and entropy [nats] at full size, in one pass."""
+        if _supported(*coarse.logits):
             return fused.uncertainty(self.kernels.library, coarse)
         return super().uncertainty(coarse)
 
     def sample(self, coarse: Coarse, coords: Tensor) -> Tensor:
         """Full-resolution logits at the sites, ``float32 [N, K]``."""
-        if _plain(*coarse.logits):
+        if _supported(*coarse.logits):
             return fused.sample(self.kernels.library, coarse, coords)
         return super().sample(coarse, coords)
 
     def pixels(self, image: Tensor, coords: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
-        if _plain(image, scale, shift) and image.dtype in (torch.uint8, torch.float32):
+        if _supported(image, scale, shift) and image.dtype in (torch.uint8, torch.float32):
             return fused.gather_normalised(self.kernels.library, image.contiguous(), coords, scale, shift)
         return super().pixels(image, coords, scale, shift)
 
     def gated(
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
     ) -> Tensor | None:
-        """What :class:`sparserefine.stages.ensembler.GatedEnsembler` computes; ``None`` where a gradient is wanted."""
+        """The result of :class:`sparserefine.stages.ensembler.GatedEnsembler`; ``None`` if no kernel applies."""
         tensors = (coarse, sparse, *gate, *fuser)
-        if not _plain(*tensors) or any(t.dtype != torch.float32 for t in tensors):
+        if not _supported(*tensors) or any(t.dtype != torch.float32 for t in tensors):
             return None
         return gated(self.kernels.library, coarse.contiguous(), sparse.contiguous(), gate, fuser, residual)
 
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
-        """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
-        if isinstance(sites, Sites) and _plain(labels, logits) and logits.dtype == torch.float32:
+        """Writes the class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites.
+
+        If several logits are equal, the first class wins.
+        """
+        if isinstance(sites, Sites) and _supported(labels, logits) and logits.dtype == torch.float32:
             fused.scatter_argmax(self.kernels.library, logits.detach().contiguous(), sites.coords, labels)
         else:
             super().write_labels(labels, logits, sites)
 
 
 class Int8Engine(CpuEngine):
-    """Engine ``cpu-int8``: as ``cpu``, with calibrated networks in 8 bits (:mod:`sparserefine.sparse.quantisation`).
+    """Engine ``cpu-int8``: like ``cpu``, with calibrated networks in 8 bits (:mod:`sparserefine.sparse.quantisation`).
 
     Raises:
-        sparserefine.sparse.interface.Unavailable: as for ``cpu``, or the processor has no AVX-512 VNNI.
+        sparserefine.sparse.interface.Unavailable: engine ``cpu`` is, or the processor has no AVX-512 VNNI.
     """
 
     name, int8 = "cpu-int8", True
@@ -126,7 +129,7 @@ class Int8Engine(CpuEngine):
             raise Unavailable(f"{self.kernels.library.name} on this processor has no 8-bit products (AVX-512 VNNI)")
 
     def prepare(self, network: torch.nn.Module) -> PackedNetwork | None:  # type: ignore[override]
-        """As of ``cpu``.
+        """Like :meth:`CpuEngine.prepare`.
 
         Raises:
             ValueError: the network is not calibrated.
@@ -138,6 +141,6 @@ class Int8Engine(CpuEngine):
         return super().prepare(network)
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """On the CPU, and no gradient is wanted of them: what the compiled kernels are for."""
+def _supported(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels support these tensors: on the CPU, and no gradient is required."""
     return all(t.device.type == "cpu" and not (t.requires_grad and torch.is_grad_enabled()) for t in tensors)

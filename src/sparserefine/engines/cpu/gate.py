@@ -32,20 +32,20 @@ def gated(
         library: the kernels.
         coarse: ``float32 [N, K]``, contiguous.
         sparse: ``float32 [N, K]``, contiguous.
-        gate: 2 (K + 1) -> hidden -> 1.
-        fuser: K -> hidden -> K; the width of its hidden layer may be another one.
-        residual: whether the blend is added to what the fuser makes of it.
+        gate: weights of the perceptron 2 (K + 1) -> hidden -> 1.
+        fuser: weights of the perceptron K -> hidden -> K, with its own hidden width.
+        residual: whether to add the blend to the output of the fuser.
 
     Returns:
         ``float32 [N, K]``.
 
     Raises:
-        ValueError: another dtype, shape or device than promised: the kernel would read where nothing is.
+        ValueError: a tensor has another dtype, shape or device; the kernel would read out of bounds.
     """
     if coarse.dim() != 2 or coarse.shape != sparse.shape or coarse.shape[1] < 1:
         raise ValueError(
             f"coarse logits are {tuple(coarse.shape)}, sparse ones {tuple(sparse.shape)}; "
-            "expected [N, K] of both, K of at least 1"
+            "expected [N, K] for both, K at least 1"
         )
     sites, classes = coarse.shape
     of_gate = _mlp(gate, "gate", 2 * (classes + 1), 1)
@@ -77,7 +77,7 @@ def _mlp(weights: Perceptron, name: str, inputs: int, outputs: int) -> Mlp:
         if tensor.shape != shape or hidden < 1:
             raise ValueError(
                 f"{which} of the {name} is {tuple(tensor.shape)}, expected {list(shape)}, "
-                f"that of a perceptron {inputs} -> hidden -> {outputs}"
+                f"as in a perceptron {inputs} -> hidden -> {outputs}"
             )
     addresses = (pointer(t, torch.float32, f"{which} of the {name}") for t, which in zip(weights, names, strict=True))
     return Mlp(*addresses, hidden)

@@ -1,4 +1,7 @@
-"""Plans of the CPU engine: a bit a cell and running counts instead of index images; tables are made when first read."""
+"""Plans of the CPU engine: one bit per cell and running counts instead of index images.
+
+Tables are made when they are first read.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from sparserefine.sparse.sites import Sites
 
 
 class Cells:
-    """The active cells of one level, and the tables that follow from them alone.
+    """The active cells of one level, and the tables that depend only on them.
 
     Attributes:
         sites: the cells.
@@ -37,7 +40,7 @@ class Cells:
         """The finest level.
 
         Raises:
-            ValueError: sites out of the image, repeated or not sorted.
+            ValueError: sites are out of the image, repeated or not sorted.
         """
         cells = cls(kernels, sites.batch_size, sites.height, sites.width)
         coords = sites.coords.contiguous()
@@ -52,7 +55,7 @@ class Cells:
         return cells
 
     def coarser(self, down: DownKind) -> Cells:
-        """The next level."""
+        """The next coarser level."""
         size = (coarser_size(side, down) for side in (self.sites.height, self.sites.width))
         cells = Cells(self.kernels, self.sites.batch_size, *size)
         n = self.kernels.grid_coarser(byref(self.grid), byref(cells.grid), kernel_size(down), torch.get_num_threads())
@@ -70,12 +73,12 @@ class Cells:
 
     @cached_property
     def tiles(self) -> Tiles:
-        """Tiles of 4x4 cells, with the ring around each."""
+        """Tiles of 4x4 cells, each with the ring of cells around it."""
         return self._tiles(with_quarters=False)
 
     @cached_property
     def quarters(self) -> Tiles:
-        """The same with the list of non-empty quarters."""
+        """The same tiles, with the list of their non-empty quarters."""
         return self._tiles(with_quarters=True)
 
     def _tiles(self, *, with_quarters: bool) -> Tiles:
@@ -85,7 +88,7 @@ class Cells:
         n = len(self.sites)
         self.kernels.grid_tiles(grid, n, counts.data_ptr(), totals.data_ptr(), None, None, threads)
         tiles, quarters = totals.tolist()
-        # At least one row: a null pointer asks for the counts.
+        # At least one row, because a null pointer would ask for the counts.
         table = torch.empty(max(1, tiles), 36, dtype=torch.int32)
         listed = torch.empty(quarters, dtype=torch.int32) if with_quarters else None
         self.kernels.grid_tiles(
@@ -95,14 +98,14 @@ class Cells:
 
 
 class Between:
-    """Two neighbouring levels, and the tables of the convolution down and of the transposed one up."""
+    """Two adjacent levels, with the tables of the convolution down and of the transposed convolution up."""
 
     def __init__(self, fine: Cells, coarse: Cells, down: DownKind) -> None:
         self.fine, self.coarse, self.size = fine, coarse, kernel_size(down)
 
     @cached_property
     def children(self) -> Tensor:
-        """``int32 [N_coarse, T]``: rows of the finer level."""
+        """``int32 [N_coarse, T]``: the rows in the finer level that each coarse cell reads."""
         table = torch.empty(len(self.coarse.sites), self.size**2, dtype=torch.int32)
         self.fine.kernels.grid_children(
             byref(self.fine.grid), byref(self.coarse.grid), self.size, len(self.fine.sites), table.data_ptr(),
@@ -112,7 +115,7 @@ class Between:
 
     @cached_property
     def parents(self) -> Tensor:
-        """``int32 [N_fine, T]``: rows of the coarser level. Inference and training do not need it."""
+        """``int32 [N_fine, T]``: the rows in the coarser level. This engine's own kernels do not need it."""
         n_coarse = len(self.coarse.sites)
         table = torch.full((len(self.fine.sites), self.size**2), n_coarse, dtype=torch.int32)
         self.fine.kernels.grid_parents(
@@ -127,15 +130,17 @@ class Between:
 
     @cached_property
     def parities(self) -> tuple[Tensor, list[int], Tensor]:
-        """The transposed convolution by parity: sites ``int32 [N_fine]``, how many of each parity, and their parents.
+        """The transposed convolution by parity of the sites' row and column.
 
-        The parents are one flat ``int32`` table after the other, ``[count, taps]`` each; see
-        :func:`sparserefine.engines.cpu.convolution.parity_taps`.
+        Returns:
+            Sites ``int32 [N_fine]``, grouped by parity; the size of each group; and a flat ``int32`` table of their
+            parents, ``[count, taps]`` per group after the other. For the taps see
+            :func:`sparserefine.engines.cpu.convolution.parity_taps`.
         """
         n = len(self.fine.sites)
         counts, rows = torch.empty(4, dtype=torch.int64), torch.empty(n, dtype=torch.int32)
         offsets = torch.empty(self.fine.grid.batch * self.fine.grid.height, 2, dtype=torch.int64)
-        # At most 4 taps (3x3), or one (2x2).
+        # At most 4 taps per site (3x3), or exactly one (2x2).
         table = torch.empty(n * (4 if self.size == 3 else 1), dtype=torch.int32)
         self.fine.kernels.grid_parities(
             byref(self.fine.grid), byref(self.coarse.grid), self.size, len(self.coarse.sites), offsets.data_ptr(),
@@ -145,7 +150,7 @@ class Between:
 
 
 class Around(Stencil):
-    """The submanifold stencil of a level; its tables are made when they are first read."""
+    """The submanifold stencil of a level. Its tables are made when first read."""
 
     def __init__(self, cells: Cells) -> None:
         self.__dict__.update(cells=cells, mirrored=True)
@@ -172,21 +177,21 @@ class Around(Stencil):
         return 9
 
     def conv(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See :meth:`Stencil.conv`: compiled in float32 on the CPU, else the torch engine's code."""
+        """See :meth:`Stencil.conv`. Compiled for float32 on the CPU, otherwise falls back to the torch engine."""
         return _conv(x, weight, self)
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
         """Arguments of :func:`sparserefine.engines.cpu.convolution.cpu_conv`."""
-        relation = _plain(self.table)
+        relation = _whole_table(self.table)
         return (x, weight, *relation, *relation, True, self.cells.kernels.library.name)
 
     def transposed(self) -> Around:
-        """Itself: it is its own transpose but for the order of the taps."""
+        """The stencil itself: its transpose differs only in the order of the taps."""
         return self
 
 
 class Across(Stencil):
-    """The stencil between two levels, down or up; its tables are made when they are first read."""
+    """The stencil between two levels, down or up. Its tables are made when first read."""
 
     def __init__(self, between: Between, *, up: bool) -> None:
         self.__dict__.update(between=between, mirrored=False, up=up)
@@ -206,18 +211,18 @@ class Across(Stencil):
 
     @property
     def single(self) -> Tensor | None:
-        """See :class:`Stencil`: of ``cell``, upwards."""
+        """See :class:`Stencil`. Set for up-sampling by ``cell``."""
         return self._single() if self.up else None
 
     @property
     def reverse_single(self) -> Tensor | None:
-        """See :class:`Stencil`."""
+        """See :class:`Stencil`. Set for down-sampling by ``cell``."""
         return None if self.up else self._single()
 
     def _single(self) -> Tensor | None:
         if self.between.size != 2:
             return None
-        parent, tap = self.between.parents.min(1)  # the missing ones are the largest
+        parent, tap = self.between.parents.min(1)  # missing entries hold the largest number
         return (parent * 4 + tap).to(torch.int32)
 
     @property
@@ -236,15 +241,15 @@ class Across(Stencil):
         return self.between.size**2
 
     def conv(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See :meth:`Stencil.conv`: compiled in float32 on the CPU, else the torch engine's code."""
+        """See :meth:`Stencil.conv`. Compiled for float32 on the CPU, otherwise falls back to the torch engine."""
         return _conv(x, weight, self)
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
         """Arguments of :func:`sparserefine.engines.cpu.convolution.cpu_conv`."""
         rows, counts, parents = self.between.parities
-        up, down = (parents, rows, counts), _plain(self.between.children)
-        forth, back = (up, down) if self.up else (down, up)
-        return (x, weight, *forth, *back, False, self.between.fine.kernels.library.name)
+        up, down = (parents, rows, counts), _whole_table(self.between.children)
+        forward, transposed = (up, down) if self.up else (down, up)
+        return (x, weight, *forward, *transposed, False, self.between.fine.kernels.library.name)
 
     def transposed(self) -> Across:
         """The stencil of the other direction."""
@@ -258,18 +263,20 @@ def _conv(x: Tensor, weight: Tensor, stencil: Around | Across) -> Tensor:
     return y
 
 
-def _plain(table: Tensor) -> Relation:
+def _whole_table(table: Tensor) -> Relation:
     return table, table.new_empty(0), []
 
 
 def build_grid_plan(sites: Sites, spec: PlanSpec, engine: str, kernels: Kernels) -> Plan:
-    """Plan of sites on the CPU: the same numbers as :func:`sparserefine.engines.reference.geometry.build_plan`.
+    """Builds the plan of sites on the CPU.
+
+    Its tables equal those of :func:`sparserefine.engines.reference.geometry.build_plan`.
 
     Args:
-        sites: of the finest level.
-        spec: levels and kind of down-sampling.
-        engine: name of the engine that asks.
-        kernels: what computes.
+        sites: sites of the finest level.
+        spec: number of levels and kind of down-sampling.
+        engine: name of the engine, stored in the plan.
+        kernels: the compiled kernels.
     """
     cells = Cells.of_sites(kernels, sites)
     levels = []

@@ -1,4 +1,4 @@
-"""The compiled kernels as Python functions: checks before each call."""
+"""The compiled kernels as Python methods, which check their arguments before each call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from sparserefine.sparse.epilogue import Epilogue
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of Winograd's convolution: ``int32 [tiles, 36]``, and the non-empty quarters, ``int32``, if asked for."""
+    """Tiles of a Winograd convolution.
+
+    Attributes:
+        table: ``int32 [tiles, 36]``: rows of the 6x6 cells of each tile.
+        quarters: ``int32``, ``4 tile + quarter`` of each non-empty quarter; ``None`` if not requested.
+    """
 
     table: Tensor
     quarters: Tensor | None
@@ -24,15 +29,15 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Packed:
-    """Weights as a kernel reads them.
+    """Weights in the layout of a kernel.
 
     Attributes:
-        data: ``float32``, an order of the kernel's own.
-        taps: T; of Winograd's convolution 9.
+        data: ``float32``, in the kernel's own order.
+        taps: T; 9 for a Winograd convolution.
         c_in: input channels.
         c_out: output channels.
         tile: 4 or 2 for Winograd's F(4x4) or F(2x2), 0 for the indirect GEMM.
-        instruction_set: whose order it is.
+        instruction_set: name of the instruction set that the layout is for.
     """
 
     data: Tensor
@@ -45,11 +50,11 @@ class Packed:
 
 @dataclass(frozen=True)
 class Int8Packed:
-    """Weights of 8 bits as the kernel reads them.
+    """8-bit weights in the layout of the kernel.
 
     Attributes:
-        data: ``int8``, an order of the kernel's own.
-        scale: ``float32 [C_out]``: what a sum of one is worth.
+        data: ``int8``, in the kernel's own order.
+        scale: ``float32 [C_out]``: factor from integer sums to outputs.
         taps: T.
         c_in: input channels.
         c_out: output channels.
@@ -95,7 +100,11 @@ class Kernels:
         self.grid_tiles = function("sr_grid_tiles", g, i, p, p, p, p, i)
 
     def pack(self, weight: Tensor, tile: int = 0) -> Packed:
-        """``float32 [T, C_in, C_out]`` as :meth:`convolve` reads it; ``tile`` 4 or 2: as :meth:`winograd` does."""
+        """Packs ``float32 [T, C_in, C_out]`` for :meth:`convolve`, or with ``tile`` 4 or 2 for :meth:`winograd`.
+
+        Raises:
+            ValueError: the weight has another shape, dtype or device, or the tile is not 0, 2 or 4.
+        """
         if weight.dim() != 3 or min(weight.shape) < 1 or (tile and weight.shape[0] != 9) or tile not in (0, 2, 4):
             raise ValueError(
                 f"weight is {tuple(weight.shape)}, tile {tile}; expected [T, C_in, C_out], T = 9 for tile 4 or 2"
@@ -111,7 +120,7 @@ class Kernels:
         return Packed(data, taps, c_in, c_out, tile, self.library.name)
 
     def scratch_floats(self, packed: Packed, count: int) -> int:
-        """Floats that a convolution of ``count`` rows, tiles or quarters needs besides its operands."""
+        """Scratch memory [floats] of a convolution over ``count`` rows, tiles or quarters."""
         threads = torch.get_num_threads()
         if packed.tile:
             return threads * int(self._winograd_scratch(packed.tile, count, packed.c_in, packed.c_out, threads))
@@ -131,16 +140,16 @@ class Kernels:
         """Indirect GEMM: ``v[n] = sum_t x[table[n, t]] @ W[t]``, finished by ``epilogue``.
 
         Args:
-            x: ``float32 [N_in, C_in]``, rows may lie apart.
-            table: ``int32 [n, T]``, ``N_in`` where there is none; ``None``: row n reads row n.
-            packed: of :meth:`pack`, ``tile`` 0.
-            epilogue: where results go.
-            num_outputs: rows of the results' tensors.
-            rows: ``int32 [n]``: where in them results go; ``None``: row n.
-            scratch: at least :meth:`scratch_floats`.
+            x: ``float32 [N_in, C_in]``, with any row stride.
+            table: ``int32 [n, T]``, ``N_in`` where there is no neighbour; ``None``: row n reads row n.
+            packed: weights from :meth:`pack` with ``tile`` 0.
+            epilogue: what to add to the results and where to store them.
+            num_outputs: number of rows of the output tensors.
+            rows: ``int32 [n]``, output row of each result; ``None``: row n.
+            scratch: at least :meth:`scratch_floats`; ``None``: allocated.
 
         Raises:
-            IndexError: a table or ``rows`` points outside.
+            IndexError: ``table`` or ``rows`` has entries out of range.
         """
         n = len(x) if table is None else table.shape[0]
         if table is not None and tuple(table.shape) != (n, packed.taps):
@@ -160,15 +169,15 @@ class Kernels:
             packed.data.data_ptr(), packed.c_out, pointer(rows, torch.int32, "rows"), num_outputs, _bind(epilogue),
             zeros.data_ptr(), scratch.data_ptr(), threads,
         )  # fmt: skip
-        _raise(self._convolve(call), "table")
+        _raise_on_error(self._convolve(call), "table")
 
     def winograd(
         self, x: Tensor, tiles: Tiles, packed: Packed, epilogue: Epilogue, *, scratch: Tensor | None = None
     ) -> None:
-        """Submanifold 3x3 convolution on tiles: F(4x4, 3x3), or F(2x2, 3x3) on their quarters, as ``packed`` says.
+        """Submanifold 3x3 convolution on tiles: F(4x4, 3x3), or F(2x2, 3x3) on their quarters if ``packed.tile`` is 2.
 
         Raises:
-            IndexError: a table points outside.
+            IndexError: a table has entries out of range.
         """
         if tiles.table.dim() != 2 or tiles.table.shape[1] != 36:
             raise ValueError(f"tiles are {tuple(tiles.table.shape)}, expected [tiles, 36]")
@@ -183,10 +192,10 @@ class Kernels:
             pointer(quarters, torch.int32, "quarters"), len(tiles.table), count, packed.tile, packed.data.data_ptr(),
             packed.c_out, _bind(epilogue), zeros.data_ptr(), scratch.data_ptr(), threads,
         )  # fmt: skip
-        _raise(self._winograd(call), "tiles")
+        _raise_on_error(self._winograd(call), "tiles")
 
     def pack_int8(self, weight: Tensor, scale: Tensor) -> Int8Packed:
-        """``int8 [T, C_in, C_out]`` and the outputs' ``float32 [C_out]`` as :meth:`convolve_int8` reads them.
+        """Packs ``int8 [T, C_in, C_out]`` and the outputs' scale ``float32 [C_out]`` for :meth:`convolve_int8`.
 
         Raises:
             ValueError: shapes do not fit, or this processor lacks the instructions.
@@ -194,7 +203,7 @@ class Kernels:
         if not self.has_int8:
             raise ValueError(f"{self.library.name} on this processor has no 8-bit products (AVX-512 VNNI)")
         if weight.dim() != 3 or not 1 <= weight.shape[0] <= 9 or min(weight.shape) < 1:
-            raise ValueError(f"weight is {tuple(weight.shape)}, expected [T, C_in, C_out] with T of 1..9")
+            raise ValueError(f"weight is {tuple(weight.shape)}, expected [T, C_in, C_out] with T from 1 to 9")
         taps, c_in, c_out = weight.shape
         if scale.shape != (c_out,):
             raise ValueError(f"scale is {tuple(scale.shape)}, expected [{c_out}]")
@@ -216,15 +225,15 @@ class Kernels:
         """:meth:`convolve` in 8 bits: ``v[n] = scale * sum_t x[table[n, t]] @ W[t]``.
 
         Args:
-            x: ``uint8 [N_in + 1, C_in]``, rows a multiple of 4 bytes long; the last one zero.
-            table: ``int32 [n, T]``, ``N_in`` where there is none.
-            packed: of :meth:`pack_int8`.
-            epilogue: where results go.
-            num_outputs: rows of the results' tensors.
-            rows: ``int32 [n]``: where in them results go; ``None``: row n.
+            x: ``uint8 [N_in + 1, C_in]``, rows padded to a multiple of 4 bytes; the last row must be zero.
+            table: ``int32 [n, T]``, ``N_in`` where there is no neighbour.
+            packed: weights from :meth:`pack_int8`.
+            epilogue: what to add to the results and where to store them.
+            num_outputs: number of rows of the output tensors.
+            rows: ``int32 [n]``, output row of each result; ``None``: row n.
 
         Raises:
-            IndexError: a table or ``rows`` points outside.
+            IndexError: ``table`` or ``rows`` has entries out of range.
         """
         n = len(table)
         if x.dim() != 2 or x.dtype != torch.uint8 or x.shape[1] != packed.c_in or not len(x) or x.device.type != "cpu":
@@ -234,12 +243,12 @@ class Kernels:
         padded = -(-packed.c_in // 4) * 4
         if (x.stride(1) != 1 and packed.c_in > 1) or x.stride(0) < padded or len(x) * x.stride(0) >= 1 << 32:
             raise ValueError(
-                f"features have strides {x.stride()}, expected rows of at least {padded} bytes, channels side by side, "
-                "and less than 4 GiB in all; refine fewer pixels at a time (a budget), or use engine 'cpu'"
+                f"features have strides {x.stride()}, expected rows of at least {padded} bytes, contiguous channels, "
+                "and less than 4 GiB in total; refine fewer pixels at a time (set a budget), or use engine 'cpu'"
             )
         if x.untyped_storage().nbytes() < x.storage_offset() + (len(x) - 1) * x.stride(0) + padded:
             raise ValueError(
-                f"the last row of the features ends before {padded} bytes; expected whole fours of channels"
+                f"the last row of the features is shorter than {padded} bytes; expected rows padded to a multiple of 4"
             )
         if tuple(table.shape) != (n, packed.taps):
             raise ValueError(f"table is {tuple(table.shape)}, expected [n, {packed.taps}] for these weights")
@@ -253,13 +262,13 @@ class Kernels:
             packed.data.data_ptr(), packed.c_out, pointer(rows, torch.int32, "rows"), num_outputs,
             packed.scale.data_ptr(), _bind(epilogue), torch.get_num_threads(),
         )  # fmt: skip
-        _raise(self._convolve_int8(call), "table")
+        _raise_on_error(self._convolve_int8(call), "table")
 
     def weight_gradient(self, x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
         """``dW[t] = sum_n outer(x[table[n, t]], grad[n])``: ``float32 [T, C_in, C_out]``.
 
         Raises:
-            IndexError: the table points outside.
+            IndexError: the table has entries out of range.
         """
         if x.dim() != 2 or grad.dim() != 2 or table.dim() != 2 or len(grad) != len(table):
             shapes = [tuple(t.shape) for t in (x, grad, table)]
@@ -272,13 +281,13 @@ class Kernels:
             pointer(table, torch.int32, "table"), len(table), table.shape[1], result.data_ptr(), scratch.data_ptr(),
             threads,
         )  # fmt: skip
-        _raise(self._gradient(call), "table")
+        _raise_on_error(self._gradient(call), "table")
         return result
 
     def _check(
         self, x: Tensor, packed: Packed, epilogue: Epilogue, num_outputs: int, floats: int, scratch: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Refuses operands that would be read or written out of bounds; the row of zeros and the scratch memory."""
+        """Checks operands that could be accessed out of bounds. Returns the row of zeros and the scratch memory."""
         if packed.instruction_set != self.library.name:
             raise ValueError(f"weights packed for {packed.instruction_set}, expected {self.library.name}")
         _check_rows(x, "features", None, packed.c_in)
@@ -313,7 +322,7 @@ def _check_rows(
         wanted = f"[{'N' if n is None else n}, {channels}]"
         raise ValueError(
             f"{name} is {tensor.dtype} {tuple(tensor.shape)} of strides {tensor.stride()} on {tensor.device}; "
-            f"expected float32 {wanted} on the CPU, channels side by side"
+            f"expected float32 {wanted} on the CPU, contiguous channels"
         )
 
 
@@ -334,9 +343,11 @@ def _bind(epilogue: Epilogue) -> c.Epilogue:
     return bound
 
 
-def _raise(status: int, what: str) -> None:
+def _raise_on_error(status: int, what: str) -> None:
     if status:
-        raise IndexError(f"{what} points outside of its rows; expected 0..N, N for none: was it made for other sites?")
+        raise IndexError(
+            f"{what} has entries out of range; expected 0..N, N for a missing neighbour: was it made for other sites?"
+        )
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""Memory of a network's features: one block that is kept from forward to forward, and where in it each buffer lies."""
+"""Memory of a network's features: one block, reused by every forward pass, and the place of each buffer in it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from sparserefine.sparse.fused import Program, Step
 
-_ALIGNED = 16  # floats of a cache line
+_ALIGNED = 16  # floats per cache line
 
 
 class Scratch:
-    """Memory of a network's features: one block for each forward at a time, kept for the next one.
+    """Memory of a network's features: each running forward pass has a block, and the largest is kept for the next pass.
 
-    Fresh memory costs as much time as a convolution: the kernel of the system clears every page of it.
+    Fresh memory would cost as much time as a convolution, because the operating system clears every page of it.
     """
 
     def __init__(self) -> None:
@@ -28,11 +28,11 @@ class Scratch:
 
     @contextmanager
     def take(self, floats: int) -> Iterator[Tensor]:
-        """``float32 [>= floats]``, nobody else's until the end of the ``with``; then the largest block is kept."""
+        """A block ``float32 [>= floats]`` for exclusive use within the ``with`` statement."""
         with self._lock:
             block = self._idle.pop() if self._idle else None
         if block is None or block.numel() < floats:
-            # NumPy asks the system for large pages, torch does not.
+            # NumPy requests huge pages from the system, torch does not.
             block = torch.from_numpy(np.empty(floats, np.float32))
         try:
             yield block
@@ -41,20 +41,20 @@ class Scratch:
                 self._idle = [max([block, *self._idle], key=len)]
 
     def clear(self) -> None:
-        """Gives the kept block back to the system."""
+        """Frees the kept block."""
         with self._lock:
             self._idle = []
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a buffer, but for the number of rows.
+    """Shape and dtype of a buffer, without the number of rows.
 
     Attributes:
-        level: whose sites are the rows.
-        channels: of a row.
-        int8: ``uint8 [N + 1, C]``, rows of whole fours of channels, the last one zero: missing neighbours read it; or
-            ``float32 [N, C]``.
+        level: its sites are the rows.
+        channels: columns of each row.
+        int8: false: ``float32 [N, C]``. True: ``uint8 [N + 1, C]`` with rows padded to a multiple of 4 channels;
+            missing neighbours read the last row, which is zero.
     """
 
     level: int
@@ -62,12 +62,12 @@ class Shape:
     int8: bool
 
     def floats(self, rows: Sequence[int]) -> int:
-        """Memory in float32, for so many rows of each level."""
+        """Size of the buffer [floats], given the number of rows at each level."""
         n = rows[self.level]
         return padded((n + 1) * self._stride // 4 if self.int8 else n * self.channels)
 
     def view(self, block: Tensor, start: int, rows: Sequence[int]) -> Tensor:
-        """The buffer that lies in a block from ``start``."""
+        """The buffer at offset ``start`` [floats] of a block."""
         n, floats = rows[self.level], block[start : start + self.floats(rows)]
         if not self.int8:
             return floats[: n * self.channels].view(n, self.channels)
@@ -79,32 +79,32 @@ class Shape:
 
 
 class Layout:
-    """Which buffers of a program share memory.
+    """Assigns the buffers of a program to slots, and slots to memory.
 
-    Buffers of one shape that are not needed at the same time share a slot, and a result may take the place of the
-    residual that it is added to. Slots that are not needed at the same time may overlap in memory.
+    Buffers of the same shape that are never needed at the same time share a slot. A result may overwrite the residual
+    that it is added to. Slots that are never needed at the same time may overlap in memory.
 
     Args:
-        program: whose buffers they are, but for the result.
-        int8: buffers that may be rounded are of 8 bits.
+        program: its buffers are assigned, except the result.
+        int8: whether buffers that may be rounded have 8 bits.
 
     Attributes:
-        shapes: of the slots.
+        shapes: shape of each slot.
         slot_of: slot of each buffer.
     """
 
     def __init__(self, program: Program, *, int8: bool) -> None:
         self.shapes: list[Shape] = []
         self.slot_of: dict[int, int] = {}
-        alive: list[int] = []  # of each slot, a bit for each step
+        alive: list[int] = []  # per slot, a bit mask of the steps in which it is used
         begun: dict[int, int] = {}
         idle: dict[Shape, list[int]] = {}
         for number, step in enumerate(program.steps):
             for buffer in step.begins:
                 if buffer == program.result:
                     continue
-                of = program.buffers[buffer]
-                shape = Shape(of.level, of.channels, int8 and of.rounded)
+                wanted = program.buffers[buffer]
+                shape = Shape(wanted.level, wanted.channels, int8 and wanted.rounded)
                 slot = self._in_place(program, step, buffer, shape)
                 if slot is None and idle.get(shape):
                     slot = idle[shape].pop()
@@ -119,14 +119,14 @@ class Layout:
                 alive[slot] |= (2 << number) - (1 << begun[buffer])
                 if slot not in taken or buffer in step.begins:
                     idle.setdefault(self.shapes[slot], []).append(slot)
-        # Those that live long come first, the finer levels' before all: the deeper ones then fit into their gaps.
+        # Place finer levels first, and in each level the slots that live longest. Deeper levels then fit into the gaps.
         order = sorted(range(len(alive)), key=lambda slot: (self.shapes[slot].level, -alive[slot].bit_count()))
         self._order = [
             (slot, [other for other in order[:place] if alive[other] & alive[slot]]) for place, slot in enumerate(order)
         ]
 
     def _in_place(self, program: Program, step: Step, buffer: int, shape: Shape) -> int | None:
-        """The residual's slot, if this buffer may lie there."""
+        """The slot of the residual, if this buffer may overwrite it."""
         residual = step.residual
         if residual is None or residual == step.source or residual not in step.ends:
             return None
@@ -137,7 +137,7 @@ class Layout:
         return slot if whole and not taken and self.shapes[slot] == shape else None
 
     def starts(self, rows: Sequence[int]) -> tuple[list[int], int]:
-        """Where each slot begins, and the end of all, in float32, for so many rows of each level."""
+        """Offset of each slot and the total size [floats], given the number of rows at each level."""
         starts, sizes = [0] * len(self.shapes), [shape.floats(rows) for shape in self.shapes]
         for slot, others in self._order:
             start = 0
@@ -150,5 +150,5 @@ class Layout:
 
 
 def padded(floats: int) -> int:
-    """The next multiple of a cache line."""
+    """Rounds up to whole cache lines."""
     return -(-floats // _ALIGNED) * _ALIGNED

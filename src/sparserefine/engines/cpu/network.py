@@ -1,4 +1,4 @@
-"""Whole networks for inference: the steps of ``sparse/fused.py`` on weights that are packed once."""
+"""Runs whole networks for inference: the steps of ``sparse/fused.py``, with weights that are packed once."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from sparserefine.sparse.plan import Plan
 from sparserefine.sparse.quantisation import quantised_weight
 from sparserefine.sparse.unet import SparseUNet
 
-# Channels below which transforming tiles costs more than the multiplications that it saves, and the product of both
-# widths above which F(4x4)'s weights, four times the size of the convolution's own, cost more than they save.
+# With fewer channels, Winograd's transforms cost more than the multiplications that they save.
+# Above this product of input and output channels, reading the weights of F(4x4), which are four times as large as those
+# of the convolution, costs more than it saves; F(2x2) is used instead.
 _FEWEST_CHANNELS = 8
 _MOST_CHANNELS = 1024 * 512
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A step with its numbers as the kernels read them; of an up-sampling there are weights for each parity."""
+    """A step with its packed parameters. An up-sampling step has weights for each parity."""
 
     step: Step
     packed: Sequence[Packed | Int8Packed]
@@ -39,9 +40,10 @@ class PackedNetwork:
     """A network in evaluation mode: ``(features [N, F], plan) -> logits [N, K]``, float32.
 
     Args:
-        network: its weights are copied; later changes of them do not reach here.
-        kernels: what computes.
-        int8: convolutions but the stem in 8 bits; the network must be calibrated (``quantisation.py``).
+        network: its weights are copied, so later changes have no effect.
+        kernels: the compiled kernels.
+        int8: whether all convolutions except the stem run in 8 bits; the network must be calibrated
+            (``quantisation.py``).
     """
 
     def __init__(self, network: SparseUNet, kernels: Kernels, *, int8: bool = False) -> None:
@@ -61,30 +63,30 @@ class PackedNetwork:
 
     @property
     def megabytes(self) -> float:
-        """Packed weights [MB]."""
+        """Size of the packed weights [MB]."""
         return sum(packed.data.nbytes for layer in self.layers for packed in layer.packed) / 1e6
 
     def clear(self) -> None:
-        """Gives back the memory of features, else kept for the next forward; the packed weights stay."""
+        """Frees the feature memory that is kept for the next forward pass. The packed weights stay."""
         self._memory.clear()
 
     def tables(self, plan: Plan) -> None:
-        """Makes the tables of the plan that this network reads, which the forward does otherwise."""
+        """Makes the tables that this network reads from the plan. Otherwise the first forward pass makes them."""
         for layer in self.layers:
-            if not _tile(layer):
+            if not _uses_winograd(layer):
                 list(_tables(layer, plan))
-        _Run(self, plan)  # asks for the tiles
+        _Run(self, plan)  # makes the tiles
 
     def __call__(self, features: Tensor, plan: Plan, *, levels_ms: list[float] | None = None) -> Tensor:
         """Logits ``float32 [N, K]``.
 
         Args:
             features: ``float32 [N, F]``.
-            plan: of the N sites, by this engine.
-            levels_ms: filled with the milliseconds that each level took.
+            plan: the plan of the N sites, built by this engine.
+            levels_ms: if given, filled with the time of each level [ms].
 
         Raises:
-            ValueError: features or plan do not fit.
+            ValueError: features or plan do not fit this network.
         """
         self.program.check(features, plan, Around, "cpu")
         run = _Run(self, plan)
@@ -107,7 +109,7 @@ def _pack(kernels: Kernels, program: Program, step: Step, weights: Weights, *, i
 
 
 class _Run:
-    """One forward."""
+    """One forward pass."""
 
     def __init__(self, net: PackedNetwork, plan: Plan) -> None:
         self.net, self.plan, self.kernels = net, plan, net.kernels
@@ -135,7 +137,7 @@ class _Run:
         step, n = layer.step, self.rows[layer.step.level]
         for buffer in step.begins:
             if self.buffers[buffer].dtype == torch.uint8:
-                self.buffers[buffer][-1].zero_()  # others lay there before
+                self.buffers[buffer][-1].zero_()  # other buffers used this memory before
         epilogue = Epilogue(
             None if step.residual is None else self.buffers[step.residual],
             layer.bias,
@@ -145,7 +147,7 @@ class _Run:
                 for part, factors in zip(step.activated, layer.norms, strict=True)
             ),
         )
-        if _tile(layer):
+        if _uses_winograd(layer):
             packed = layer.packed[0]
             assert isinstance(packed, Packed)
             self.kernels.winograd(x, _tiles(step, packed, self.plan), packed, epilogue, scratch=self.scratch)
@@ -172,8 +174,8 @@ class _Run:
                     yield self.kernels.scratch_floats(packed, count)
 
 
-def _tile(layer: _Layer) -> bool:
-    """Whether the step runs on tiles, by Winograd's convolution."""
+def _uses_winograd(layer: _Layer) -> bool:
+    """Whether the step runs as a Winograd convolution on tiles."""
     return isinstance(layer.packed[0], Packed) and layer.packed[0].tile > 0
 
 
@@ -184,7 +186,7 @@ def _tiles(step: Step, packed: Packed, plan: Plan) -> Tiles:
 
 
 def _tables(layer: _Layer, plan: Plan) -> Iterator[tuple[Packed | Int8Packed, Tensor | None, Tensor | None]]:
-    """Weights with the table that they are for, and which outputs its rows are; ``None``: all, in order."""
+    """Packed weights, their table (``None``: row n reads row n) and output rows (``None``: row n)."""
     stencil = layer.step.stencil(plan)
     if not isinstance(stencil, Across) or not stencil.up:
         yield layer.packed[0], None if stencil is None else stencil.table, None

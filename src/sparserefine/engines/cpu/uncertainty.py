@@ -1,4 +1,4 @@
-"""Uncertainty and access to the sites, compiled; :mod:`sparserefine.images.uncertainty` defines the results."""
+"""Compiled uncertainty and access to the sites; :mod:`sparserefine.images.uncertainty` defines the results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PROTOTYPES: dict[str, tuple[type, ...]] = {
 
 
 def uncertainty(library: Library, coarse: Coarse) -> tuple[Tensor, Tensor]:
-    """As :func:`sparserefine.images.uncertainty.uncertainty`, without gradients.
+    """Like :func:`sparserefine.images.uncertainty.uncertainty`, without gradients.
 
     Raises:
         ValueError: the logits are not on the CPU, or taps reach outside them.
@@ -61,10 +61,10 @@ def uncertainty(library: Library, coarse: Coarse) -> tuple[Tensor, Tensor]:
 
 
 def sample(library: Library, coarse: Coarse, coords: Tensor) -> Tensor:
-    """As :func:`sparserefine.images.uncertainty.sample`, without gradients; ``coords`` are ``int32``.
+    """Like :func:`sparserefine.images.uncertainty.sample`, without gradients; ``coords`` are ``int32``.
 
     Raises:
-        ValueError: as for :func:`uncertainty`; or a coordinate lies outside, or batches are not ascending.
+        ValueError: as for :func:`uncertainty`, or a coordinate is out of range, or batches are not ascending.
     """
     _check_coords(coords)
     result = torch.empty(len(coords), coarse.num_classes, dtype=torch.float32)
@@ -75,7 +75,7 @@ def sample(library: Library, coarse: Coarse, coords: Tensor) -> Tensor:
             continue
         image = coarse.logits[b].detach().float()
         rows, columns = map(_taps, coarse.axes(b))
-        cells = image.permute(1, 2, 0).contiguous()  # [h, w, K]: a site reads four whole rows
+        cells = image.permute(1, 2, 0).contiguous()  # [h, w, K]: a site reads four contiguous vectors of K
         status = _function(library, "sr_sample")(
             *(pointer(cells, torch.float32, "logits"), *image.shape),
             *(_axis(rows), _axis(columns), int(coarse.upsampling.outputs == "scores"), b, _sites(coords[start:end])),
@@ -100,7 +100,7 @@ def gather_normalised(library: Library, image: Tensor, coords: Tensor, scale: Te
         ``float32 [N, C]``.
 
     Raises:
-        ValueError: another dtype, shape or device than promised, or a coordinate outside the image.
+        ValueError: a tensor has another dtype, shape or device, or a coordinate lies outside the image.
     """
     _check_coords(coords)
     pointer(image, _IMAGE_DTYPES, "image")
@@ -121,7 +121,7 @@ def gather_normalised(library: Library, image: Tensor, coords: Tensor, scale: Te
 
 
 def scatter_argmax(library: Library, logits: Tensor, coords: Tensor, labels: Tensor) -> None:
-    """Writes the class of the largest logit, of equals the first, into ``labels`` at the sites.
+    """Writes the class of the largest logit (the first of equals) into ``labels`` at the sites.
 
     Args:
         library: the kernels.
@@ -130,14 +130,14 @@ def scatter_argmax(library: Library, logits: Tensor, coords: Tensor, labels: Ten
         labels: ``uint8`` or (above 255 classes) ``int16 [B, H, W]``.
 
     Raises:
-        ValueError: another dtype, shape or device than promised, or a coordinate outside the labels; of those inside,
-            labels may have been written then.
+        ValueError: a tensor has another dtype, shape or device, or a coordinate lies outside the labels. Labels at
+            valid coordinates may have been written by then.
     """
     _check_coords(coords)
     if logits.dim() != 2 or logits.shape[0] != len(coords) or not 1 <= logits.shape[1] <= MAX_CLASSES:
         raise ValueError(
             f"logits are {tuple(logits.shape)} for {len(coords)} sites; "
-            f"expected [{len(coords)}, K], K of 1..{MAX_CLASSES}"
+            f"expected [{len(coords)}, K] with K from 1 to {MAX_CLASSES}"
         )
     classes = logits.shape[1]
     if labels.dim() != 3 or labels.dtype not in _LABEL_DTYPES or (labels.dtype == torch.uint8 and classes > 256):
@@ -160,9 +160,9 @@ def _function(library: Library, name: str) -> ctypes._NamedFuncPointer:
 
 @lru_cache(maxsize=32)
 def _taps(axis: Axis) -> AxisTaps:
-    """Taps in the dtypes of the kernels; the images of a stream share theirs, and so do labels and samples of each."""
+    """Taps in the dtypes of the kernels. Cached: all images of a stream share them, for labels and for samples."""
     taps = axis.taps()
-    # Those of a window that is not finite lie below -2^31: they shall stay out of range.
+    # Taps of a non-finite window lie below -2^31. Clamp them to -1, so that they stay out of range as int32.
     return AxisTaps(taps.low.clamp(min=-1).int(), taps.high.clamp(min=-1).int(), taps.weight.float())
 
 

@@ -1,1 +1,1 @@
-"""Engine ``torch``: it defines each result, on any device."""
+"""Engine ``torch``: defines the results of all engines. Runs on any device."""

@@ -1,7 +1,7 @@
 """The reference convolution: a chunked gather-GEMM in plain torch, on any device, and its gradients.
 
-The primitive is registered with ``torch.library`` as an operator of its own, with shapes for tracing and with gradients
-that are the same primitive: torch.compile and torch.export see one opaque node, not a Python loop over chunks.
+The primitive is registered with ``torch.library``, so torch.compile and torch.export see one opaque operator instead of
+a Python loop over chunks. Its gradients are computed by the same primitive.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparserefine.sparse.plan import Stencil
 
-_CHUNK_BYTES = {"cpu": 2 << 20, "other": 64 << 20}  # CPU: gathered rows stay in the second-level cache
+_CHUNK_BYTES = {"cpu": 2 << 20, "other": 64 << 20}  # CPU: the gathered rows fit the second-level cache
 
 
 def _chunks(table: Tensor, channels: int, itemsize: int) -> list[tuple[int, int]]:
@@ -24,7 +24,7 @@ def _chunks(table: Tensor, channels: int, itemsize: int) -> list[tuple[int, int]
 
 
 def _with_zero_row(x: Tensor) -> Tensor:
-    """A missing neighbour is row N of the table: a zero row, so that no branch is needed."""
+    """Appends a zero row, which missing neighbours (table entry N) read. This avoids a branch."""
     return torch.cat([x, x.new_zeros(1, x.shape[1])])
 
 
@@ -37,7 +37,7 @@ def gather_gemm(
     mirrored: bool,
     reverse_single: Tensor | None = None,
 ) -> Tensor:
-    """``y[n] = sum_t x[table[n, t]] @ weight[t]``; what follows ``table`` serves the gradient, see Stencil."""
+    """``y[n] = sum_t x[table[n, t]] @ weight[t]``. Arguments after ``table`` are for the gradient only, see Stencil."""
     taps, c_in, c_out = weight.shape
     y = x.new_empty(table.shape[0], c_out)
     padded, matrix, flat = _with_zero_row(x), weight.reshape(taps * c_in, c_out), table.reshape(-1)
@@ -66,7 +66,7 @@ def _(
 def gather_gemm_weight(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
     """Gradient of the weight: ``dW[t] = sum_n outer(x[table[n, t]], grad[n])``, ``[T, C_in, C_out]``."""
     taps, c_in, c_out = table.shape[1], x.shape[1], grad.shape[1]
-    # Half precision would lose small terms of a sum over all sites.
+    # A sum over all sites in half precision would lose small terms.
     total = torch.zeros(taps * c_in, c_out, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     padded, flat = _with_zero_row(x), table.reshape(-1)
     for start, end in _chunks(table, c_in, x.element_size()):
@@ -86,9 +86,10 @@ def _(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
 
 @torch.library.custom_op("sparserefine::gemm_gather", mutates_args=())
 def gemm_gather(x: Tensor, weight: Tensor, single: Tensor, table: Tensor, reverse: Tensor) -> Tensor:
-    """:func:`gather_gemm` where each output reads one input: all T products of each input, and each output takes one.
+    """:func:`gather_gemm` for outputs that read one input each: computes T products per input, selects one per output.
 
-    Gathering first would multiply T - 1 zero rows an output. ``table`` and ``reverse`` serve the gradient, see Stencil.
+    Gathering first would multiply T - 1 zero rows per output. ``table`` and ``reverse`` are for the gradient only, see
+    Stencil.
     """
     taps, c_in, c_out = weight.shape
     products = x @ weight.transpose(0, 1).reshape(c_in, taps * c_out)
@@ -133,7 +134,7 @@ def _backward_single(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
     if ctx.needs_input_grad[0]:
         grad_x = gather_gemm(grad, weight.transpose(1, 2).contiguous(), reverse, table, False, single)
     if ctx.needs_input_grad[1]:
-        # Seen from the inputs, which have all their taps, the gradient is that of the transposed weight.
+        # The transposed relation has all its taps, so compute the gradient of the transposed weight and transpose it.
         grad_weight = gather_gemm_weight(grad, x, reverse).transpose(1, 2)
     return grad_x, grad_weight, None, None, None
 
@@ -143,7 +144,7 @@ gemm_gather.register_autograd(_backward_single, setup_context=_save_single)
 
 
 def convolve(x: Tensor, weight: Tensor, stencil: Stencil) -> Tensor:
-    """What :meth:`Stencil.conv` must compute, from the tables of any engine's stencil."""
+    """The reference for :meth:`Stencil.conv`. Needs only the tables, so it works with the stencils of every engine."""
     y: Tensor
     if stencil.single is not None:
         y = gemm_gather(x, weight, stencil.single, stencil.table, stencil.reverse)

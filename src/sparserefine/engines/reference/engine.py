@@ -15,27 +15,27 @@ from sparserefine.sparse.sites import PaddedSites, Sites
 
 
 class TorchEngine:
-    """Defines what every other engine must compute; another engine may inherit what it does not do itself."""
+    """Defines what every engine must compute. Other engines inherit the operations they do not speed up."""
 
     name = "torch"
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
-        """Neighbour tables of all levels; see :func:`sparserefine.engines.reference.geometry.build_plan`."""
+        """The plan of the sites; see :func:`sparserefine.engines.reference.geometry.build_plan`."""
         return build_plan(sites, spec)
 
     def plan(self, mask: Tensor, spec: PlanSpec) -> Plan:
-        """Plan of the sites where ``mask``, ``bool [B, H, W]``, is true; they are those of its first level."""
+        """The plan of the sites where ``mask``, ``bool [B, H, W]``, is true. Its first level holds the sites."""
         return self.geometry(Sites.from_mask(mask), spec)
 
     def keep_largest(self, values: Tensor, mask: Tensor, budget: int) -> None:
-        """Clears ``mask`` in place but for the largest values of each image; see :func:`keep_largest`."""
+        """Keeps only the ``budget`` largest values of each image in ``mask``, in place; see :func:`keep_largest`."""
         keep_largest(values, mask, budget)
 
     def prepare(self, network: torch.nn.Module) -> None:
-        """A packed form of a whole network; ``None``: there is none, run the modules one by one."""
+        """Always ``None``: this engine has no packed networks and runs the modules one by one."""
 
     def uncertainty(self, coarse: Coarse) -> tuple[Tensor, Tensor]:
-        """Labels and entropy at full size; see :func:`sparserefine.images.uncertainty.uncertainty`."""
+        """Labels and entropy [nats] at full size; see :func:`sparserefine.images.uncertainty.uncertainty`."""
         return uncertainty(coarse)
 
     def sample(self, coarse: Coarse, coords: Tensor) -> Tensor:
@@ -50,11 +50,14 @@ class TorchEngine:
     def gated(
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
     ) -> Tensor | None:
-        """``None``: the ensembler's own modules do it."""
+        """Always ``None``: the ensembler's own modules compute it."""
         return None
 
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
-        """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites in use."""
+        """Writes the class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites in use.
+
+        If several logits are equal, the first class wins.
+        """
         if isinstance(sites, PaddedSites):
             sites = sites.first(int(sites.count))
             logits = logits[: len(sites)]

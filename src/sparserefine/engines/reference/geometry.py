@@ -1,4 +1,4 @@
-"""Neighbour tables by index images, for one set of sites over all levels of a U-Net."""
+"""Builds plans with index images: the neighbour tables of one set of sites over all levels of a U-Net."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparserefine.sparse.sites import Sites
 
 
 class TableStencil(Stencil):
-    """A stencil of plain tables, on any device."""
+    """A stencil that holds its tables as tensors, on any device."""
 
     def conv(self, x: Tensor, weight: Tensor) -> Tensor:
         """See :meth:`Stencil.conv`."""
@@ -25,9 +25,10 @@ class TableStencil(Stencil):
 
 
 def build_plan(sites: Sites, spec: PlanSpec) -> Plan:
-    """The reference geometry, on any device: index images, no hash map.
+    """Builds the reference plan, on any device, with index images instead of hash maps.
 
-    An image is a grid: a padded int32 image holds each active cell's row, so that a neighbour costs one read.
+    Sites lie on a grid, so a padded int32 image can hold the row of each active cell. Finding a neighbour costs one
+    read.
     """
     levels: list[Level] = []
     index = _index_image(sites)
@@ -48,11 +49,11 @@ def build_plan(sites: Sites, spec: PlanSpec) -> Plan:
 
 
 _READ_ROWS = 1 << 18
-_PAD = 1  # cells around the image that read as "no site": the reach of every stencil here
+_PAD = 1  # border of cells that mean "no site", as wide as any stencil here reaches
 
 
 def _index_image(sites: Sites) -> Tensor:
-    """``int32 [B, H+2, W+2]``: the row of each site, N where there is none."""
+    """``int32 [B, H+2, W+2]``: the row of the site at each pixel, N where there is no site."""
     image = torch.full(
         (sites.batch_size, sites.height + 2 * _PAD, sites.width + 2 * _PAD),
         len(sites),
@@ -65,7 +66,7 @@ def _index_image(sites: Sites) -> Tensor:
 
 
 def _position(coords: Tensor, index: Tensor) -> Tensor:
-    """Flat position of ``int64 [N, 3]`` unpadded coordinates in a padded index image."""
+    """Flat positions, in a padded index image, of unpadded coordinates ``int64 [N, 3]``."""
     _, h, w = index.shape
     batch, row, column = coords.unbind(1)
     return (batch * h + row + _PAD) * w + column + _PAD
@@ -75,7 +76,7 @@ def _read(index: Tensor, base: Tensor, offsets: list[int]) -> Tensor:
     """``int32 [N, T]``: the index image at ``base + offset`` for each offset."""
     table = torch.empty(len(base), len(offsets), dtype=torch.int32, device=index.device)
     shift = torch.tensor(offsets, device=base.device)
-    # In parts, because positions are int64: of 10 million sites they would take 720 MB beside a table of 360 MB.
+    # In chunks, because positions are int64: for 10 million sites they would take 720 MB, next to a table of 360 MB.
     for part, rows in zip(torch.split(base, _READ_ROWS), torch.split(table, _READ_ROWS), strict=True):
         torch.index_select(index.view(-1), 0, (part[:, None] + shift).view(-1), out=rows.view(-1))
     return table
@@ -88,10 +89,11 @@ def _neighbour_table(sites: Sites, index: Tensor) -> Tensor:
 
 
 def _parents(sites: Sites, down: DownKind) -> Iterator[tuple[Tensor, Tensor]]:
-    """Coordinates ``[N, 3]`` of coarse cells ``o`` with ``2 o + tap`` = the site, and that tap, ``[N]``.
+    """Coarse cells ``o [N, 3]`` whose window contains the sites, ``2 o + tap`` = site, and those taps ``[N]``.
 
-    A window of 3 reaches one cell further than one of 2, so an even row 2o also belongs to cell o - 1; an odd one comes
-    twice. A cell -1, or one past the last, is in the padding: no such cell.
+    A window of 3 is one cell wider than its stride, so an even row 2o also lies in the window of cell o - 1. An odd row
+    lies in one window only, which is then yielded twice. Cells -1 and those past the last lie in the padding: there is
+    no such cell.
     """
     coords = sites.coords.long()
     reaches = (0, 1) if down == "paper" else (0,)
@@ -104,7 +106,7 @@ def _parents(sites: Sites, down: DownKind) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _coarser_sites(sites: Sites, down: DownKind) -> Sites:
-    """Cells of the next level that have a site in their window."""
+    """The cells of the next coarser level that have a site in their window."""
     h, w = coarser_size(sites.height, down), coarser_size(sites.width, down)
     active = torch.zeros(sites.batch_size, h + 2 * _PAD, w + 2 * _PAD, dtype=torch.bool, device=sites.coords.device)
     for cells, _ in _parents(sites, down):
@@ -113,16 +115,16 @@ def _coarser_sites(sites: Sites, down: DownKind) -> Sites:
 
 
 def _children_table(coarser: Sites, index: Tensor, down: DownKind) -> Tensor:
-    """``int32 [N_coarse, T]``: site ``2 o + tap`` of each coarse cell ``o``."""
+    """``int32 [N_coarse, T]``: the row of site ``2 o + tap`` for each coarse cell ``o``."""
     width, size = index.shape[2], kernel_size(down)
     coords = coarser.coords.long()
     coords[:, 1:] *= 2
-    # `cell` on odd sizes reads one row or column past the image: that is the padding, so "no site".
+    # With odd sizes, `cell` reads one row or column past the image. That is padding and means "no site".
     return _read(index, _position(coords, index), [r * width + c for r in range(size) for c in range(size)])
 
 
 def _parents_table(sites: Sites, coarser: Sites, coarser_index: Tensor, down: DownKind) -> tuple[Tensor, Tensor | None]:
-    """``int32 [N, T]``: the coarse cell ``o`` with ``2 o + tap`` = the site, for each tap; and ``Stencil.single``."""
+    """``int32 [N, T]``: per tap, the row of coarse cell ``o`` with ``2 o + tap`` = site. Also ``Stencil.single``."""
     taps = kernel_size(down) ** 2
     table = torch.full((len(sites), taps), len(coarser), dtype=torch.int32, device=sites.coords.device)
     single = None

@@ -1,4 +1,4 @@
-"""The budget: the largest values of each image."""
+"""Applies the budget: keeps the largest values of each image."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from torch import Tensor
 
 
 def keep_largest(values: Tensor, mask: Tensor, budget: int) -> None:
-    """Clears ``mask`` in place but for the ``budget`` largest values of each image.
+    """Clears ``mask`` in place, except at the ``budget`` largest values of each image.
 
-    Of equals the first in reading order stay, unlike topk's; NaN counts as minus infinity.
+    Among equal values, the first in row-major order stay (``torch.topk`` does not define which). NaN counts as minus
+    infinity.
 
     Args:
         values: floating point ``[B, H, W]``.
-        mask: ``bool [B, H, W]``, contiguous: what there is to choose from.
-        budget: at least 0.
+        mask: ``bool [B, H, W]``, contiguous: the candidates.
+        budget: the most pixels that stay per image, at least 0.
     """
     for image_values, image_mask in zip(values, mask, strict=True):
         candidates = image_mask.view(-1).nonzero()[:, 0]

@@ -1,1 +1,1 @@
-"""Engine ``triton``: kernels for GPUs, compiled when they are first called."""
+"""Engine ``triton``: GPU kernels, each compiled on its first call."""

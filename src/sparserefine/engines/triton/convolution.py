@@ -1,4 +1,4 @@
-"""The primitive on the GPU: its launch with a fused epilogue, and operators of ``torch.library`` with gradients."""
+"""The primitive on the GPU: the launch with a fused epilogue, and ``torch.library`` operators with gradients."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from sparserefine.engines.triton.launch import allows_tf32, blocks, launch
 from sparserefine.sparse.epilogue import Epilogue
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""What the kernels compute in; sums are float32."""
+"""Dtypes of features and weights; the kernels accumulate in float32."""
 
-_OWN, _TABLE, _OF_FOUR, _OF_NINE, _FEW = range(5)  # READ of the kernel
-_FEW_INPUTS = 64  # taps times channels that make one block
-_MULTIPROCESSORS = 132  # of an H100 or H200; where there are others, sums are shared out a little too much or little
-_SHORTEST_SUM, _MOST_SHARES = 512, 8  # taps times channels of a share, at least; programs of one sum, at most
-_FINISHED_ROWS, _FINISHED_COLUMNS = 16, 128  # of a program that adds up shares
-_GRADIENT_PROGRAMS = 512  # that the gradient of a weight is spread over: fixed, for bits must not depend on the GPU
+_OWN_ROW, _TABLE, _PARITY_2X2, _PARITY_3X3, _ONE_BLOCK = range(5)  # READ of the kernel
+_FEW_INPUTS = 64  # most taps times channels that fit one block
+_MULTIPROCESSORS = 132  # of an H100 or H200; with other numbers, the number of shares is slightly off the best
+_SHORTEST_SUM, _MOST_SHARES = 512, 8  # least taps times channels of a share; most programs per sum
+_FINISHED_ROWS, _FINISHED_COLUMNS = 16, 128  # block of a program that adds up shares
+_GRADIENT_PROGRAMS = 512  # of one weight gradient; fixed, so that the result has the same bits on every GPU
 
 
 @dataclass(frozen=True)
 class Order:
-    """Outputs of an up-sampling by the parity of their row and column, which tells the taps that each can have.
+    """The outputs of an up-sampling, grouped by the parity of their image row and column, which decides their taps.
 
     Attributes:
-        rows: ``int32 [N]``: the rows of parity (even, even) first, then (even, odd), (odd, even), (odd, odd); ascending
-            within each.
-        counts: ``int32 [4]`` on the device: how many of each.
+        rows: ``int32 [N]``: output rows of parity (even, even), then (even, odd), (odd, even), (odd, odd); ascending in
+            each group.
+        counts: ``int32 [4]`` on the device: size of each group.
     """
 
     rows: Tensor
@@ -41,15 +41,16 @@ class Order:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one convolution is cut into programs.
+    """How one convolution is divided into programs.
 
     Attributes:
-        rows: of the output, a program.
-        columns: likewise.
-        depth: inputs that are multiplied at once.
-        warps: of a program.
-        ahead: blocks of inputs and weights that are loaded before they are multiplied.
-        shares: programs that each add a part of the taps and channels of the same outputs; a second kernel adds theirs.
+        rows: output rows per program.
+        columns: output channels per program.
+        depth: input channels multiplied at once.
+        warps: warps per program.
+        ahead: blocks of inputs and weights loaded before they are multiplied.
+        shares: programs among which the taps and channels of one sum are divided; a second kernel adds up their
+            results.
     """
 
     rows: int
@@ -60,20 +61,21 @@ class Tiling:
     shares: int = 1
 
     def stages(self, read: int) -> int:
-        """Triton's ``num_stages``: a load whose address is loaded before it takes two stages for each block ahead."""
-        return 1 + self.ahead * (1 if read == _OWN else 2)
+        """Triton's ``num_stages``: 1 + one per block loaded ahead, or + two if its address must be loaded first."""
+        return 1 + self.ahead * (1 if read == _OWN_ROW else 2)
 
 
 def tiling(rows: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str, taps: int = 0) -> Tiling:
-    """The one for this class of shapes: a fixed table, so that few kernels are ever compiled and no call measures.
+    """The tiling for a class of shapes. Choices are fixed, so few kernels are compiled and no call is spent on tuning.
 
-    Larger blocks read inputs and weights less often; where too few of them would be left for the GPU, they are halved,
-    or share their sums out: those of ``taps`` taps that a table lists. 0: of any other kind, which are short.
+    Larger blocks read inputs and weights less often. If they were too few to fill the GPU, blocks are halved or their
+    sums are divided among programs. Only sums over a table are divided; ``taps`` is the number of its taps, or 0 for
+    all other convolutions, whose sums are short.
     """
     columns = min(128, _power_of_two(c_out))
-    if dtype == torch.float32 and precision == "ieee":  # on the ordinary units, which need a register for each element
+    if dtype == torch.float32 and precision == "ieee":  # no matrix units: one register per element
         return Tiling(64, min(64, columns), min(32, _power_of_two(c_in)), 4, 2)
-    depth = min(128 // dtype.itemsize, _power_of_two(c_in))  # 128 bytes: a line of the cache
+    depth = min(128 // dtype.itemsize, _power_of_two(c_in))  # 128 bytes: one cache line
     if dtype != torch.float32 and columns == 128:
         found = _shared(rows, c_in, c_out, taps)
         if found is not None:
@@ -86,30 +88,30 @@ def tiling(rows: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str,
 
 
 def _shared(rows: int, c_in: int, c_out: int, taps: int) -> Tiling | None:
-    """The tiling of half precision where blocks are few and sums are long: the deep levels of a network.
+    """The tiling in half precision for few blocks with long sums, as in the deep levels; ``None`` if it does not apply.
 
-    There the second-level cache bounds the time, so blocks are as large as they can be, and as many programs as an H100
-    runs at once (one of 256 columns, two of 128 on each multiprocessor) share the sums out.
+    The second-level cache is the bottleneck there. Blocks are therefore as large as possible, and each sum is divided
+    so that the programs just fill an H100 (per multiprocessor one program of 256 columns, or two of 128).
     """
     wide = c_out >= 256
     programs, fit = blocks(rows, 128) * blocks(c_out, 256 if wide else 128), _MULTIPROCESSORS * (1 if wide else 2)
-    # Rounded up from three quarters on: a few programs too many cost less than many multiprocessors idle.
+    # Round up from 0.75: a few programs too many cost less than many idle multiprocessors.
     shares = min(_MOST_SHARES, taps * c_in // _SHORTEST_SUM, int(fit / max(1, programs) + 0.25))
     return Tiling(128, 256 if wide else 128, 64, 8, 2, shares) if programs and shares > 1 else None
 
 
 def _power_of_two(count: int) -> int:
-    """The next one; 16 at least, which matrix units need."""
+    """The next power of two, at least 16, the minimum of matrix units."""
     return max(16, 1 << max(0, count - 1).bit_length())
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """``tf32`` or ``ieee``, as torch's settings have it for products of float32 matrices."""
+    """``tf32`` or ``ieee``, following torch's setting for float32 matrix products."""
     return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
 def laid_out(weight: Tensor) -> Tensor:
-    """``[T, C_in, C_out]`` in the memory layout that loads fastest: matrix units want TF32 along the inputs."""
+    """``[T, C_in, C_out]`` in the layout that loads fastest. For TF32, input channels must be contiguous."""
     if precision_of(weight.dtype) == "tf32":
         return weight.transpose(1, 2).contiguous().transpose(1, 2)
     return weight if 1 in (weight.stride(1), weight.stride(2)) else weight.contiguous()
@@ -125,26 +127,26 @@ def convolve(
     order: Order | None = None,
     count: Tensor | None = None,
 ) -> None:
-    """``v[n] = sum_t x[table[n, t]] @ weight[t]``, stored as ``epilogue`` says.
+    """Computes ``v[n] = sum_t x[table[n, t]] @ weight[t]`` and stores it through ``epilogue``.
 
     Args:
         x: ``[N_in, C_in]``, columns contiguous.
         weight: ``[T, C_in, C_out]`` of the same dtype, see :func:`laid_out`.
-        epilogue: where results go.
-        n_out: N, rows of the results.
+        epilogue: what to add to the results and where to store them.
+        n_out: N, number of output rows.
         table: ``int32 [N, T]``; ``None``: row n reads row n.
-        order: of the outputs, where their parity says which taps reach them.
-        count: ``int32 [1]``, outputs in use; ``None``: all.
+        order: outputs grouped by parity, for up-sampling; ``None``: every output may use every tap.
+        count: ``int32 [1]`` on the device, number of outputs in use; ``None``: all.
     """
     taps, c_in, c_out = weight.shape
     precision = precision_of(x.dtype)
-    read = _OWN
+    read = _OWN_ROW
     if order is not None:
-        read = _OF_NINE if taps == 9 else _OF_FOUR
+        read = _PARITY_3X3 if taps == 9 else _PARITY_2X2
     elif table is not None:
-        read = _FEW if taps * c_in <= _FEW_INPUTS else _TABLE
+        read = _ONE_BLOCK if taps * c_in <= _FEW_INPUTS else _TABLE
     tiles = tiling(n_out, c_in, c_out, x.dtype, precision, taps if read == _TABLE else 0)
-    depth = _power_of_two(taps * c_in) if read == _FEW else tiles.depth
+    depth = _power_of_two(taps * c_in) if read == _ONE_BLOCK else tiles.depth
     row_blocks = blocks(n_out, tiles.rows) + (3 if order is not None else 0)
     shares = tiles.shares
     partial = torch.empty(shares, n_out, c_out, dtype=torch.float32, device=x.device) if shares > 1 else None
@@ -203,23 +205,23 @@ def convolve(
 
 
 def _tensors_of(epilogue: Epilogue, x: Tensor) -> tuple[Tensor, ...]:
-    """The epilogue's tensors as kernels take them.
+    """The epilogue's tensors as kernel arguments.
 
-    A pointer must point somewhere, used or not; to another dtype it would make another kernel.
+    Unused pointers get a placeholder of the usual dtype, because another dtype would compile another kernel.
     """
     first, second = (*epilogue.activated, None, None)[:2]
-    unused = _unused(x.device)
+    unused = _placeholder(x.device)
     return (
-        _or(epilogue.residual, x),
-        _or(epilogue.bias, unused),
-        _or(epilogue.raw, x),
+        _or_placeholder(epilogue.residual, x),
+        _or_placeholder(epilogue.bias, unused),
+        _or_placeholder(epilogue.raw, x),
         *(first or (x, unused, unused)),
         *(second or (x, unused, unused)),
     )
 
 
 def _in_use(epilogue: Epilogue) -> int:
-    """The bit mask of the operands that there are."""
+    """Bit mask of the optional operands in use."""
     operands = (epilogue.residual, epilogue.bias, epilogue.raw, *(*epilogue.activated, None, None)[:2])
     return sum(1 << bit for bit, operand in enumerate(operands) if operand is not None)
 
@@ -231,12 +233,12 @@ def _row_strides(epilogue: Epilogue) -> Iterator[int]:
         yield 0 if activation is None else activation.out.stride(0)
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+def _or_placeholder(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
 @cache
-def _unused(device: torch.device) -> Tensor:
+def _placeholder(device: torch.device) -> Tensor:
     return torch.empty(16, device=device)
 
 
@@ -256,9 +258,9 @@ def triton_conv(
     back_parities: Tensor,
     mirrored: bool,
 ) -> Tensor:
-    """``y[n] = sum_t x[table[n, t]] @ weight[t]``; ``back_*`` is the transposed relation, for the gradients.
+    """``y[n] = sum_t x[table[n, t]] @ weight[t]``. ``back_*`` describe the transposed relation, for the gradients.
 
-    ``order`` and ``parities`` are those of :class:`Order`, or empty.
+    ``order`` and ``parities`` are the rows and counts of an :class:`Order`, or empty.
     """
     y = x.new_empty(table.shape[0], weight.shape[2])
     by_parity = Order(order, parities) if parities.numel() else None
@@ -330,13 +332,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, table, order, parities, back_table, back_order, back_parities = ctx.saved_tensors
-    forth, back = (table, order, parities), (back_table, back_order, back_parities)
+    forward, transposed = (table, order, parities), (back_table, back_order, back_parities)
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
         flipped = weight.flip(0) if ctx.mirrored else weight
-        grad_x = triton_conv(grad, flipped.transpose(1, 2), *back, *forth, ctx.mirrored)
+        grad_x = triton_conv(grad, flipped.transpose(1, 2), *transposed, *forward, ctx.mirrored)
     if ctx.needs_input_grad[1]:
-        if parities.numel():  # seen from the inputs, which have all taps, it is the gradient of the transposed weight
+        if parities.numel():  # the transposed relation has all its taps
             grad_weight = triton_conv_weight(grad, x, back_table).transpose(1, 2)
         else:
             grad_weight = triton_conv_weight(x, grad, table)

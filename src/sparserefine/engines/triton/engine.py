@@ -1,4 +1,4 @@
-"""The GPU engine: kernels in Triton; what it lacks it inherits from the torch engine."""
+"""The GPU engine: Triton kernels. It inherits everything else from the torch engine."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from sparserefine.sparse.sites import PaddedSites, Sites
 from sparserefine.sparse.unet import SparseUNet, is_packable
 
 _OLDEST = (8, 0)
-"""Compute capability, of NVIDIA's GPUs, that Triton supports."""
+"""Oldest compute capability of NVIDIA GPUs that Triton supports."""
 
 
 class TritonEngine(TorchEngine):
-    """Engine ``triton``. Tensors of other devices and dtypes go to the torch engine's code.
+    """Engine ``triton``. Tensors on other devices or of other dtypes fall back to the torch engine.
 
     Raises:
-        sparserefine.sparse.interface.Unavailable: there is no GPU, or it is too old.
+        sparserefine.sparse.interface.Unavailable: there is no GPU, or the GPU is too old.
     """
 
     name = NAME
@@ -41,30 +41,30 @@ class TritonEngine(TorchEngine):
         self._packed: weakref.WeakKeyDictionary[SparseUNet, tuple[object, PackedNetwork]] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type[TritonEngine], tuple[()]]:
-        return type(self), ()  # for copy and pickle; packed weights stay here
+        return type(self), ()  # for copy and pickle, which leave packed weights out
 
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
-        """Plan of the sites; reads the number of sites of each level from the GPU."""
+        """The plan of the sites. The host waits once, to read the number of sites at each level from the GPU."""
         return self.plan(sites.mask(), spec) if runs_on(sites.coords.device) else super().geometry(sites, spec)
 
     def plan(self, mask: Tensor, spec: PlanSpec) -> Plan:
-        """Plan of the true pixels of ``mask [B, H, W]``; reads the number of sites of each level from the GPU."""
+        """The plan of the true pixels of ``mask [B, H, W]``. The host waits once, as in :meth:`geometry`."""
         return build_plan(mask, spec) if runs_on(mask.device) else super().plan(mask, spec)
 
     def padded_plan(self, mask: Tensor, spec: PlanSpec, capacities: Sequence[int]) -> PaddedPlan:
-        """As :meth:`plan`, with as many rows at each level as ``capacities`` says; reads nothing from the GPU.
+        """Like :meth:`plan`, with ``capacities[level]`` rows at each level. The host does not wait for the GPU.
 
-        Such plans are for packed networks (:meth:`prepare`), which stop at the number of sites that there are.
+        Only packed networks (:meth:`prepare`) can use such plans, because they stop at the rows in use.
         """
         return build_padded_plan(mask, spec, capacities)
 
     def prepare(self, network: torch.nn.Module) -> PackedNetwork | None:  # type: ignore[override]
-        """The network packed, once for as long as its parameters stay what they are; ``None`` for what is not packed.
+        """The packed network, or ``None`` if the network cannot be packed. Repacked only when parameters changed.
 
-        Packed is :class:`SparseUNet` in evaluation mode on the GPU: in the precision of autocast where that is on, else
-        in its own. Parameters are watched by address and version, for looking at values would wait for the GPU: what
-        is written through ``.data`` goes unnoticed. Not packed are networks made in inference mode, whose tensors have
-        no version, and those with hooks, which want to be called.
+        Packs a :class:`SparseUNet` in evaluation mode on the GPU: in autocast's dtype if autocast is on, otherwise in
+        its own. Changes are detected by the address and version of each parameter, because reading values would wait
+        for the GPU. Writes through ``.data`` therefore go unnoticed. Networks made in inference mode are not packed
+        (their tensors have no version), nor are networks with hooks (a packed network would not call them).
         """
         if not is_packable(network):
             return None
@@ -84,14 +84,14 @@ class TritonEngine(TorchEngine):
         return known[1]
 
     def keep_largest(self, values: Tensor, mask: Tensor, budget: int) -> None:
-        """Clears in ``mask [B, H, W]`` all but the ``budget`` largest ``values`` of each image."""
+        """Keeps only the ``budget`` largest ``values`` per image: clears the rest of ``mask [B, H, W]`` in place."""
         if runs_on(mask.device):
             keep_largest(values, mask, budget)
         else:
             super().keep_largest(values, mask, budget)
 
     def uncertainty(self, coarse: Coarse) -> tuple[Tensor, Tensor]:
-        """Labels and entropy at full size, in one pass."""
+        """Labels and entropy [nats] at full size, in one pass."""
         if fused.runs_kernels_on(*coarse.logits):
             return fused.uncertainty(coarse)
         return super().uncertainty(coarse)
@@ -111,11 +111,14 @@ class TritonEngine(TorchEngine):
     def gated(
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool
     ) -> Tensor | None:
-        """What :class:`sparserefine.stages.ensembler.GatedEnsembler` computes; ``None`` where a gradient is wanted."""
+        """The result of :class:`sparserefine.stages.ensembler.GatedEnsembler`; ``None`` if no kernel can compute it."""
         return gated(coarse, sparse, gate, fuser, residual)
 
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
-        """The first class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites."""
+        """Writes the class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites.
+
+        If several logits are equal, the first class wins.
+        """
         if fused.runs_kernels_on(labels, logits) and logits.dtype in DTYPES:
             fused.write_labels(labels, logits, sites)
         else:
@@ -124,7 +127,7 @@ class TritonEngine(TorchEngine):
 
 def _check_gpu() -> None:
     if not torch.cuda.is_available():
-        raise Unavailable("there is no GPU that torch can use")
+        raise Unavailable("torch finds no GPU that it can use; check torch.cuda.is_available()")
     capability = torch.cuda.get_device_capability()
     if torch.version.cuda and capability < _OLDEST:
         name, (major, minor) = torch.cuda.get_device_name(), capability

@@ -11,7 +11,7 @@ from sparserefine.engines.triton.uncertainty import runs_kernels_on
 from sparserefine.sparse.interface import Perceptron
 
 MAX_CLASSES = 256
-"""A program holds the refined logits of its sites in registers; more classes do not fit there."""
+"""Each program keeps the refined logits of its sites in registers; more classes do not fit."""
 
 
 def gated(coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool) -> Tensor | None:
@@ -20,13 +20,13 @@ def gated(coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, r
     Args:
         coarse: ``float32 [N, K]``.
         sparse: ``float32 [N, K]``.
-        gate: 2 (K + 1) -> hidden -> 1, of any floating point.
-        fuser: K -> hidden -> K; the width of its hidden layer may be another one.
-        residual: whether the blend is added to what the fuser makes of it.
+        gate: weights of the perceptron 2 (K + 1) -> hidden -> 1, any floating-point dtype.
+        fuser: weights of the perceptron K -> hidden -> K, with its own hidden width.
+        residual: whether to add the blend to the output of the fuser.
 
     Returns:
-        ``float32 [N, K]``; ``None`` where no kernel does it: a gradient is wanted, tensors lie elsewhere, logits are of
-        another dtype, or K is above :data:`MAX_CLASSES`.
+        ``float32 [N, K]``; ``None`` if no kernel can compute it: a gradient is required, a tensor is on another device,
+        the logits have another dtype, or K is above :data:`MAX_CLASSES`.
     """
     if not runs_kernels_on(coarse, sparse, *gate, *fuser) or not coarse.dtype == sparse.dtype == torch.float32:
         return None
@@ -34,8 +34,8 @@ def gated(coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, r
     if classes > MAX_CLASSES:
         return None
     refined = torch.empty(sites, classes, dtype=torch.float32, device=coarse.device)
-    out = max(16, 1 << (classes - 1).bit_length())  # 16: the shortest side of a product
-    # What fits the registers without spilling: sites, and classes or hidden units of one product.
+    out = max(16, 1 << (classes - 1).bit_length())  # 16: smallest side of a matrix product
+    # The most that fits the registers: sites, and classes or hidden units per product.
     block, depth = (32, 32) if out <= 64 else (16, 16)
     launch(
         kernels.gated,
@@ -45,8 +45,8 @@ def gated(coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, r
             coarse.detach().contiguous(),
             sparse.detach().contiguous(),
             sites,
-            *_as_read(gate),
-            *_as_read(fuser),
+            *_as_float32(gate),
+            *_as_float32(fuser),
             refined,
         ),
         K=classes,
@@ -63,10 +63,10 @@ def gated(coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, r
 
 
 def _precision(device: torch.device) -> str:
-    """Products in TF32 where torch's settings allow it, or the network before ran in half precision anyway."""
-    rounded = torch.is_autocast_enabled(device.type) and not torch.version.hip
-    return "tf32" if rounded or allows_tf32() else "ieee"
+    """``tf32`` if torch's settings allow it or autocast ran the network in half precision, otherwise ``ieee``."""
+    half_precision = torch.is_autocast_enabled(device.type) and not torch.version.hip
+    return "tf32" if half_precision or allows_tf32() else "ieee"
 
 
-def _as_read(mlp: Perceptron) -> tuple[Tensor, ...]:
+def _as_float32(mlp: Perceptron) -> tuple[Tensor, ...]:
     return tuple(t.detach().float().contiguous() for t in mlp)

@@ -1,4 +1,7 @@
-"""Plans made on the GPU: from a mask of the sites to the tables of all levels, with one read by the host or none."""
+"""Builds plans on the GPU, from a mask of the sites to the tables of all levels.
+
+The host waits once for the GPU, for padded plans never.
+"""
 
 from __future__ import annotations
 
@@ -27,24 +30,24 @@ from sparserefine.sparse.plan import (
 from sparserefine.sparse.sites import PaddedSites, Sites
 
 NAME = "triton"
-"""Of the engine, and of its plans."""
+"""Name of the engine and of its plans."""
 
-_BLOCK = 1024  # cells of a program, at most; even, so that the first of a block is in an even column
-_CHUNK = 2048  # blocks that are summed at once
-_ROWS = 256  # of a program that makes tables
+_BLOCK = 1024  # most cells per program; even, so that every block starts in an even column
+_CHUNK = 2048  # blocks summed at once
+_ROWS = 256  # rows per program that fills tables
 _LARGEST = 2**31 - 1
-_ALIGNED = 16  # bytes and entries: kernels are compiled anew for pointers that are less aligned
+_ALIGNED = 16  # bytes and entries; less aligned pointers would compile other kernels
 
 
 @dataclass(frozen=True)
 class GpuStencil(Stencil):
-    """A stencil with what kernels for GPUs need. Its tables lie tap by tap in memory: strides ``(1, at least N)``.
+    """A stencil for the GPU kernels. Its tables are stored tap by tap, with strides ``(1, at least N)``.
 
     Attributes:
-        order: of the outputs, where each is read by few taps (up-sampling).
-        reverse_order: of the inputs, for the transposed relation.
-        count: ``int32 [1]`` on the device: outputs in use, the rest is padding; ``None``: all of them.
-        reverse_count: the same of the inputs.
+        order: the outputs grouped by parity, set for up-sampling, where each output uses few taps.
+        reverse_order: the inputs grouped by parity, for the transposed relation.
+        count: ``int32 [1]`` on the device: number of outputs in use, the rest is padding; ``None``: all.
+        reverse_count: the same for the inputs.
     """
 
     order: Order | None = None
@@ -53,13 +56,13 @@ class GpuStencil(Stencil):
     reverse_count: Tensor | None = None
 
     def conv(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See :meth:`Stencil.conv`: on kernels in their dtypes, else the torch engine's code.
+        """See :meth:`Stencil.conv`. Uses the kernels if they support dtype and device, otherwise the torch engine.
 
         Raises:
-            ValueError: the stencil is of a padded plan.
+            ValueError: the stencil belongs to a padded plan.
         """
         if self.count is not None:
-            raise ValueError("a padded plan serves packed networks only; build one by engine.plan for single layers")
+            raise ValueError("a padded plan is for packed networks only; for single layers, build one with engine.plan")
         if x.dtype not in DTYPES or not runs_on(x.device):
             return convolve(x, weight, self)
         y: Tensor = triton_conv(*self.operands(x, weight))
@@ -67,9 +70,9 @@ class GpuStencil(Stencil):
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
         """Arguments of :func:`sparserefine.engines.triton.convolution.triton_conv`."""
-        forth = (self.table, *_tensors(self.order, self.table))
-        back = (self.reverse, *_tensors(self.reverse_order, self.table))
-        return (x, weight, *forth, *back, self.mirrored)
+        forward = (self.table, *_tensors(self.order, self.table))
+        transposed = (self.reverse, *_tensors(self.reverse_order, self.table))
+        return (x, weight, *forward, *transposed, self.mirrored)
 
     def transposed(self) -> GpuStencil:
         """The stencil of the transposed convolution."""
@@ -91,24 +94,24 @@ def _tensors(order: Order | None, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def build_plan(mask: Tensor, spec: PlanSpec) -> Plan:
-    """What :mod:`sparserefine.engines.reference` makes of the sites, with one wait of the host: for their number.
+    """The plan that :mod:`sparserefine.engines.reference` defines. The host waits once, for the number of sites.
 
     Args:
         mask: ``bool [B, H, W]``, true at the sites.
         spec: levels and kind of down-sampling.
 
     Returns:
-        Its stencils are :class:`GpuStencil` without ``single``, with orders.
+        A plan of :class:`GpuStencil`, which have orders instead of ``single``.
 
     Raises:
-        ValueError: shape or dtype of the mask, or more cells than int32 can number.
+        ValueError: the mask has another shape or dtype, or more cells than int32 can number.
     """
     cells = _count(mask, spec, None)
     return Plan(_levels(cells, spec, cells.totals.tolist(), padded=False), spec, NAME)
 
 
 def build_padded_plan(mask: Tensor, spec: PlanSpec, capacities: Sequence[int]) -> PaddedPlan:
-    """:func:`build_plan` into memory of given size, without a wait of the host; may be captured in a CUDA graph.
+    """:func:`build_plan` with a fixed number of rows. The host does not wait, so a CUDA graph can capture it.
 
     Args:
         mask: ``bool [B, H, W]``, true at the sites.
@@ -116,7 +119,7 @@ def build_padded_plan(mask: Tensor, spec: PlanSpec, capacities: Sequence[int]) -
         capacities: rows of each level.
 
     Raises:
-        ValueError: as :func:`build_plan`; or the capacities do not fit the levels.
+        ValueError: as for :func:`build_plan`, or there is not one valid capacity per level.
     """
     if len(capacities) != spec.levels or not all(0 <= rows <= _LARGEST for rows in capacities):
         raise ValueError(f"capacities = {tuple(capacities)}, expected {spec.levels} numbers from 0 to {_LARGEST}")
@@ -130,15 +133,15 @@ def build_padded_plan(mask: Tensor, spec: PlanSpec, capacities: Sequence[int]) -
 
 @dataclass(frozen=True)
 class _Cells:
-    """Cells of all levels and how many are active.
+    """The cells of all levels, and how many of them are active.
 
     Attributes:
         active: ``uint8 [B, h, w]`` of each level, 0 or 1.
-        block: neighbours in a row that one program takes.
+        block: consecutive cells of a row that one program handles.
         before: ``int64 [levels, 2, blocks]``: active cells before each block, see the kernels.
-        totals: ``int32 [levels]``.
-        kept: ``int32 [levels, 4]``, the first: of the totals what there is room for.
-        parities: ``int32 [levels, 4]``: ``kept`` by parity of row and column.
+        totals: ``int32 [levels]``: active cells.
+        kept: ``int32 [levels, 4]``: column 0 holds the active cells that fit the capacity.
+        parities: ``int32 [levels, 4]``: the kept cells by parity of row and column.
     """
 
     active: list[Tensor]
@@ -154,11 +157,11 @@ class _Cells:
 
     @property
     def warps(self) -> int:
-        """Of a program: 4 cells a thread, with more of them registers would not do."""
+        """Warps per program: 4 cells per thread, more do not fit the registers."""
         return max(1, self.block // 128)
 
     def segments(self, level: int) -> int:
-        """Blocks a row; at least one, which writes the border of images without columns."""
+        """Blocks per row. At least one, which also writes the border of images without columns."""
         return max(1, blocks(self.active[level].shape[2], self.block))
 
 
@@ -170,7 +173,7 @@ def _count(mask: Tensor, spec: PlanSpec, capacities: Sequence[int] | None) -> _C
     for level, active in enumerate(cells.active):
         finer = cells.active[max(0, level - 1)]
         count = max(1, active.shape[0] * active.shape[1] * cells.segments(level))
-        size = active.shape[1:] if len(active) else (0, 0)  # of no image, the one program must read nothing
+        size = active.shape[1:] if len(active) else (0, 0)  # with no images, the one program must read nothing
         launch(
             kernels.activity,
             (count,),
@@ -195,7 +198,7 @@ def _count(mask: Tensor, spec: PlanSpec, capacities: Sequence[int] | None) -> _C
 
 
 def _allocate(mask: Tensor, levels: int, down: DownKind) -> tuple[_Cells, Tensor, list[int]]:
-    """Cells to be filled, but for those of level 0; the storage of the others, and where in it each level begins."""
+    """Unfilled cells of all levels but level 0, the storage of those levels, and the offset of each level in it."""
     if mask.dim() != 3 or mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, expected bool [B, H, W]")
     batch, height, width = mask.shape
@@ -216,7 +219,7 @@ def _allocate(mask: Tensor, levels: int, down: DownKind) -> tuple[_Cells, Tensor
     active = [mask.contiguous().view(torch.uint8)]
     for offset, (h, w) in zip(offsets[1:], sizes[1:], strict=False):
         active.append(storage[offset : offset + batch * h * w].view(batch, h, w))
-    # A block of a narrow image is no wider than it must be: 32 cells are one for each lane of a warp.
+    # Narrow images get narrower blocks. The minimum of 32 cells is one per lane of a warp.
     block = min(_BLOCK, max(32, 1 << (width - 1).bit_length()))
     stride = _aligned(batch * height * max(1, blocks(width, block)))
     cells = _Cells(
@@ -235,7 +238,7 @@ def _aligned(count: int) -> int:
 
 
 def _levels(cells: _Cells, spec: PlanSpec, capacities: Sequence[int], *, padded: bool) -> tuple[Level, ...]:
-    """Levels of so many rows each, of which ``cells.kept`` are in use."""
+    """The levels, with ``capacities[level]`` rows each; the first ``cells.kept`` of them are in use."""
     numbered = [_number(cells, level, rows, level < spec.levels - 1, padded) for level, rows in enumerate(capacities)]
     found = [_tables(cells, level, numbered, spec.down) for level in range(spec.levels)]
     counts = [cells.kept[level, :1] if padded else None for level in range(spec.levels)]
@@ -261,7 +264,7 @@ def _levels(cells: _Cells, spec: PlanSpec, capacities: Sequence[int], *, padded:
 
 @dataclass(frozen=True)
 class _Numbered:
-    """A level's index image ``int32 [B, h + 2, w + 2]``, coordinates ``int32 [N, 3]``, and order but for the last."""
+    """A level's index image ``int32 [B, h + 2, w + 2]``, coordinates ``int32 [N, 3]``, and order (not if last)."""
 
     index: Tensor
     coords: Tensor
@@ -289,7 +292,7 @@ def _number(cells: _Cells, level: int, rows: int, ordered: bool, padded: bool) -
 
 @dataclass(frozen=True)
 class _Tables:
-    """Of one level, by its rows: 9 neighbours, cells of the finer level, cells of the coarser level."""
+    """The tables of one level, a row per cell: its 9 neighbours, its children and its parents."""
 
     around: Tensor
     children: Tensor | None
@@ -321,5 +324,5 @@ def _tables(cells: _Cells, level: int, numbered: Sequence[_Numbered], down: Down
 
 
 def _table(rows: int, taps: int, device: torch.device) -> Tensor:
-    """``int32 [rows, taps]``, tap by tap in memory, not filled."""
+    """An uninitialised table ``int32 [rows, taps]``, stored tap by tap."""
     return torch.empty(taps, _aligned(rows), dtype=torch.int32, device=device)[:, :rows].t()

@@ -1,4 +1,4 @@
-"""How kernels are launched, and where they can be."""
+"""Launches kernels, and tells on which devices they run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def _nothing() -> None:
 
 
 INTERPRETED = not isinstance(_nothing, triton.JITFunction)
-"""TRITON_INTERPRET=1 was set when this was imported: kernels run on the CPU, slowly, for tests."""
+"""Whether TRITON_INTERPRET=1 was set at import. Kernels then run on the CPU, slowly, for tests."""
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether kernels take tensors of this device."""
+    """Whether kernels can run on this device."""
     return device.type == ("cpu" if INTERPRETED else "cuda")
 
 
@@ -32,36 +32,36 @@ def launch(
     stages: int = 2,
     **meta: Any,
 ) -> None:
-    """Runs ``kernel`` once for each place of ``grid``; an empty grid is no launch.
+    """Runs one program of ``kernel`` for each point of ``grid``. Does nothing if the grid is empty.
 
     Args:
-        kernel: of :mod:`sparserefine.engines.triton.kernels`.
-        grid: up to three numbers; the second and third must stay under 65536.
-        device: of the tensors among ``arguments``.
-        arguments: of the kernel, in order.
-        warps: of each program.
-        stages: of loops whose loads are issued ahead.
+        kernel: a kernel of :mod:`sparserefine.engines.triton.kernels`.
+        grid: up to three sizes; the second and third must be below 65536.
+        device: device of the tensors in ``arguments``.
+        arguments: arguments of the kernel, in order.
+        warps: warps per program.
+        stages: pipeline stages of loops that load ahead.
         meta: the kernel's compile-time constants.
     """
     if 0 in grid:
         return
     if torch.version.hip:
-        stages = min(stages, 2)  # AMD's GPUs have 64 KB for them
+        stages = min(stages, 2)  # AMD GPUs have only 64 KB of shared memory for them
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        # What Triton 3.9 takes as a default it also warns about: a product and a sum are one rounding.
+        # Fused multiply-add is the default, but Triton 3.9 warns if it is not set explicitly.
         kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **meta)
 
 
 def blocks(count: int, block: int) -> int:
-    """How many blocks of that size hold ``count``."""
+    """Number of blocks of size ``block`` that cover ``count`` items."""
     return -(-count // block)
 
 
 def allows_tf32() -> bool:
-    """Whether the GPU has TF32 and torch's settings allow it in products of float32 matrices."""
+    """Whether the GPU has TF32 and torch's settings allow it for float32 matrix products."""
     if torch.version.hip:
         return False
     settings = torch.backends.cuda.matmul
-    if hasattr(settings, "fp32_precision"):  # torch 2.9; once it has been set, the older setting may not be read
+    if hasattr(settings, "fp32_precision"):  # since torch 2.9; once it is set, reading the older setting fails
         return bool(settings.fp32_precision == "tf32")
     return torch.get_float32_matmul_precision() != "highest"

@@ -1,4 +1,4 @@
-"""Whole networks for inference on the GPU: the steps of ``sparse/fused.py``, one launch each."""
+"""Runs whole networks for inference on the GPU: one launch for each step of ``sparse/fused.py``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparserefine.sparse.unet import SparseUNet
 
 @dataclass(frozen=True)
 class _Layer:
-    """A step with its numbers in the precision and layout of the kernels."""
+    """A step with its parameters in the dtype and layout of the kernels."""
 
     step: Step
     weight: Tensor
@@ -30,12 +30,12 @@ class PackedNetwork:
     """A network in evaluation mode: ``(features [N, F], plan) -> logits float32 [N, K]``.
 
     Args:
-        network: its weights are shared where their precision and layout are already right, else copied.
-        dtype: float16, bfloat16 or float32: of features and weights. Sums and normalisation are float32.
+        network: its weights are shared if they have the right dtype and layout already, otherwise copied.
+        dtype: of features and weights: float16, bfloat16 or float32. Sums and normalisation are always float32.
 
     Attributes:
         dtype: as given.
-        megabytes: of weights that were copied [1e6 bytes].
+        megabytes: size of the copied weights [MB].
     """
 
     def __init__(self, network: SparseUNet, dtype: torch.dtype) -> None:
@@ -54,24 +54,24 @@ class PackedNetwork:
         self.megabytes = sum(la.weight.nbytes for la in self._layers if la.weight.data_ptr() not in shared) / 1e6
 
     def __call__(self, features: Tensor, plan: Plan) -> Tensor:
-        """Logits ``float32 [N, K]``; of a padded plan, the rows behind its count of sites mean nothing.
+        """Logits ``float32 [N, K]``. With a padded plan, rows past the number of sites are undefined.
 
         Args:
             features: ``[N, F]``, floating point.
-            plan: of the N sites, by this engine.
+            plan: the plan of the N sites, built by this engine.
 
         Raises:
-            ValueError: features or plan do not fit.
+            ValueError: features or plan do not fit this network.
         """
         self.program.check(features, plan, GpuStencil, NAME)
-        features, held = features.detach().to(self.dtype).contiguous(), dict[int, Tensor]()
+        features, live = features.detach().to(self.dtype).contiguous(), dict[int, Tensor]()
         for layer in self._layers:
             for buffer in layer.step.begins:
-                held[buffer] = self._new(buffer, plan, features.device)
-            _run(layer, features, held, plan)
+                live[buffer] = self._new(buffer, plan, features.device)
+            _run(layer, features, live, plan)
             for buffer in layer.step.ends:
-                del held[buffer]  # torch hands its memory to the next ones
-        return held[self.program.result]
+                del live[buffer]  # torch reuses its memory for the next buffers
+        return live[self.program.result]
 
     def _new(self, number: int, plan: Plan, device: torch.device) -> Tensor:
         buffer = self.program.buffers[number]
@@ -79,23 +79,23 @@ class PackedNetwork:
         return torch.empty(plan.levels[buffer.level].around.num_outputs, buffer.channels, dtype=dtype, device=device)
 
 
-def _run(layer: _Layer, features: Tensor, held: dict[int, Tensor], plan: Plan) -> None:
-    """One step. A function of its own, so that nothing here keeps a buffer longer than it is needed."""
+def _run(layer: _Layer, features: Tensor, live: dict[int, Tensor], plan: Plan) -> None:
+    """Runs one step. A separate function, so that no local variable keeps a buffer alive after the step."""
 
-    def some(part: Part) -> Tensor:
-        return held[part.buffer][:, part.start : part.stop]
+    def view_of(part: Part) -> Tensor:
+        return live[part.buffer][:, part.start : part.stop]
 
     step, around, stencil = layer.step, plan.levels[layer.step.level].around, layer.step.stencil(plan)
     assert isinstance(around, GpuStencil)
     assert stencil is None or isinstance(stencil, GpuStencil)
     epilogue = Epilogue(
-        None if step.residual is None else held[step.residual],
+        None if step.residual is None else live[step.residual],
         layer.bias,
-        None if step.raw is None else some(step.raw),
-        tuple(Activation(some(part), *factors) for part, factors in zip(step.activated, layer.norms, strict=True)),
+        None if step.raw is None else view_of(step.raw),
+        tuple(Activation(view_of(part), *factors) for part, factors in zip(step.activated, layer.norms, strict=True)),
     )
     convolve(
-        features if step.source is None else held[step.source],
+        features if step.source is None else live[step.source],
         layer.weight,
         epilogue,
         around.num_outputs,

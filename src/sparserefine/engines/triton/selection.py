@@ -1,4 +1,4 @@
-"""The budget on the GPU: no host read, no sorting, and memory of a few kilobytes."""
+"""Applies the budget on the GPU, without a wait of the host, without sorting, and in a few kilobytes of memory."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from sparserefine.engines.triton.launch import blocks, launch
 
 _BLOCK, _CHUNKS = 1024, 16
 _EXACT = (torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes whose values float32 has, too. Others go to the torch engine's code."""
+"""Dtypes that convert to float32 exactly. Others fall back to the torch engine."""
 
 
 def keep_largest(values: Tensor, mask: Tensor, budget: int) -> None:
-    """What :func:`sparserefine.engines.reference.selection.keep_largest` does, bit for bit.
+    """Gives exactly the result of :func:`sparserefine.engines.reference.selection.keep_largest`.
 
-    Seven launches; where an image has fewer candidates than the budget allows, five of them find that there is nothing
-    to do. A budget of 0, or of all pixels, needs no count.
+    Takes seven launches; for images with fewer candidates than the budget, five of them end at once. A budget of 0, or
+    of all pixels, needs no counting.
 
     Args:
         values: floating point ``[B, H, W]``.
-        mask: ``bool [B, H, W]``, contiguous: what there is to choose from.
-        budget: at least 0.
+        mask: ``bool [B, H, W]``, contiguous: the candidates.
+        budget: the most pixels that stay per image, at least 0.
     """
     if values.dtype not in _EXACT:
         reference.keep_largest(values, mask, budget)

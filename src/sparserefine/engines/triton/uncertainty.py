@@ -17,22 +17,22 @@ from sparserefine.images.upsampling import Axis
 from sparserefine.sparse.sites import PaddedSites, Sites
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_COLUMNS = 128  # of a program's tile: one for each thread
-_ROWS = (1, 2, 4)  # of a program's tile, all in the same thread
+_COLUMNS = 128  # per program: one for each thread
+_ROWS = (1, 2, 4)  # choices per program; one thread handles all rows of a column
 _SITES = 128
-_CLASSES, _CHANNELS = 16, 4  # that a program reads at a time
+_CLASSES, _CHANNELS = 16, 4  # that a program reads at once
 
 
 @dataclass(frozen=True)
 class _Taps:
-    """Taps of one axis on the device, and the blocks of pixels that have ``low`` and ``high`` in common.
+    """Taps of one axis on the device, and blocks of pixels that share ``low`` and ``high``.
 
     Attributes:
-        low: ``int32``.
-        high: ``int32``.
-        weight: ``float32``.
-        blocks: ``int32 [G, 2]``: first pixel, and the one after the last.
-        length: the most pixels of a block.
+        low: ``int32``, lower coarse index of each pixel.
+        high: ``int32``, upper coarse index of each pixel.
+        weight: ``float32``, weight of the upper one.
+        blocks: ``int32 [G, 2]``: first pixel and end (exclusive).
+        length: maximum number of pixels per block.
     """
 
     low: Tensor
@@ -43,15 +43,15 @@ class _Taps:
 
 
 def runs_kernels_on(*tensors: Tensor) -> bool:
-    """On a device that kernels run on, and no gradient is wanted of them: what the functions below are for."""
+    """Whether the functions below support these tensors: kernels run on their device and no gradient is required."""
     return all(runs_on(t.device) and not (t.requires_grad and torch.is_grad_enabled()) for t in tensors)
 
 
 def uncertainty(coarse: Coarse) -> tuple[Tensor, Tensor]:
-    """As :func:`sparserefine.images.uncertainty.uncertainty`, without gradients. The host waits for nothing.
+    """Like :func:`sparserefine.images.uncertainty.uncertainty`, without gradients. The host does not wait for the GPU.
 
-    Taps are copied to the device when they are first needed: in a CUDA graph, only after a call of the same sizes. They
-    stay with ``coarse``, which must live as long as the graph.
+    Taps are copied to the device on first use, so call this once with the same sizes before capturing a CUDA graph.
+    ``coarse`` keeps the taps and must live as long as the graph.
 
     Raises:
         ValueError: taps reach outside the logits.
@@ -73,10 +73,10 @@ def uncertainty(coarse: Coarse) -> tuple[Tensor, Tensor]:
 
 
 def sample(coarse: Coarse, coords: Tensor) -> Tensor:
-    """As :func:`sparserefine.images.uncertainty.sample`, without gradients, for ``int32`` coordinates in any order.
+    """Like :func:`sparserefine.images.uncertainty.sample`, without gradients, for ``int32`` coordinates in any order.
 
-    Coordinates are not checked: they must lie within the images and within their size. As for :func:`uncertainty`, the
-    host waits for nothing, and taps are copied once.
+    Coordinates are not checked: batch, row and column must all be in range. As in :func:`uncertainty`, the host does
+    not wait and taps are copied once.
 
     Raises:
         ValueError: as for :func:`uncertainty`.
@@ -124,12 +124,12 @@ def pixels(image: Tensor, coords: Tensor, scale: Tensor, shift: Tensor) -> Tenso
 
 
 def write_labels(labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
-    """Writes the class of the largest logit, of equals the first, into ``labels`` at the sites in use.
+    """Writes the class of the largest logit (the first of equals) into ``labels`` at the sites in use.
 
     Args:
         labels: ``uint8`` or (above 255 classes) ``int16 [B, H, W]``, of any strides.
         logits: ``float16``, ``bfloat16`` or ``float32 [N, K]``.
-        sites: of these labels; for rows that are padding, nothing is written.
+        sites: sites of the same images; padding is skipped.
     """
     rows, count = (sites.rows, sites.count) if isinstance(sites, PaddedSites) else (sites, None)
     coords = rows.coords
@@ -145,15 +145,15 @@ def write_labels(labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> 
 
 
 def _launches(coarse: Coarse) -> Iterator[tuple[slice, Tensor, _Taps, _Taps]]:
-    """Images that have the same taps: which they are, their logits ``[n, K, h, w]``, taps of rows and of columns."""
+    """Images with equal taps: their slice of the batch, logits ``[n, K, h, w]``, taps of rows and of columns."""
     if isinstance(coarse.logits, Tensor) and coarse.windows is None:
-        yield slice(0, coarse.batch), _as_read(coarse.logits), *_taps(coarse, 0)
+        yield slice(0, coarse.batch), _as_supported(coarse.logits), *_taps(coarse, 0)
         return
     for b in range(coarse.batch):
-        yield slice(b, b + 1), _as_read(coarse.logits[b])[None], *_taps(coarse, b)
+        yield slice(b, b + 1), _as_supported(coarse.logits[b])[None], *_taps(coarse, b)
 
 
-def _as_read(logits: Tensor) -> Tensor:
+def _as_supported(logits: Tensor) -> Tensor:
     return logits.detach() if logits.dtype in _FLOATS else logits.detach().float()
 
 
@@ -162,7 +162,7 @@ def _tensors(taps: _Taps) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _taps(coarse: Coarse, image: int) -> tuple[_Taps, _Taps]:
-    """Taps of rows and columns, kept with ``coarse``: a CUDA graph reads them as often as it is replayed."""
+    """Taps of rows and columns. ``coarse`` keeps them alive, because a CUDA graph reads them at each replay."""
     rows, columns = coarse.axes(image)
     for axis in (rows, columns):
         if axis not in coarse.kept:
@@ -172,7 +172,7 @@ def _taps(coarse: Coarse, image: int) -> tuple[_Taps, _Taps]:
 
 @lru_cache(maxsize=64)
 def _device_taps(axis: Axis, device: torch.device) -> _Taps:
-    """Taps of one axis; the images of a stream share theirs."""
+    """Taps of one axis. Cached, because the images of a stream share them."""
     taps = axis.taps()
     if int(taps.low.min()) < 0 or int(taps.high.max()) >= axis.coarse:
         raise ValueError(f"taps reach outside logits of {axis.coarse} rows or columns; expected a finite window")
@@ -188,7 +188,7 @@ def _device_taps(axis: Axis, device: torch.device) -> _Taps:
 
 
 def _split(lengths: Tensor, most: int) -> Tensor:
-    """Groups of those lengths, one after the other, split into parts of at most that many: first and end of each."""
+    """Splits groups of the given lengths into parts of at most ``most`` pixels; first and end of each part."""
     parts = -(-lengths // most)
     group = torch.repeat_interleave(parts)
     within = torch.arange(len(group)) - (parts.cumsum(0) - parts)[group]

@@ -1,1 +1,1 @@
-"""Kernels in C++ for the CPU: sources, their build, their loading. ``engines/cpu`` calls them."""
+"""C++ kernels for the CPU: sources, build and loading. ``engines/cpu`` calls them."""

@@ -1,8 +1,8 @@
-"""Compiles the kernels: one shared object for each instruction set. Runs when the package is built (hatch_build.py).
+"""Compiles the kernels: one shared object per instruction set. Runs when the package is built (hatch_build.py).
 
-Needs nothing but the standard library and a C++ compiler (``$CXX``, ``g++``, ``clang++`` or ``c++``). The objects link
-neither torch nor Python nor an OpenMP runtime: they use the runtime that torch has loaded, so there is one thread pool
-and one build serves every version of torch and Python.
+Needs only the standard library and a C++ compiler (``$CXX``, ``g++``, ``clang++`` or ``c++``). The objects do not link
+torch, Python or an OpenMP runtime. They use the OpenMP runtime that torch has loaded, so there is one thread pool, and
+one build works with every version of torch and Python.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 OBJECTS = SOURCES / "objects"
 NOTE = OBJECTS / "build.txt"
-"""One line on how the objects were built, or why there are none; ``sparserefine info`` shows it."""
+"""One line that says how the objects were built, or why there are none. ``sparserefine info`` shows it."""
 
 DIGEST = OBJECTS / "sources.sha256"
-"""Of the sources that the objects were built from: objects of others would be called with wrong arguments."""
+"""Hash of the sources of the objects. Objects built from other sources would be called with wrong arguments."""
 
 PURE = "SPARSEREFINE_PURE"
-"""Environment variable: ``1`` leaves the kernels out, for a wheel that runs on any machine."""
+"""Environment variable. ``1`` builds without kernels, for a wheel that runs on any machine."""
 
 _OLDEST_GLIBC = 17
-"""Of the C library 2.x: what the oldest manylinux policy still in use (2014) names, and where 64-bit Arm begins."""
+"""Minor version of glibc 2.x in the oldest manylinux policy still in use (2014), and the first for 64-bit Arm."""
 
 _X86 = "-mavx2 -mfma -mbmi -mbmi2 -mlzcnt -mpopcnt"
 _AVX512 = f"{_X86} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
@@ -39,7 +39,7 @@ INSTRUCTION_SETS = {
     "avx2": (8, _X86),
     "generic": (4, ""),
 }
-"""Floats of a vector and compiler options, best first; ``generic`` is what the compiler makes by default."""
+"""Floats per vector and compiler options, best first. ``generic`` uses the compiler's default instruction set."""
 
 _OPTIONS = (
     "-std=c++17 -O3 -shared -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno -fno-trapping-math "
@@ -56,13 +56,13 @@ def compiler() -> list[str] | None:
 
 
 def instruction_sets() -> list[str]:
-    """Those that this kind of machine may have."""
+    """The instruction sets to build for this kind of machine."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return [name for name in INSTRUCTION_SETS if x86 or name == "generic"]
 
 
 def pure_wanted() -> bool:
-    """Whether ``$SPARSEREFINE_PURE`` asks for a package without kernels.
+    """Whether ``$SPARSEREFINE_PURE`` requests a package without kernels.
 
     Raises:
         ValueError: it is neither 0 nor 1.
@@ -74,10 +74,10 @@ def pure_wanted() -> bool:
 
 
 def needed_glibc(path: Path) -> tuple[int, int] | None:
-    """The oldest version of the GNU C library that has all symbols of an object; ``None`` if no version is enough.
+    """The oldest version (major, minor) of glibc with all symbols that an object needs; ``None`` if unknown.
 
-    Symbol versions stand in the object as strings between zero bytes. ``None``: it was linked with another C library
-    (musl), which names no versions, or it needs a version that is no number, as ``GLIBC_ABI_DT_RELR``.
+    The object holds symbol versions as strings between zero bytes. ``None`` if it was linked with another C library
+    (musl), which has no symbol versions, or if it needs a version that is not a number, such as ``GLIBC_ABI_DT_RELR``.
     """
     names = set(re.findall(rb"\0GLIBC_([^\0]+)(?=\0)", path.read_bytes()))
     versions = [re.fullmatch(rb"(\d+)\.(\d+)(?:\.\d+)?", name) for name in names]
@@ -87,10 +87,10 @@ def needed_glibc(path: Path) -> tuple[int, int] | None:
 
 
 def wheel_tag() -> str:
-    """What the name of a wheel with the built objects has to say of the machines it is for.
+    """The platform tag of a wheel with the built objects.
 
-    ``py3-none-manylinux_2_X_ARCH``: any Python 3 on Linux whose C library is 2.X or newer. Where the C library's
-    version is not known: ``py3-none-linux_ARCH``, which installs here and which package indexes refuse.
+    ``py3-none-manylinux_2_X_ARCH`` means any Python 3 on Linux with glibc 2.X or newer. If the needed version is not
+    known, the tag is ``py3-none-linux_ARCH``: such a wheel installs locally, but package indexes refuse it.
     """
     needed = [needed_glibc(path) for path in OBJECTS.glob("*.so")]
     known = [version for version in needed if version is not None]
@@ -112,30 +112,30 @@ def compile_object(command: list[str], name: str, out: Path, extra: str = "") ->
     """Compiles one object.
 
     Args:
-        command: the compiler.
-        name: instruction set.
-        out: where the object goes; it appears there when it is whole.
-        extra: more options, those of a sanitizer for instance.
+        command: the compiler's command.
+        name: the instruction set.
+        out: path of the object. The file appears only when it is complete.
+        extra: further options, for example those of a sanitizer.
 
     Raises:
-        RuntimeError: the compiler failed; with what it said.
+        RuntimeError: the compiler failed; the message contains its output.
     """
     floats, options = INSTRUCTION_SETS[name]
     out.parent.mkdir(parents=True, exist_ok=True)
     sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         part = Path(folder, out.name)
-        # -fopenmp when compiling only: linked with it, the object would name one OpenMP runtime, maybe not torch's.
+        # -fopenmp for compiling only: linking with it would bind the object to a runtime that may not be torch's.
         compiled = [str(Path(folder, Path(source).stem + ".o")) for source in sources]
         for source, target in zip(sources, compiled, strict=True):
             _run([*command, *shlex.split(f"{_OPTIONS} -DVL={floats} {options} {extra} -fopenmp -c -o"), target, source])
-        # Only the C library and the compiler's own helpers are linked: no C++ runtime, no OpenMP.
+        # Link only the C library and the compiler's own helpers, no C++ runtime and no OpenMP.
         _run([*command, "-shared", *shlex.split(extra), "-nodefaultlibs", *compiled, "-lgcc", "-lc", "-o", str(part)])
         part.replace(out)
 
 
 def build() -> bool:
-    """Compiles all objects of this machine into :data:`OBJECTS` and writes :data:`NOTE`; false if there are none.
+    """Compiles all objects for this machine into :data:`OBJECTS` and writes :data:`NOTE`. Returns whether it succeeded.
 
     Raises:
         ValueError: ``$SPARSEREFINE_PURE`` is neither 0 nor 1.
@@ -144,10 +144,10 @@ def build() -> bool:
     shutil.rmtree(OBJECTS, ignore_errors=True)
     OBJECTS.mkdir()
     if pure:
-        _note("not built: this package comes without compiled kernels; on Linux, install the manylinux wheel for them")
+        _note("not built: this package comes without compiled kernels; on Linux, install the manylinux wheel instead")
         return False
     if not sys.platform.startswith("linux"):
-        _note(f"not built: the compiled kernels are for Linux, this is {sys.platform}")
+        _note(f"not built: the compiled kernels need Linux, this is {sys.platform}")
         return False
     command = compiler()
     if command is None or not shutil.which(command[0]):
@@ -160,8 +160,8 @@ def build() -> bool:
     except (RuntimeError, OSError) as error:
         shutil.rmtree(OBJECTS)
         OBJECTS.mkdir()
-        words = " ".join(str(error).split())[:300]
-        _note(f"not built: the C++ compiler failed at installation: {words}")
+        message = " ".join(str(error).split())[:300]
+        _note(f"not built: the C++ compiler failed at installation: {message}")
         return False
     DIGEST.write_text(sources_digest() + "\n", encoding="utf-8")
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
@@ -169,14 +169,14 @@ def build() -> bool:
     return True
 
 
-def _note(words: str) -> None:
-    NOTE.write_text(words + "\n", encoding="utf-8")
+def _note(message: str) -> None:
+    NOTE.write_text(message + "\n", encoding="utf-8")
 
 
 def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        said = result.stderr or result.stdout
-        # What went wrong first, for a note of one line.
-        first = next((line for line in said.splitlines() if "error" in line), "")
-        raise RuntimeError(f"{first}\n{shlex.join(command)}\n{said}")
+        output = result.stderr or result.stdout
+        # The first error goes first, because the note has only one line.
+        first = next((line for line in output.splitlines() if "error" in line), "")
+        raise RuntimeError(f"{first}\n{shlex.join(command)}\n{output}")

@@ -1,8 +1,8 @@
-// The primitive as an indirect GEMM: y[n] = sum_t x[table[n, t]] @ W[t]. The microkernel reads its rows through pointers,
-// so nothing is gathered into a buffer; a missing neighbour's pointer leads to a row of zeros.
+// The primitive as an indirect GEMM: y[n] = sum_t x[table[n, t]] @ W[t]. The microkernel reads rows through pointers,
+// so nothing is gathered into a buffer. The pointer of a missing neighbour leads to a row of zeros.
 #include "gemm.h"
 
-// Rows of a block: their sums and their inputs stay in the second-level cache while all weights pass by.
+// Rows per block: their sums and inputs stay in the second-level cache while all weights are read.
 static const int64_t BLOCK_ROWS = 240;
 
 struct Convolution {
@@ -12,7 +12,7 @@ struct Convolution {
   int64_t n, taps;
   const float* weight;  // packed by sr_pack
   int64_t cout;
-  const int32_t* rows;  // [n]: where results go; null: row n
+  const int32_t* rows;  // [n]: output row of each result; null: row n
   int64_t n_out;
   Epilogue epilogue;
   const float* zeros;  // [cin]
@@ -26,7 +26,7 @@ SR_SIZE_OF(Convolution)
 extern "C" int omp_get_thread_num(void);
 
 static int64_t block_rows(int64_t n, int64_t mr, int64_t threads) {
-  // Few rows: smaller blocks, so that every thread has several.
+  // With few rows, use smaller blocks, so that every thread gets several.
   int64_t fair = round_up(ceil_div(n, 4 * threads), mr);
   return larger(mr, smaller(BLOCK_ROWS / mr * mr, fair));
 }
@@ -47,9 +47,9 @@ SR_API int64_t sr_pack(const float* weight, int64_t taps, int64_t cin, int64_t c
   return SR_OK;
 }
 
-// Floats of scratch that each thread needs.
+// Scratch memory per thread [floats].
 SR_API int64_t sr_convolution_scratch(int64_t taps) {
-  int64_t pointers = (BLOCK_ROWS + MAX_MR) * taps * 2;  // of 8 bytes at most
+  int64_t pointers = (BLOCK_ROWS + MAX_MR) * taps * 2;  // two floats hold one pointer
   return round_up((BLOCK_ROWS + MAX_MR) * MAX_NV * VL + pointers, 16);
 }
 
@@ -66,7 +66,7 @@ SR_API int64_t sr_convolve(const Convolution* call) {
     const int64_t first = i * block, n = smaller(block, a.n - first);
     for (int64_t p = 0; p < panels.count(); p++) {
       const int64_t nv = panels.vectors(p), width = nv * VL, rows = rows_of(nv), tiles = ceil_div(n, rows);
-      if (p == 0 || nv != panels.nv) {  // the last panel may be narrower, its tiles taller
+      if (p == 0 || nv != panels.nv) {  // the last panel may be narrower, with taller tiles
         for (int64_t tile = 0; tile < tiles; tile++)
           for (int64_t m = 0; m < rows; m++) {
             const int64_t local = tile * rows + m;
@@ -83,7 +83,7 @@ SR_API int64_t sr_convolve(const Convolution* call) {
       }
       const MultiplyTile multiply = tile_function(nv);
       const float* weight = a.weight + panels.offset(p, taps * a.cin);
-      // Several whole taps at a time, or a part of one.
+      // Several whole taps at once, or part of one tap.
       const int64_t at_once = larger<int64_t>(1, WEIGHT_FLOATS / width);
       const int64_t group = larger<int64_t>(1, at_once / larger<int64_t>(1, a.cin));
       const int64_t depth = smaller(a.cin, at_once);

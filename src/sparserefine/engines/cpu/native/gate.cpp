@@ -1,6 +1,6 @@
-// The gated ensembler at inference in one pass over the sites; GatedEnsembler in sparserefine/ensembler.py defines it.
-// Lanes are sites: a block of them is transposed, so that any number of classes fills whole vectors, and what lies
-// between the logits and the refined ones stays in registers and caches.
+// The gated ensembler at inference, in one pass over the sites. GatedEnsembler in stages/ensembler.py defines the
+// results. Each lane holds one site. Blocks of sites are transposed, so that vectors are full for any number of
+// classes, and all intermediate values stay in registers and caches.
 #include "transcendental.h"
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -8,7 +8,7 @@
 
 extern "C" int omp_get_thread_num(void);
 
-// Shuffles by constant lanes, for which both compilers have one name each.
+// Shuffles with constant indices; GCC and Clang name the builtin differently.
 #if VL == 16
 #define SR_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define SR_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
@@ -33,10 +33,10 @@ extern "C" int omp_get_thread_num(void);
 
 namespace {
 
-constexpr int64_t VECTORS = 2;           // of sites in flight
+constexpr int64_t VECTORS = 2;           // of sites processed together
 constexpr int64_t BLOCK = VECTORS * VL;  // sites
-constexpr int64_t CHUNK = 256;           // sites of one work item
-// Hidden ones at once: UNITS * VECTORS sums stay in registers, of which there are 32 with AVX-512 and else 16.
+constexpr int64_t CHUNK = 256;           // sites per work item
+// Hidden units at once. UNITS * VECTORS sums stay in registers: AVX-512 has 32, the others have 16.
 constexpr int64_t UNITS = VL == 16 ? 8 : VL == 8 ? 5 : 4;
 
 struct Mlp {  // Linear, ReLU, Linear; weights are [out, in]
@@ -44,10 +44,10 @@ struct Mlp {  // Linear, ReLU, Linear; weights are [out, in]
   int64_t hidden;
 };
 
-// ---- weights, packed: for each UNITS hidden ones their bias, rows of the first layer, rows of the second; zeros where
-// there are no more
+// ---- packed weights: for each group of UNITS hidden units their biases, first-layer weights and second-layer weights;
+// the last group is padded with zeros
 
-// The probabilities of a prediction sum to 1, so the last one is no input: its weight goes to the others and the bias.
+// Probabilities sum to 1, so the last one is not an input: its weight is folded into the other weights and the bias.
 int64_t gate_inputs(int64_t classes) { return 2 * classes; }
 int64_t gate_floats(int64_t classes) { return (gate_inputs(classes) + 2) * UNITS; }
 int64_t fuser_floats(int64_t classes) { return (2 * classes + 1) * UNITS; }
@@ -96,7 +96,7 @@ SR_INLINE void store_some(float* p, vec v, int64_t n) {
   else if (n > 0) store_part(p, v, n);
 }
 
-// The first `count` >= 1 sites; further lanes are computed with, never stored.
+// Reads the first `count` >= 1 sites. Further lanes hold values that are computed with but never stored.
 SR_INLINE void read(const float* logits, int64_t classes, int64_t count, float* columns) {
   for (int64_t v = 0; v < BLOCK; v += VL) {
     if (classes == 2) {
@@ -134,7 +134,7 @@ SR_INLINE void write(const float* columns, int64_t classes, int64_t count, float
   }
 }
 
-// ---- what the gate sees
+// ---- inputs of the gate
 
 SR_INLINE vec at_least(vec v, float lowest) { return larger_of(splat(lowest), v); }  // NaN stays NaN
 
@@ -180,7 +180,7 @@ SR_INLINE void see(const float* logits, int64_t classes, float* probabilities, f
 
 // ---- both perceptrons
 
-// UNITS hidden ones: relu(bias + rows of weights times inputs).
+// UNITS hidden units: relu(bias + weights times inputs).
 SR_INLINE void hidden_units(const float* x, int64_t inputs, const float* weights, vec (&h)[UNITS][VECTORS]) {
   SR_UNROLL for (int u = 0; u < UNITS; u++) SR_UNROLL for (int v = 0; v < VECTORS; v++) h[u][v] = splat(weights[u]);
   for (int64_t i = 0; i < inputs; i++) {
@@ -201,10 +201,10 @@ struct Gated {
   bool residual;
 };
 
-// Floats of one thread: both predictions; what the gate sees, later in place of it the blend and the result.
+// Scratch per thread [floats]: both predictions, and the gate's inputs, which the blend and the result overwrite.
 int64_t scratch_floats(int64_t classes) { return 4 * round_up(classes, VL) * BLOCK; }
 
-// CLASSES: known when compiling, or 0.
+// CLASSES: the number of classes if known at compile time, otherwise 0.
 template <int64_t CLASSES>
 SR_INLINE void block(const Gated& g, const float* coarse, const float* sparse, int64_t given, int64_t count,
                      float* refined, float* scratch) {
@@ -273,10 +273,10 @@ void chunk(const Gated& g, const float* coarse, const float* sparse, int64_t cla
 
 SR_SIZE_OF(Mlp)
 
-// Floats that one thread of sr_gate needs.
+// Scratch memory per thread of sr_gate [floats].
 SR_API int64_t sr_gate_scratch(int64_t classes) { return scratch_floats(classes); }
 
-// Floats of the packed weights.
+// Size of the packed weights [floats].
 SR_API int64_t sr_gate_packed(int64_t classes, int64_t gate_hidden, int64_t fuser_hidden) {
   return ceil_div(gate_hidden, UNITS) * gate_floats(classes) + ceil_div(fuser_hidden, UNITS) * fuser_floats(classes);
 }

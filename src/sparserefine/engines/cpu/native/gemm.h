@@ -1,18 +1,18 @@
-// The microkernel that all convolutions share, the packing of its weights, and what happens to its results (epilogue).
+// The microkernel that all convolutions share, the packing of its weights, and the epilogue of its results.
 #pragma once
 #include "simd.h"
 
-// A tile of MR rows by NV vectors stays in registers: 24 sums of 32 registers with AVX-512, 12 of 16 otherwise. Rather
-// tall than wide: weights come out of the cache once for all rows.
+// A tile of MR rows by NV vectors stays in registers: 24 sums in 32 registers with AVX-512, 12 in 16 otherwise. Tiles
+// are tall rather than wide, because weights are loaded from the cache once for all rows.
 constexpr int MAX_NV = 2;
 constexpr int rows_of(int nv) { return VL == 16 ? 12 : nv == 2 ? 6 : 10; }
 constexpr int MAX_MR = 12;
 
-// Floats of the weights that pass at a time: they stay in the first-level cache while all rows of a block pass by.
+// Weights used at once [floats]: they stay in the first-level cache while all rows of a block are processed.
 constexpr int64_t WEIGHT_FLOATS = 4096;
 
-// The output channels in panels of one tile's width each. Weights lie panel after panel, [depth][width] in each, with
-// zeros beyond `cout`; depth is T * C_in.
+// The output channels, divided into panels as wide as a tile. Weights are stored panel after panel, [depth][width]
+// each, padded with zeros beyond `cout`; depth is T * C_in.
 struct Panels {
   int64_t cout;
   int nv;
@@ -25,7 +25,7 @@ struct Panels {
   int64_t offset(int64_t p, int64_t depth) const { return first(p) * depth; }
 };
 
-// c [MR, NV * VL] (+)= sum over taps and k of rows[tap][m][k] * b[tap][k][:]; rows are pointers, which is the whole gather.
+// c [MR, NV * VL] (+)= sum over taps and k of rows[tap][m][k] * b[tap][k][:]. Row pointers replace a gather.
 template <int MR, int NV>
 static void multiply_tile(const float* const* rows, int64_t taps, int64_t tap_stride, int64_t from, int64_t depth,
                           const float* b, int64_t b_stride, float* c, bool accumulate) {
@@ -52,10 +52,10 @@ SR_INLINE MultiplyTile tile_function(int nv) {
   return nv == 2 ? multiply_tile<rows_of(2), 2> : multiply_tile<rows_of(1), 1>;
 }
 
-// What becomes of a result v = sum + residual: stored as it is, and up to twice normalised and activated for the layers
-// that read it: relu(v * scale + shift), as float or rounded to 8 bits. Null pointers switch parts off. Same layout in
-// Python (kernels.py). Never the other way round, normalising while reading: a missing neighbour is zero after the
-// activation.
+// What a kernel does with a result v = sum + bias + residual: stores it as it is, and up to twice normalised and
+// activated for the layers that read it: relu(v * scale + shift), as float or rounded to 8 bits. Null pointers switch
+// parts off. Same layout in Python (structures.py). Layers cannot normalise while reading instead, because a missing
+// neighbour must be zero after the activation.
 struct Activated {
   void* out;       // [n, cout] of float or, if `quantised`, uint8
   int64_t stride;  // elements
@@ -71,7 +71,7 @@ struct Epilogue {
   Activated activated[2];
 };
 
-// Rounded to the nearest; what is above 255 becomes 255.
+// Rounds to the nearest integer, at most 255.
 SR_INLINE void put_bytes(uint8_t* p, vec y, int64_t n) {
   typedef uint8_t bytes __attribute__((vector_size(VL)));
   const vec rounded = (y < 255.f ? y : splat(255.f)) + 0.5f;

@@ -1,6 +1,7 @@
-// Geometry: who neighbours whom, at all levels. A level is one bit a cell and, for each word of 64 cells, the number of
-// sites before it; the row of a site is that number plus the bits before its own. This is a padded index image in a
-// twentieth of the memory: at 8 megapixels it stays in the cache, at 100 it is 19 MB instead of 400.
+// Geometry: the neighbour tables of all levels. A level is stored as one bit per cell and, for each word of 64 cells,
+// the number of sites before that word. The row of a site is that number plus the set bits before its own. This
+// replaces a padded index image in a twentieth of the memory: at 8 megapixels it fits the cache, at 100 it is 19 MB
+// instead of 400.
 #include "simd.h"
 
 struct Grid {
@@ -12,7 +13,7 @@ SR_SIZE_OF(Grid)
 
 extern "C" int omp_get_thread_num(void);
 
-// Cells around the image that read as "no site": one row above, five below, a word on either side.
+// Border of cells that mean "no site": one row above, five rows below, one word on either side.
 static const int64_t ABOVE = 1, BELOW = 5;
 SR_INLINE int64_t row_words(const Grid& g) { return ceil_div(g.width, 64) + 2; }
 SR_INLINE int64_t image_rows(const Grid& g) { return g.height + ABOVE + BELOW; }
@@ -20,11 +21,11 @@ SR_INLINE int64_t image_rows(const Grid& g) { return g.height + ABOVE + BELOW; }
 SR_INLINE int64_t row_start(const Grid& g, int64_t b, int64_t r) {
   return (b * image_rows(g) + r + ABOVE) * row_words(g) + 1;
 }
-// One more than the rows hold: a window may begin in the last word.
+// One word more than the rows hold, because a window may begin in the last word.
 static int64_t words(const Grid& g) { return g.batch * image_rows(g) * row_words(g) + 1; }
 SR_INLINE int32_t ones(uint64_t word) { return __builtin_popcountll(word); }
 
-// Some consecutive cells of one row: bit i is set if cell column + i is a site, and `before` sites come before the first.
+// Consecutive cells of one row: bit i is set if cell column + i is a site; `before` sites come before the first cell.
 struct Window {
   uint64_t bits;
   int32_t before;
@@ -35,7 +36,7 @@ SR_INLINE Window window(const Grid& g, int64_t start, int64_t column) {
   const uint64_t bits = low >> shift | (shift ? g.bits[word + 1] << (64 - shift) : 0);
   return {bits, g.rank[word] + ones(low & (((uint64_t)1 << shift) - 1))};
 }
-// Rows of the first COUNT cells of the window, `missing` where there is no site.
+// The rows of the first COUNT cells of the window; `missing` where there is no site.
 template <int COUNT> SR_INLINE void cells(Window w, int32_t missing, int32_t* out) {
   int32_t row = w.before;
   SR_UNROLL for (int i = 0; i < COUNT; i++) {
@@ -45,7 +46,7 @@ template <int COUNT> SR_INLINE void cells(Window w, int32_t missing, int32_t* ou
   }
 }
 
-// f(row of the site, column) for all sites of image row (b, r), in order.
+// Calls f(row of the site, column) for all sites of image row (b, r), in order.
 template <class F> SR_INLINE void each_site(const Grid& g, int64_t b, int64_t r, F f) {
   const int64_t start = row_start(g, b, r), n = ceil_div(g.width, 64);
   int64_t site = g.rank[start];
@@ -72,7 +73,7 @@ SR_API int64_t sr_grid_words(int64_t batch, int64_t height, int64_t width) {
   return words(Grid{nullptr, nullptr, batch, height, width});
 }
 
-// Sites [n, 3] -> grid, whose bits are zero before. Refuses sites that are out of range, repeated or not sorted.
+// Sites [n, 3] -> grid. The grid's bits must be zero. Refuses sites that are out of range, repeated or not sorted.
 SR_API int64_t sr_grid_from_sites(const Grid* grid, const int32_t* coords, int64_t n) {
   const Grid& g = *grid;
   int64_t last = -1;
@@ -88,7 +89,7 @@ SR_API int64_t sr_grid_from_sites(const Grid* grid, const int32_t* coords, int64
   return SR_OK;
 }
 
-// Every second bit, from the first, moved together into the lower half.
+// Compacts every second bit, from bit 0 on, into the lower half.
 SR_INLINE uint64_t even_bits(uint64_t x) {
   x &= 0x5555555555555555u;
   x = (x | x >> 1) & 0x3333333333333333u;
@@ -98,7 +99,7 @@ SR_INLINE uint64_t even_bits(uint64_t x) {
   return (x | x >> 16) & 0x00000000ffffffffu;
 }
 
-// Cells with a site in their window of `size` x `size` (3: `paper`, 2: `cell`) at stride 2; returns their number.
+// Finds the cells with a site in their `size` x `size` window (3: `paper`, 2: `cell`), stride 2. Returns their number.
 SR_API int64_t sr_grid_coarser(const Grid* fine_grid, const Grid* coarse_grid, int64_t size, int64_t threads) {
   const Grid &f = *fine_grid, &c = *coarse_grid;
   const int64_t coarse_words = ceil_div(c.width, 64), fine_words = ceil_div(f.width, 64);
@@ -164,7 +165,7 @@ SR_API int64_t sr_grid_children(const Grid* fine_grid, const Grid* coarse_grid, 
   return SR_OK;
 }
 
-// The cells o of the coarser level with 2 o + tap = the site, for the taps of the site's parity, in their order.
+// The coarser cells o with 2 o + tap = site, for the taps of the site's parity, in the order of the taps.
 template <class F> SR_INLINE void each_parent(const Grid& coarse, int64_t size, int64_t b, int64_t r, int64_t c,
                                               int32_t missing, F f) {
   for (int64_t i = r & 1; i < size; i += 2)
@@ -175,7 +176,7 @@ template <class F> SR_INLINE void each_parent(const Grid& coarse, int64_t size, 
     }
 }
 
-// Transposed table [n_fine, size^2], filled with `n_coarse` before.
+// Transposed table [n_fine, size^2]. The caller fills it with `n_coarse` first.
 SR_API int64_t sr_grid_parents(const Grid* fine_grid, const Grid* coarse_grid, int64_t size, int64_t n_coarse,
                                int32_t* table, int64_t threads) {
   const Grid &f = *fine_grid, &g = *coarse_grid;
@@ -188,9 +189,9 @@ SR_API int64_t sr_grid_parents(const Grid* fine_grid, const Grid* coarse_grid, i
   return SR_OK;
 }
 
-// The transposed convolution by parity: the sites of each parity of row and column read the same 4, 2, 2 or 1 taps (of
-// 2 x 2: one). offsets [batch * height, 2]: scratch. counts [4]: sites of each parity. rows [n]: the sites, parity by
-// parity. table: their parents, [counts[0], taps of parity 0], [counts[1], ...] one after the other.
+// The transposed convolution by parity of row and column: sites of one parity read the same 4, 2, 2 or 1 taps (2 x 2:
+// one). offsets [batch * height, 2]: scratch. counts [4]: number of sites of each parity. rows [n]: the sites, grouped
+// by parity. table: their parents, [counts[0], taps of parity 0], [counts[1], ...] one after the other.
 SR_API int64_t sr_grid_parities(const Grid* fine_grid, const Grid* coarse_grid, int64_t size, int64_t n_coarse,
                                 int64_t* offsets, int64_t* counts, int32_t* rows, int32_t* table, int64_t threads) {
   const Grid &f = *fine_grid, &g = *coarse_grid;
@@ -226,10 +227,11 @@ SR_API int64_t sr_grid_parities(const Grid* fine_grid, const Grid* coarse_grid, 
   return SR_OK;
 }
 
-// Tiles of 4 x 4 cells for Winograd's convolution, each with the ring around it: [tiles, 6, 6] rows. Bands of four rows;
-// in a band a tile begins at the first site that no tile covers yet, which takes 5 to 10 % fewer tiles than a fixed grid.
-// quarters: 4 tile + quarter of each 2 x 2 that has a site. counts [batch * bands, 2]: tiles and quarters before the band.
-// First call with tiles = null: counts and totals [2]; second: fills.
+// Tiles of 4 x 4 cells for Winograd's convolution, each with the ring around it: [tiles, 6, 6] rows. The image is
+// divided into bands of four rows. In a band, each tile begins at the first site not yet covered, which takes 5 to 10 %
+// fewer tiles than a fixed grid. quarters: 4 tile + quarter for each 2 x 2 with a site. counts [batch * bands, 2]:
+// tiles and quarters before each band. The first call, with tiles = null, writes counts and totals [2]; the second
+// fills the rest.
 SR_API int64_t sr_grid_tiles(const Grid* grid, int64_t n, int64_t* counts, int64_t* totals, int32_t* tiles,
                              int32_t* quarters, int64_t threads) {
   const Grid& g = *grid;

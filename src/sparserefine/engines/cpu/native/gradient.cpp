@@ -1,6 +1,6 @@
-// Gradient of the weight: dW[t] = sum_n outer(x[table[n, t]], grad[n]). Each thread owns whole rows of dW and walks over
-// all sites, so there are no partial sums to add up: equal bits for every number of threads. (The gradient of the input
-// is the primitive itself with the transposed table.)
+// Gradient of the weight: dW[t] = sum_n outer(x[table[n, t]], grad[n]). Each thread owns whole rows of dW and visits
+// all sites. There are no partial sums to add up, so the result has the same bits for every number of threads. (The
+// gradient of the input is the primitive itself with the transposed table.)
 #include "simd.h"
 
 struct WeightGradient {
@@ -18,7 +18,7 @@ SR_SIZE_OF(WeightGradient)
 
 extern "C" int omp_get_thread_num(void);
 
-// Sites at a time: their gradients stay in the second-level cache while all taps and channels use them.
+// Sites at once: their gradients stay in the second-level cache while all taps and channels use them.
 static const int64_t CHUNK = 512;
 static const int MR = 8;
 
@@ -71,7 +71,7 @@ SR_API int64_t sr_weight_gradient(const WeightGradient* call) {
         memset(padded + i * width + a.cout, 0, (width - a.cout) * sizeof(float));
       }
       int64_t tap = -1, pairs = 0;
-      // No waiting between chunks: a static schedule gives a thread the same rows of dW every time.
+      // No barrier between chunks: a static schedule gives each thread the same rows of dW every time.
 #pragma omp for schedule(static) nowait
       for (int64_t task = 0; task < a.taps * slices; task++) {
         if (task / slices != tap) {

@@ -1,7 +1,7 @@
-// The primitive in 8 bits: unsigned activations (they come out of a ReLU) times signed weights, summed in int32 by
-// AVX-512 VNNI, four channels an instruction. In 8 bits the indirect GEMM is faster than Winograd's algorithm, whose
-// transforms need more. Steps of quantisation: activations have one for each channel, folded into the weights, which have
-// one for each output (quantisation.py).
+// The primitive in 8 bits: unsigned activations (outputs of a ReLU) times signed weights, summed in int32 by AVX-512
+// VNNI, four channels per instruction. The indirect GEMM is faster here than Winograd's algorithm, whose transforms
+// need more than 8 bits. Quantisation steps: activations have one per channel, folded into the weights, which have one
+// per output (quantisation.py).
 #include "gemm.h"
 
 struct Int8Convolution {
@@ -11,9 +11,9 @@ struct Int8Convolution {
   int64_t n, taps;
   const int8_t* weight;  // packed by sr_pack_int8
   int64_t cout;
-  const int32_t* rows;  // [n]: where results go; null: row n
+  const int32_t* rows;  // [n]: output row of each result; null: row n
   int64_t n_out;
-  const float* scale;  // [cout]: of the sums
+  const float* scale;  // [cout]: factor of the sums
   Epilogue epilogue;
   int64_t threads;
 };
@@ -26,8 +26,8 @@ SR_SIZE_OF(Int8Convolution)
 static const int64_t BLOCK = 240, MOST_TAPS = 9;
 constexpr int int8_rows_of(int nv) { return nv == 1 ? 10 : 12; }
 
-// groups: fours of channels. The sums go by way of memory: with an epilogue on the registers, unrolled, GCC would keep
-// none of them in registers in the loop that matters.
+// groups: number of groups of four channels. The sums pass through memory on their way to the epilogue: with an
+// unrolled epilogue on registers, GCC would spill all sums in the inner loop.
 template <int MR, int NV>
 SR_VNNI static void multiply_tile(const uint8_t* x, const uint32_t* offsets, int64_t taps, int64_t groups,
                                   const int8_t* weight, int32_t* sums) {
@@ -60,7 +60,7 @@ SR_API int64_t sr_packed_int8_bytes(int64_t taps, int64_t cin, int64_t cout) {
   return taps * round_up(cin, 4) * round_up(cout, VL);
 }
 
-// [taps, cin, cout] -> panels of [taps][cin / 4][width][4], zeros beyond cin and cout.
+// [taps, cin, cout] -> panels of [taps][cin / 4][width][4], padded with zeros beyond cin and cout.
 SR_API int64_t sr_pack_int8(const int8_t* weight, int64_t taps, int64_t cin, int64_t cout, int8_t* packed) {
   const Panels panels(cout);
   for (int64_t p = 0; p < panels.count(); p++)

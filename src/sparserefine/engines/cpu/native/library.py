@@ -1,4 +1,4 @@
-"""Loads the compiled kernels: picks the object for this processor and binds it to torch's OpenMP runtime."""
+"""Loads the compiled kernels: picks the object for this processor and lets it use torch's OpenMP runtime."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sparserefine.engines.cpu.native.build import DIGEST, INSTRUCTION_SETS, NOTE
 from sparserefine.sparse.interface import Unavailable
 
 CHOICE = "SPARSEREFINE_CPU"
-"""Environment variable that forces an instruction set, ``torch`` for none; for tests and comparisons."""
+"""Environment variable that forces an instruction set, for tests and comparisons. ``torch`` disables the kernels."""
 FOLDER = "SPARSEREFINE_OBJECTS"
-"""Environment variable that names another folder of objects, built with sanitizers for instance."""
+"""Environment variable that names another folder of objects, for example built with sanitizers."""
 
 _OPENMP = ("libgomp", "libiomp5", "libomp")
 
@@ -27,11 +27,11 @@ class Library:
     """One loaded object.
 
     Raises:
-        Unavailable: it does not load, or its structures are of other sizes than ours.
+        Unavailable: the object does not load, or the sizes of its structures differ from Python's.
 
     Attributes:
-        name: its instruction set.
-        lanes: floats of a vector.
+        name: name of its instruction set.
+        lanes: floats per vector.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -43,7 +43,7 @@ class Library:
         self._check_structures()
 
     def _check_structures(self) -> None:
-        """Refuses an object whose structures are not those that Python would fill."""
+        """Refuses an object whose structures differ in size from those that Python fills."""
         for structure in structures.STRUCTURES:
             name, size = structure.__name__, ctypes.sizeof(structure)
             try:
@@ -58,14 +58,14 @@ class Library:
                 )
 
     def function(self, name: str, *arguments: type, result: type | None = ctypes.c_int64) -> ctypes._NamedFuncPointer:
-        """The entry point of that name, with types."""
+        """The entry point ``name``, with its argument and result types set."""
         function = self._object[name]
         function.argtypes, function.restype = list(arguments), result
         return function
 
 
 def load(name: str | None = None) -> Library:
-    """The kernels for this processor, or those of the instruction set ``name``.
+    """The best kernels for this processor, or those for the instruction set ``name``.
 
     Raises:
         Unavailable: they were not built, or this processor cannot run them.
@@ -75,7 +75,7 @@ def load(name: str | None = None) -> Library:
 
 
 def available() -> list[str]:
-    """Instruction sets that run here, best first; empty where nothing was built."""
+    """Instruction sets that run here, best first. Empty if nothing was built."""
     names = []
     for name in INSTRUCTION_SETS:
         try:
@@ -97,8 +97,8 @@ def _load(wanted: str | None, folder_name: str) -> Library:
     built = [name for name in INSTRUCTION_SETS if (folder / f"{name}.so").is_file()]
     if "generic" not in built:
         note = folder / NOTE.name
-        words = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
-        raise Unavailable(words if words.startswith("not built") else f"no objects in {folder}; reinstall")
+        message = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+        raise Unavailable(message if message.startswith("not built") else f"no objects in {folder}; reinstall")
     if folder == OBJECTS and (not DIGEST.is_file() or DIGEST.read_text(encoding="utf-8").strip() != sources_digest()):
         raise Unavailable(f"the objects in {folder} were built from other sources; reinstall (pip install -e .)")
     _share_openmp()
@@ -114,30 +114,30 @@ def _load(wanted: str | None, folder_name: str) -> Library:
 
 
 def _share_openmp() -> None:
-    """Makes the symbols of the OpenMP runtime that torch has loaded visible to our objects, which name none."""
+    """Makes torch's OpenMP runtime visible to our objects, which are not linked with any."""
     torch.get_num_threads()
     if not sys.platform.startswith("linux"):
-        raise Unavailable(f"the compiled kernels are for Linux, this is {sys.platform}")
+        raise Unavailable(f"the compiled kernels need Linux, this is {sys.platform}")
     lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     mapped = {line.split(maxsplit=5)[-1] for line in lines if "/" in line}
     runtimes = [path for path in sorted(mapped) if Path(path).name.startswith(_OPENMP)]
-    # torch's own first, should another package have brought a second one.
+    # Prefer torch's own runtime, in case another package has loaded a second one.
     runtimes.sort(key=lambda path: "torch" not in path)
     if not runtimes:
-        raise Unavailable("torch has loaded no OpenMP runtime (libgomp, libiomp5, libomp); expected one")
+        raise Unavailable("torch has loaded no OpenMP runtime, but the kernels need libgomp, libiomp5 or libomp")
     ctypes.CDLL(runtimes[0], mode=ctypes.RTLD_GLOBAL)
 
 
 def pointer(tensor: Tensor | None, dtype: torch.dtype | tuple[torch.dtype, ...], name: str) -> int | None:
-    """Address of a CPU tensor for a kernel, after a check of what a kernel cannot check itself.
+    """The address of a CPU tensor, after checks that a kernel cannot make itself.
 
     Args:
         tensor: ``None`` gives a null pointer.
-        dtype: what the kernel reads, or several.
-        name: of the argument, for the error.
+        dtype: the dtype, or dtypes, that the kernel reads.
+        name: name of the argument, for the error.
 
     Raises:
-        ValueError: another device or dtype, or not contiguous.
+        ValueError: the tensor is on another device, of another dtype, or not contiguous.
     """
     if tensor is None:
         return None

@@ -1,7 +1,7 @@
-// Which objects this processor can run; asked of the generic one.
+// Tells which objects this processor can run. Only called in the generic object.
 #include "simd.h"
 
-// 1 if the object with vectors of `floats` runs here.
+// 1 if this processor runs the object with `floats` floats per vector.
 SR_API int64_t sr_processor_runs(int64_t floats) {
 #if defined(__x86_64__)
   __builtin_cpu_init();

@@ -1,5 +1,5 @@
-// What every kernel shares: a vector of VL floats in the compiler's own vector extension (GCC, Clang), so that one source
-// serves all instruction sets. VL is given by the build: 16 (AVX-512), 8 (AVX2 + FMA), 4 (SSE2, NEON).
+// Shared by all kernels: a vector of VL floats in the vector extension of GCC and Clang, so that one source serves all
+// instruction sets. The build sets VL: 16 (AVX-512), 8 (AVX2 + FMA) or 4 (SSE2, NEON).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -12,7 +12,7 @@
 #endif
 
 #define SR_API extern "C" __attribute__((visibility("default")))
-// Tells Python the size of a structure that it fills (structures.py), for a comparison when the object is loaded.
+// Tells Python the size of a structure that it fills (structures.py). Python compares it when it loads the object.
 #define SR_SIZE_OF(structure) \
   SR_API int64_t sr_size_of_##structure() { return sizeof(structure); }
 #define SR_INLINE static inline __attribute__((always_inline))
@@ -21,17 +21,17 @@
 
 typedef float vec __attribute__((vector_size(VL * 4)));
 typedef int32_t ivec __attribute__((vector_size(VL * 4)));
-// Feature rows start anywhere: unaligned, and seen through pointers to float.
+// Feature rows may start anywhere: unaligned, and accessed through pointers to float.
 typedef float vec_unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
-// What every entry point returns. Python turns all but OK into an exception.
+// The result of every entry point. Python raises an exception for all except OK.
 enum Status { SR_OK = 0, SR_TABLE_OUT_OF_RANGE = 1, SR_SITES_INVALID = 2 };
 
 SR_INLINE vec load(const float* p) { return *(const vec_unaligned*)p; }
 SR_INLINE void store(float* p, vec v) { *(vec_unaligned*)p = v; }
 SR_INLINE vec splat(float x) { return x - vec{}; }
-// The larger one; b where one is NaN. One instruction, which compilers do not find behind a comparison of vectors.
-// (GCC 12 warns of its own _mm512_max_ps; with the mask of all lanes it makes the same instruction.)
+// The larger of both; b if either is NaN. One instruction, which compilers do not generate for a comparison of vectors.
+// (GCC 12 warns about its own _mm512_max_ps; the masked form with all lanes compiles to the same instruction.)
 #if VL == 16 && defined(__AVX512F__)
 SR_INLINE vec larger_of(vec a, vec b) { return (vec)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a, (__m512)b); }
 #elif VL == 8 && defined(__AVX2__)
@@ -43,8 +43,8 @@ SR_INLINE vec larger_of(vec a, vec b) { return a > b ? a : b; }
 #endif
 SR_INLINE vec relu(vec v) { return larger_of(vec{}, v); }  // NaN stays NaN
 
-// The first n <= VL floats; what lies behind them is neither read nor written. The vector extension has no masks, and a
-// copy of unknown length takes longer than all arithmetic on a row of few channels.
+// Load and store the first n <= VL floats; memory past them is not accessed. The vector extension has no masks, and a
+// copy of variable length would take longer than all arithmetic on a row of few channels.
 #if VL == 16 && defined(__AVX512F__)
 SR_INLINE __mmask16 first_lanes(int64_t n) { return (__mmask16)((1u << n) - 1); }
 SR_INLINE vec load_part(const float* p, int64_t n) { return (vec)_mm512_maskz_loadu_ps(first_lanes(n), p); }

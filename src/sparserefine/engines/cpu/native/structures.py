@@ -1,6 +1,6 @@
-"""The structures of the C++ sources as ctypes has them: same names, same fields in the same order.
+"""The structures of the C++ sources in ctypes: same names, same fields, same order.
 
-Their sizes are compared with the compiled ones when an object is loaded (``native/library.py``).
+Loading an object compares their sizes with the compiled ones (``native/library.py``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from ctypes import Structure, c_int64, c_void_p
 
 
 class Activated(Structure):
-    """An output of an epilogue, see ``gemm.h``."""
+    """One activated output of an epilogue, see ``gemm.h``."""
 
     _fields_ = (
         ("out", c_void_p),
@@ -21,7 +21,7 @@ class Activated(Structure):
 
 
 class Epilogue(Structure):
-    """What becomes of sums, see ``gemm.h``."""
+    """What a kernel does with its sums, see ``gemm.h``."""
 
     _fields_ = (
         ("residual", c_void_p),
@@ -34,7 +34,7 @@ class Epilogue(Structure):
 
 
 class Convolution(Structure):
-    """A call of ``sr_convolve``."""
+    """Arguments of ``sr_convolve``."""
 
     _fields_ = (
         ("x", c_void_p),
@@ -56,7 +56,7 @@ class Convolution(Structure):
 
 
 class Winograd(Structure):
-    """A call of ``sr_winograd``."""
+    """Arguments of ``sr_winograd``."""
 
     _fields_ = (
         ("x", c_void_p),
@@ -78,7 +78,7 @@ class Winograd(Structure):
 
 
 class Int8Convolution(Structure):
-    """A call of ``sr_convolve_int8``."""
+    """Arguments of ``sr_convolve_int8``."""
 
     _fields_ = (
         ("x", c_void_p),
@@ -99,7 +99,7 @@ class Int8Convolution(Structure):
 
 
 class WeightGradient(Structure):
-    """A call of ``sr_weight_gradient``."""
+    """Arguments of ``sr_weight_gradient``."""
 
     _fields_ = (
         ("x", c_void_p),
@@ -117,7 +117,7 @@ class WeightGradient(Structure):
 
 
 class Grid(Structure):
-    """A level of the geometry, see ``geometry.cpp``."""
+    """The active cells of one level, see ``geometry.cpp``."""
 
     _fields_ = (
         ("bits", c_void_p),
@@ -141,19 +141,19 @@ class Mlp(Structure):
 
 
 class Axis(Structure):
-    """Taps of one axis, see ``uncertainty.cpp``."""
+    """Interpolation taps of one axis, see ``uncertainty.cpp``."""
 
     _fields_ = (("low", c_void_p), ("high", c_void_p), ("weight", c_void_p), ("size", c_int64))
 
 
 class Sites(Structure):
-    """Coordinates of the sites, in any layout."""
+    """Coordinates of the sites, of any strides."""
 
     _fields_ = (("coords", c_void_p), ("count", c_int64), ("site_stride", c_int64), ("column_stride", c_int64))
 
 
 class Image(Structure):
-    """``[B, C, H, W]``."""
+    """An image ``[B, C, H, W]``."""
 
     _fields_ = (
         ("values", c_void_p),
@@ -169,4 +169,4 @@ STRUCTURES: tuple[type[Structure], ...] = (
     *(Activated, Epilogue, Convolution, Winograd, Int8Convolution, WeightGradient),
     *(Grid, Mlp, Axis, Sites, Image),
 )
-"""All there are; the compiled objects have an entry point for the size of each."""
+"""All structures. The compiled objects have an entry point for the size of each."""

@@ -1,21 +1,21 @@
-// Labels and entropy of upsampled coarse logits in one pass, and what reads and writes images at the sites.
-// sparserefine/uncertainty defines the results.
+// Labels and entropy of upsampled coarse logits in one pass, and access to images at the sites.
+// images/uncertainty.py defines the results.
 #include "transcendental.h"
 
 extern "C" int omp_get_thread_num(void);
 
 namespace {
 
-constexpr int64_t UNROLLED = 2;             // vectors of pixels in flight: hides the latency of a max over classes
+constexpr int64_t UNROLLED = 2;             // vectors of pixels at once: hides the latency of max over classes
 constexpr int64_t BLOCK = UNROLLED * VL;    // pixels
-constexpr int64_t BAND = 64;                // full-resolution rows of one work item
-constexpr int64_t MAX_TILE = 512;           // full-resolution columns of one work item
-constexpr int64_t TILE_FLOATS = 4096;       // of one coarse row, widened: two of them fit the first-level cache
-constexpr int64_t CHUNK = 512;              // sites of one work item
+constexpr int64_t BAND = 64;                // full-resolution rows per work item
+constexpr int64_t MAX_TILE = 512;           // full-resolution columns per work item
+constexpr int64_t TILE_FLOATS = 4096;       // per upsampled coarse row: two of them fit the first-level cache
+constexpr int64_t CHUNK = 512;              // sites per work item
 enum Outputs { LOGITS = 0, SCORES = 1, MARGIN = 2 };
-constexpr float CLIP = 1e-10f;              // of probabilities
+constexpr float CLIP = 1e-10f;              // smallest probability
 
-// Work items go to whichever thread is free; no result depends on which.
+// Work items go to whichever thread is free. Results do not depend on the thread.
 template <class Body> SR_INLINE void parallel(int64_t items, int64_t threads, Body body) {
   int64_t next = 0;
 #pragma omp parallel num_threads(items > 1 ? threads : 1)
@@ -52,11 +52,11 @@ int64_t tile_width(int64_t classes) {
 
 int64_t scratch_floats(int64_t classes) { return round_up(classes * (2 * tile_width(classes) + BLOCK), 16); }
 
-// The first coarse column of each vector of a tile, if one vector of coarse values holds all that it reads; else -1.
+// The first coarse column that each vector of a tile reads, if one vector holds all that it reads; otherwise -1.
 void find_windows(const Axis& columns, int64_t coarse, int64_t start, int64_t count, int32_t* first) {
   for (int64_t v = 0; v < round_up(count, BLOCK) / VL; v++) {
     first[v] = -1;
-#if VL > 4 && !defined(__clang__)  // needs a shuffle by an index vector, in one instruction
+#if VL > 4 && !defined(__clang__)  // needs a one-instruction shuffle by an index vector
     if (v * VL + VL > count || coarse < VL) continue;
     int32_t least = INT32_MAX, most = 0;
     for (int64_t i = start + v * VL; i < start + v * VL + VL; i++) {
@@ -70,7 +70,7 @@ void find_windows(const Axis& columns, int64_t coarse, int64_t start, int64_t co
   }
 }
 
-// One coarse row of all classes, interpolated along x: [blocks, classes, BLOCK], a block's classes being adjacent.
+// Interpolates one coarse row of all classes along x: [blocks, classes, BLOCK], with the classes of a block adjacent.
 void widen(const Coarse& coarse, int64_t row, const Axis& columns, int64_t start, int64_t count, const int32_t* first,
            float* wide) {
   const int64_t vectors = round_up(count, BLOCK) / VL;
@@ -93,7 +93,7 @@ void widen(const Coarse& coarse, int64_t row, const Axis& columns, int64_t start
       (void)first;
 #endif
       for (int64_t i = 0; i < VL; i++) {
-        float value = 0;  // beyond the tile: computed with, never stored
+        float value = 0;  // beyond the tile: never stored
         if (v * VL + i < count) {
           const float a = source[columns.low[x + i]], b = source[columns.high[x + i]];
           value = a + columns.weight[x + i] * (b - a);
@@ -114,7 +114,7 @@ struct Largest {
   vec value[UNROLLED], sum[UNROLLED];
 };
 
-// Interpolates along y into z [classes, BLOCK]: the first largest of the classes, and their sum.
+// Interpolates along y into z [classes, BLOCK]. Also finds the first class of the largest value, and the sum.
 SR_INLINE Largest interpolate(const float* upper, const float* lower, float weight, int64_t classes, float* z) {
   Largest most;
   for (int64_t u = 0; u < UNROLLED; u++)
@@ -153,10 +153,11 @@ SR_INLINE Pixels of_logits(const float* upper, const float* lower, float weight,
   return result;
 }
 
-// H = log T - sum(p log p) / T with p the clipped shares, T = sum p (clipping makes it more than 1).
+// H = log T - sum(p log p) / T, where p are the clipped shares and T = sum p, above 1 because of clipping.
 SR_INLINE Pixels of_scores(const float* upper, const float* lower, float weight, int64_t classes, float* z) {
   const Largest most = interpolate(upper, lower, weight, classes, z);
-  // Shares are z * scale + none: without any score, all are 1 / K. The reciprocal of a denormal sum would overflow.
+  // Shares are z * scale + none. If the sum is not positive, they are 1 / K. The reciprocal of a denormal sum
+  // would overflow.
   vec scale[UNROLLED], none[UNROLLED], total[UNROLLED]{}, dot[UNROLLED]{};
   for (int64_t u = 0; u < UNROLLED; u++) {
     const vec sum = most.sum[u];
@@ -198,7 +199,7 @@ template <class Label> SR_INLINE void store_labels(Label* out, ivec label, int64
   else memcpy(out, &values, larger(n, (int64_t)0) * sizeof(Label));
 }
 
-// One work item: some rows of some columns.
+// One work item: a range of rows and columns.
 template <Outputs OUTPUTS, class Label>
 void tile(const Coarse& coarse, const Axis& rows, const Axis& columns, int64_t top, int64_t start, Label* labels,
           float* entropies, float* scratch) {
@@ -207,10 +208,10 @@ void tile(const Coarse& coarse, const Axis& rows, const Axis& columns, int64_t t
   int32_t first[MAX_TILE / VL];
   find_windows(columns, coarse.width, start, count, first);
   float *upper = scratch, *lower = upper + width * coarse.classes, *z = lower + width * coarse.classes;
-  int64_t upper_row = -1, lower_row = -1;  // which coarse rows these hold
+  int64_t upper_row = -1, lower_row = -1;  // the coarse rows that these hold
   for (int64_t y = top; y < bottom; y++) {
     const int64_t low = rows.low[y], high = rows.high[y];
-    if (upper_row != low) {  // mostly the last lower one
+    if (upper_row != low) {  // usually the previous lower row
       float* const other = upper;
       const int64_t other_row = upper_row;
       upper = lower, upper_row = lower_row;
@@ -249,7 +250,7 @@ void all_tiles(const Coarse& coarse, const Axis& rows, const Axis& columns, Labe
 
 // ---- at the sites
 
-struct Sites {  // batch, row, column of each; Tensor.nonzero() lays them out column by column
+struct Sites {  // batch, row, column of each; Tensor.nonzero() stores them column by column
   const int32_t* coords;
   int64_t count, site_stride, column_stride;
 };
@@ -261,7 +262,7 @@ struct Image {  // [batches, channels, height, width], `bytes` each; labels have
 
 SR_INLINE bool inside(int64_t i, int64_t size) { return (uint64_t)i < (uint64_t)size; }
 
-// body(site, batch, row, column) for all sites; SR_SITES_INVALID if some lay outside, those are left out.
+// Calls body(site, batch, row, column) for all sites. Skips sites outside and then returns SR_SITES_INVALID.
 template <class Body>
 SR_INLINE int64_t each_site(const Sites& sites, int64_t first_batch, int64_t batches, int64_t height, int64_t width,
                             int64_t threads, Body body) {
@@ -278,7 +279,7 @@ SR_INLINE int64_t each_site(const Sites& sites, int64_t first_batch, int64_t bat
   return status;
 }
 
-// Scores of one site -> log of their shares, clipped; uniform without any score.
+// Scores of one site -> log of their clipped shares; uniform if their sum is not positive.
 SR_INLINE void log_shares(float* row, int64_t classes) {
   float total = 0;
   for (int64_t k = 0; k < classes; k++) total += row[k];
@@ -310,7 +311,7 @@ int64_t scatter(const float* logits, int64_t classes, const Sites& sites, const 
                      float most = row[0];
                      int32_t label = 0;
                      for (int32_t k = 1; k < classes; k++) {
-                       // Not `better ? k : label`: compilers branch on that, and no processor foresees these.
+                       // Not `better ? k : label`: compilers turn that into a branch, which no processor predicts.
                        label ^= (label ^ k) & -(int32_t)(row[k] > most);
                        most = row[k] > most ? row[k] : most;
                      }
@@ -324,10 +325,10 @@ SR_SIZE_OF(Axis)
 SR_SIZE_OF(Sites)
 SR_SIZE_OF(Image)
 
-// Floats that one thread of sr_uncertainty needs.
+// Scratch memory per thread of sr_uncertainty [floats].
 SR_API int64_t sr_uncertainty_scratch(int64_t classes) { return scratch_floats(classes); }
 
-// coarse [classes, h, w] -> labels of label_bytes each (1: uint8, 2: int16) and entropies, both [height, width].
+// coarse [classes, h, w] -> labels (label_bytes 1: uint8, 2: int16) and entropies, both [height, width].
 // outputs: 0 logits, 1 scores, 2 the difference of two classes' logits (classes = 1).
 SR_API int64_t sr_uncertainty(const float* coarse, int64_t classes, int64_t h, int64_t w, const Axis* rows,
                               const Axis* columns, int64_t outputs, void* labels, int64_t label_bytes,
@@ -344,7 +345,7 @@ SR_API int64_t sr_uncertainty(const float* coarse, int64_t classes, int64_t h, i
   return SR_OK;
 }
 
-// cells [h * w, classes] of image number `batch` -> logits [sites, classes] at sites that are all of that image.
+// cells [h * w, classes] of image `batch` -> logits [sites, classes]. All sites must belong to that image.
 SR_API int64_t sr_sample(const float* cells, int64_t classes, int64_t h, int64_t w, const Axis* rows,
                          const Axis* columns, int64_t scores, int64_t batch, const Sites* sites, float* logits,
                          int64_t threads) {
@@ -356,7 +357,7 @@ SR_API int64_t sr_sample(const float* cells, int64_t classes, int64_t h, int64_t
     const int64_t left = columns->low[c] * classes, right = columns->high[c] * classes;
     const float across = columns->weight[c], down = rows->weight[r];
     float* out = logits + i * classes;
-    // The last vector reaches back over the one before: no part of a vector is ever needed.
+    // The last vector overlaps the one before, so that no partial vector is needed.
     for (int64_t k = 0; classes >= VL && k < classes; k += VL) {
       const int64_t at = smaller(k, classes - VL);
       const vec a = load(above + left + at), b = load(above + right + at), upper = a + across * (b - a);
@@ -379,7 +380,7 @@ SR_API int64_t sr_gather_normalised(const Image* image, const Sites* sites, cons
   return gather<float>(*image, *sites, scale, shift, values, threads);
 }
 
-// The first class of largest logit goes into labels of uint8 or int16 at the sites; the rest of them stays.
+// Writes the first class of the largest logit into labels (uint8 or int16) at the sites. Other labels stay.
 SR_API int64_t sr_scatter(const float* logits, int64_t classes, const Sites* sites, const Image* labels,
                           int64_t threads) {
   if (labels->bytes == 1) return scatter<uint8_t>(logits, classes, *sites, *labels, threads);

@@ -1,7 +1,7 @@
 // Submanifold 3x3 convolution by Winograd's minimal filtering F(m x m, 3 x 3) (Lavin and Gray, CVPR 2016) on sparse
-// tiles: a tile of 4 x 4 cells with the ring around it is 36 rows of x, missing ones zero. m = 4 takes whole tiles,
-// m = 2 their non-empty quarters, with less weight memory and rounding. Per block of tiles: transform the inputs, multiply
-// (m + 2)^2 small matrices, transform the results; what lies between stays in the cache.
+// tiles. A tile of 4 x 4 cells with the ring around it reads 36 rows of x; missing rows are zero. m = 4 processes whole
+// tiles, m = 2 their non-empty quarters, with less weight memory and less rounding. For each block of tiles: transform
+// the inputs, multiply (m + 2)^2 small matrices, transform the results. Intermediate values stay in the cache.
 #include "gemm.h"
 
 struct Winograd {
@@ -55,8 +55,8 @@ template <> struct Transform<4> {  // points 0, 1, -1, 2, -2, infinity
   }
 };
 
-// One vector of channels of one tile: B^T d B. Element i of the result goes to out + i * stride. Rows and columns are
-// loops: unrolled, their 36 addresses do not fit the registers and take longer than the arithmetic.
+// B^T d B for one vector of channels of one tile. Element i of the result goes to out + i * stride. Rows and columns
+// are loops, because the 36 addresses of unrolled code do not fit the registers and take longer than the arithmetic.
 template <int M, class Read> SR_INLINE void transform_input(Read read, float* out, int64_t stride) {
   constexpr int A = M + 2;
   vec half[A * A];
@@ -88,15 +88,15 @@ template <int M> SR_INLINE void transform_output(const float* in, int64_t stride
 
 // ---- blocks
 
-static const int64_t CACHE_FLOATS = 5 << 16;   // of a thread's block: 1.25 MiB of the second-level cache
-static const int64_t HEAVY_FLOATS = 1 << 20;   // of weights that are out of reach of that cache
+static const int64_t CACHE_FLOATS = 5 << 16;   // per block: 1.25 MiB of a thread's second-level cache
+static const int64_t HEAVY_FLOATS = 1 << 20;   // weights of this size do not fit that cache
 static const int64_t MOST_TILES = 384;
 
 static int64_t block_tiles(int64_t m, int64_t count, int64_t cin, int64_t cout, int64_t threads) {
   const int64_t matrices = (m + 2) * (m + 2), mr = rows_of(Panels(cout).nv);
   int64_t tiles;
   if (matrices * cin * cout > HEAVY_FLOATS) {
-    // The weights are read again for each block: then few large ones, equal for all threads, even if they leave the cache.
+    // Every block reads the weights again: use few large blocks, equal for all threads, even if they exceed the cache.
     tiles = ceil_div(count, larger<int64_t>(1, round_up(ceil_div(count, MOST_TILES), threads)));
   } else {
     tiles = smaller(CACHE_FLOATS / (matrices * (round_up(cin, VL) + round_up(cout, VL))), ceil_div(count, 4 * threads));
@@ -104,7 +104,7 @@ static int64_t block_tiles(int64_t m, int64_t count, int64_t cin, int64_t cout, 
   return round_up(larger(smaller(tiles, MOST_TILES), mr), mr);
 }
 
-// Floats of scratch that each thread needs.
+// Scratch memory per thread [floats].
 SR_API int64_t sr_winograd_scratch(int64_t m, int64_t count, int64_t cin, int64_t cout, int64_t threads) {
   const int64_t tiles = block_tiles(m, count, cin, cout, threads);
   return (m + 2) * (m + 2) * ((tiles + MAX_MR) * (round_up(cin, VL) + round_up(cout, VL)) + 32);
@@ -152,7 +152,7 @@ template <int M> static int64_t convolve(const Winograd& a) {
   const Panels panels(a.cout);
   const int64_t block = block_tiles(M, a.count, a.cin, a.cout, a.threads), blocks = ceil_div(a.count, block);
   const int64_t cin = round_up(a.cin, VL), cout = panels.width();
-  // 16 floats more than a power of two: else the matrices of one tile would share few sets of the cache.
+  // 16 floats more than a power of two; otherwise the matrices of one tile would compete for few cache sets.
   const int64_t capacity = block + MAX_MR;  // whole microkernel tiles
   const int64_t in_stride = capacity * cin + 16, out_stride = capacity * cout + 16;
   const int64_t scratch = sr_winograd_scratch(M, a.count, a.cin, a.cout, a.threads);

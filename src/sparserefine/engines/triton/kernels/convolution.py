@@ -1,4 +1,4 @@
-"""The primitive as an implicit matrix product, and the gradient of its weight."""
+"""The primitive as an implicit matrix product, and the gradient of the weight."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ SECOND = tl.constexpr(16)
 
 @triton.jit
 def _relu(v):
-    return tl.where(v < 0, 0.0, v)  # not tl.maximum, which would hide NaN
+    return tl.where(v < 0, 0.0, v)  # tl.maximum would turn NaN into 0
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _store(
     first_row,
     second_row,
 ):
-    """The epilogue: what becomes of ``total [ROWS, COLUMNS]``; arguments are those of :func:`convolve`."""
+    """The epilogue: stores the sums ``total [ROWS, COLUMNS]``. Arguments are those of :func:`convolve`."""
     known = columns < c_out
     inside = inside[:, None] & known[None, :]
     place = rows.to(tl.int64)[:, None]
@@ -101,29 +101,30 @@ def convolve(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``v[n] = sum_t x[table[n, t]] @ weight[t]``, and what is done with v while it is still in registers.
+    """Computes ``v[n] = sum_t x[table[n, t]] @ weight[t]`` and applies the epilogue to v while it is in registers.
 
-    Grid: blocks of rows times blocks of columns, those of one block of rows side by side: they read the same inputs.
-    With SHARED, each program along a second axis adds a part of the taps and channels, and stores that in ``raw``,
-    ``raw_share`` after that of the program before; :func:`finish` adds them up. Accumulates in float32.
+    Grid axis 0: blocks of rows times blocks of columns. Blocks of the same rows are adjacent, because they read the
+    same inputs. With SHARED, grid axis 1 divides the taps and channels of each sum: program s stores its partial sum at
+    ``raw + s * raw_share``, and :func:`finish` adds them up. Accumulates in float32.
 
     Args:
         x: ``[n_in, c_in]``, rows ``x_row`` apart.
         weight: ``[taps, c_in, c_out]`` of any strides.
-        table: ``int32 [n_out, taps]`` of any strides; what is not less than ``n_in`` reads as zero.
-        order: ``int32 [n_out]``, for READ = 2 or 3: the outputs, parity by parity.
-        parities: ``int32 [4]``: how many of each.
-        count: ``int32 [1]``, if PADDED: outputs in use.
+        table: ``int32 [n_out, taps]`` of any strides; entries of ``n_in`` or more read as a zero row.
+        order: ``int32 [n_out]``, for READ = 2 or 3: the outputs, grouped by parity.
+        parities: ``int32 [4]``: size of each group.
+        count: ``int32 [1]``, if PADDED: number of outputs in use.
         residual: added to v.
         bias: ``[c_out]``, added to v.
-        raw: gets v.
-        first: gets ``relu(v * first_scale + first_shift)``.
-        second: the same with a normalisation of its own.
-        parts: bit mask of the optional operands in use. Not constants: that would be a compilation for each choice.
+        raw: receives v.
+        first: receives ``relu(v * first_scale + first_shift)``.
+        second: the same with its own scale and shift.
+        parts: bit mask of the optional operands in use. Not constexpr, which would compile a kernel per combination.
         raw_share: see above.
-        READ: 0: row n reads row n. 1: the table. 2: outputs by parity, of a transposed 2x2 convolution, where one tap
-            of four reaches each. 3: the same of 3x3, where 4, 2, 2 or 1 taps of nine do. 4: the table, all taps and
-            channels in one block: for inputs of hardly any channels.
+        READ: which input rows are read. 0: row n reads row n. 1: through the table. 2: transposed 2x2 convolution,
+            outputs by parity; each uses one tap of four. 3: transposed 3x3 convolution, outputs by parity; each uses 4,
+            2, 2 or 1 taps of nine. 4: through the table, with all taps and channels in one block, for inputs of very
+            few channels.
     """
     column_blocks = tl.cdiv(c_out, COLUMNS)
     block = tl.program_id(0) // column_blocks
@@ -137,7 +138,7 @@ def convolve(
     column_parity = 0
     across = 1
     if (READ == 2) | (READ == 3):
-        # Which parity this block belongs to: each begins with a block of its own.
+        # Find the parity of this block. The outputs of each parity start in a new block.
         begin = 0
         blocks = 0
         parity = 4
@@ -181,7 +182,7 @@ def convolve(
         )
         total = tl.dot(a, b, total, input_precision=PRECISION)
     else:
-        # One loop over taps and channels, not one in the other: loads are issued ahead across its whole length.
+        # One loop over taps and channels instead of two nested ones, so that loads run ahead across all of it.
         channel_blocks = tl.cdiv(c_in, DEPTH)
         share = tl.cdiv(steps * channel_blocks, tl.num_programs(1))
         begin_step = share * tl.program_id(1)
@@ -196,7 +197,7 @@ def convolve(
                 tap = 3 * (2 * down + row_parity) + 2 * (step - down * across) + column_parity
             source = rows
             if READ != 0:
-                # Outside, 0 and not a row that reads as zero: with that, Triton before 3.3 does not compile.
+                # Masked rows read row 0 and are never stored. With `other=n_in`, Triton before 3.3 does not compile.
                 source = tl.load(table + rows.to(tl.int64) * t_row + tap.to(tl.int64) * t_tap, mask=inside, other=0)
             a = tl.load(
                 x + source.to(tl.int64)[:, None] * x_row + channel[None, :],
@@ -210,7 +211,7 @@ def convolve(
             )
             total = tl.dot(a, b, total, input_precision=PRECISION)
 
-    if SHARED:  # only this is compiled then: with an epilogue too, the largest blocks would run out of registers
+    if SHARED:  # no epilogue is compiled then: with it, the largest blocks would run out of registers
         place = raw + tl.program_id(1).to(tl.int64) * raw_share + rows.to(tl.int64)[:, None] * raw_row
         tl.store(place + columns[None, :], total, mask=inside[:, None] & (columns < c_out)[None, :])
     else:
@@ -263,7 +264,7 @@ def finish(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Adds up, in order, what the programs of :func:`convolve` have shared out, and does what that kernel does else.
+    """Adds up the partial sums of :func:`convolve` with SHARED, in order, and applies the epilogue.
 
     Grid: blocks of rows, blocks of columns.
 
@@ -328,17 +329,17 @@ def weight_gradient(
 ):
     """``partial[s, t] = sum over the rows n of part s of outer(x[table[n, t]], grad[n])``, float32.
 
-    Grid: blocks of ``c_in`` times blocks of ``c_out``, taps, parts of ``chunk`` rows each. The parts are added up
-    afterwards, in order: adding them as they come would not give the same bits twice.
+    Grid: blocks of ``c_in`` times blocks of ``c_out``; taps; parts of ``chunk`` rows each. The parts are added up
+    afterwards, in order. Atomic additions in any order would not give the same bits every time.
 
     Args:
         x: ``[n_in, c_in]``, rows ``x_row`` apart.
         grad: ``[n_out, c_out]``, rows ``grad_row`` apart.
-        table: ``int32 [n_out, taps]`` of any strides; what is not less than ``n_in`` reads as zero.
+        table: ``int32 [n_out, taps]`` of any strides; entries of ``n_in`` or more read as a zero row.
         partial: ``float32 [parts, taps, c_in, c_out]``, contiguous.
-        ROWS: of the result: input channels.
-        COLUMNS: of the result: output channels.
-        DEPTH: rows n that are multiplied at once.
+        ROWS: input channels per program.
+        COLUMNS: output channels per program.
+        DEPTH: rows n multiplied at once.
     """
     column_blocks = tl.cdiv(c_out, COLUMNS)
     inputs = (tl.program_id(0) // column_blocks) * ROWS + tl.arange(0, ROWS)

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _spread(logits, inside, K: tl.constexpr, CLASSES: tl.constexpr):
-    """Largest logit, sum of the shifted exponentials, entropy of each row; ``logits`` are pointers ``[rows, 1]``."""
+    """Largest logit, sum of exp(logit - largest), and entropy of each row. ``logits`` are pointers ``[rows, 1]``."""
     k = tl.arange(0, CLASSES)[None, :]
     largest = tl.load(logits, mask=inside, other=0.0)
     for start in range(0, K, CLASSES):
@@ -26,7 +26,7 @@ def _spread(logits, inside, K: tl.constexpr, CLASSES: tl.constexpr):
 
 @triton.jit
 def _positive(values):
-    return tl.where(values < 0, 0.0, values)  # not tl.maximum, which would hide NaN
+    return tl.where(values < 0, 0.0, values)  # tl.maximum would turn NaN into 0
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _blend(coarse, sparse, gate, mask):
 
 @triton.jit
 def _share(logits, largest, total, mask):
-    """Of the softmax of each row."""
+    """Softmax of each row, for the classes that ``logits`` points to."""
     return tl.exp(tl.load(logits, mask=mask, other=float("-inf")) - largest) / total
 
 
@@ -55,7 +55,7 @@ def _gate(
     UNITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """How much of the coarse logits each row takes: the first matrix is split by columns, so nothing is joined."""
+    """Weight of the coarse logits per row. Splits the first matrix by columns, so inputs need no concatenation."""
     k = tl.arange(0, CLASSES)
     largest1, total1, entropy1 = _spread(coarse, inside, K, CLASSES)
     largest2, total2, entropy2 = _spread(sparse, inside, K, CLASSES)
@@ -103,9 +103,9 @@ def gated(
     OUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """SITES sites. Products run over CLASSES classes or UNITS hidden units at a time; OUT holds all classes.
+    """Refines SITES sites. Products run over CLASSES classes or UNITS hidden units at once; OUT holds all classes.
 
-    Classes and widths are constants, for the addresses of weights would fill the registers otherwise.
+    Numbers of classes and hidden units are constexpr; otherwise the weights' addresses would fill the registers.
     """
     first = tl.program_id(0).to(tl.int64) * SITES
     site = tl.arange(0, SITES)[:, None]

@@ -1,8 +1,9 @@
-"""Active cells of each level, their rows, and the tables between them.
+"""Finds the active cells of each level, numbers them (their rows), and fills the tables between them.
 
-The cells of a level are cut into blocks: ``BLOCK`` neighbours in a row, ``segments`` blocks a row, in row-major order.
-Two counts share an integer, so that one sum serves both. Within a block, that of even columns is the lower 16 bits and
-that of odd ones the upper. Of many blocks, even rows have the lower 32 bits of an int64 and odd ones the upper.
+The cells of a level are divided into blocks of ``BLOCK`` consecutive cells of a row, ``segments`` blocks per row, in
+row-major order. Two counts share one integer, so that one sum computes both. Within a block, the lower 16 bits count
+even columns and the upper 16 bits odd columns. Over many blocks, the lower 32 bits of an int64 count even rows and the
+upper 32 bits odd rows.
 """
 
 import triton
@@ -30,25 +31,25 @@ def activity(
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a block: which cells have a site in their window, and how many in even and in odd columns.
+    """One program per block: marks the cells with a site in their window, and counts them in even and in odd columns.
 
     Args:
-        finer: ``uint8 [B, finer_height, finer_width]``, 0 or 1.
+        finer: ``uint8 [B, finer_height, finer_width]``, 0 or 1; with WINDOW 1, the cells of this level.
         cells: ``uint8 [B, height, width]``, written unless WINDOW is 1.
-        counts: ``int64 [levels, 2, stride]``, even and odd columns of each block.
-        shapes: ``int32 [levels, 6]``: what :func:`scan` must know of this level.
-        finer_height: of the level that is read, with WINDOW 1 this level.
-        finer_width: the same.
-        height: of this level.
-        width: of this level.
-        segments: blocks a row.
-        blocks: of this level.
-        capacity: rows that there is room for.
-        offset: of this level's cells in a storage of all levels.
+        counts: ``int64 [levels, 2, stride]``, written: cells in even and in odd columns of each block.
+        shapes: ``int32 [levels, 6]``, written: the sizes of this level, for :func:`scan`.
+        finer_height: height of ``finer``.
+        finer_width: width of ``finer``.
+        height: height of this level.
+        width: width of this level.
+        segments: blocks per row.
+        blocks: blocks of this level.
+        capacity: maximum number of active cells.
+        offset: offset of this level's cells in the storage of all levels.
         level: 0 is the finest.
-        stride: of ``counts``.
-        WINDOW: 1: the cells are given; 2 and 3: window of a cell, in steps of 2.
-        BLOCK: cells of a block.
+        stride: stride of ``counts``.
+        WINDOW: 1: the cells are given. 2 or 3: width of a cell's window in ``finer``, at stride 2.
+        BLOCK: cells per block.
     """
     STEP: tl.constexpr = 1 if WINDOW == 1 else 2
     program = tl.program_id(0)
@@ -97,20 +98,20 @@ def scan(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program a level: cells before each block, and of the level.
+    """One program per level: counts the active cells before each block and in the whole level.
 
     Args:
-        mask: ``uint8 [B, H, W]``, cells of level 0; read where there are more than the capacity.
+        mask: ``uint8 [B, H, W]``, cells of level 0; read only if they exceed the capacity.
         cells: storage of the other levels' cells.
-        shapes: ``int32 [levels, 6]``: blocks, blocks a row, height, width, capacity, offset in ``cells``.
-        counts: ``int64 [levels, 2, stride]``, even and odd columns of each block.
-        before: the same, of all earlier blocks.
-        totals: ``int32 [levels]``.
-        kept: ``int32 [levels, 4]``, of which the first is written: at most the capacity.
-        parities: ``int32 [levels, 4]``, ``kept`` by parity of row and column.
-        stride: of ``counts``.
-        CAPPED: there may be more cells than the capacity.
-        BLOCK: cells of a block.
+        shapes: ``int32 [levels, 6]``: blocks, blocks per row, height, width, capacity, offset in ``cells``.
+        counts: ``int64 [levels, 2, stride]``: active cells in even and in odd columns of each block.
+        before: same shape, written: the sum of ``counts`` over all earlier blocks.
+        totals: ``int32 [levels]``, written: active cells.
+        kept: ``int32 [levels, 4]``, column 0 written: active cells, at most the capacity.
+        parities: ``int32 [levels, 4]``, written: the kept cells by parity of row and column.
+        stride: stride of ``counts``.
+        CAPPED: whether there may be more cells than the capacity.
+        BLOCK: cells per block.
         CHUNK: blocks read at once.
     """
     level = tl.program_id(0)
@@ -121,7 +122,7 @@ def scan(
     even_before = before + level.to(tl.int64) * 2 * stride
     even_total = tl.full([], 0, tl.int64)
     odd_total = tl.full([], 0, tl.int64)
-    # The last chunk that begins within the capacity: should it be passed, then in there.
+    # The last chunk that begins within the capacity. If the capacity is exceeded, it is in this chunk.
     last = tl.full([], 0, tl.int32)
     even_cut = tl.full([], 0, tl.int64)
     odd_cut = tl.full([], 0, tl.int64)
@@ -143,7 +144,7 @@ def scan(
     both = even_total + odd_total
     total = both.to(tl.int32) + (both >> 32).to(tl.int32)
     tl.store(totals + level, total)
-    if CAPPED:  # noqa: SIM102 - decided when the kernel is compiled
+    if CAPPED:  # noqa: SIM102 - evaluated at compile time
         if total > capacity:
             block = last + tl.arange(0, CHUNK)
             even = tl.load(even_counts + block, mask=block < blocks, other=0)
@@ -152,7 +153,7 @@ def scan(
             odd_first = odd_cut + tl.cumsum(odd, 0) - odd
             first = even_first + odd_first
             end = first + even + odd
-            # True for one block: it begins within the capacity and ends past it.
+            # True for exactly one block: it begins within the capacity and ends past it.
             passed = (first.to(tl.int32) + (first >> 32).to(tl.int32) <= capacity) & (
                 end.to(tl.int32) + (end >> 32).to(tl.int32) > capacity
             )
@@ -199,22 +200,22 @@ def rows(
     stride,
     BLOCK: tl.constexpr,
 ):
-    """One program for each block of each row of the index image: rows of the active cells, where they lie, their order.
+    """One program per block of each row of the index image: numbers the active cells, writes coordinates and order.
 
     Args:
         cells: ``uint8 [B, height, width]``, 0 or 1.
-        before: ``int64 [levels, 2, stride]``: cells before each block.
-        parities: ``int32 [levels, 4]``: cells by parity of row and column.
-        index: ``int32 [B, height + 2, width + 2]``, written: each active cell's row, ``capacity`` where there is none.
+        before: ``int64 [levels, 2, stride]``: active cells before each block.
+        parities: ``int32 [levels, 4]``: active cells by parity of row and column.
+        index: ``int32 [B, height + 2, width + 2]``, written: the number of each active cell, ``capacity`` elsewhere.
         coords: ``int32 [capacity, 3]``, written at the rows in use.
-        order: ``int32 [capacity]``, the same, or ``None``: rows by parity of row and column.
-        height: of this level.
-        width: of this level.
-        segments: blocks a row.
-        capacity: rows that there is room for; cells past it are left out.
+        order: ``int32 [capacity]``, written likewise: the cells grouped by parity of row and column; or ``None``.
+        height: height of this level.
+        width: width of this level.
+        segments: blocks per row.
+        capacity: maximum number of cells; later ones are left out.
         level: 0 is the finest.
-        stride: of ``before``.
-        BLOCK: cells of a block.
+        stride: stride of ``before``.
+        BLOCK: cells per block.
     """
     program = tl.program_id(0)
     line = program // segments
@@ -284,28 +285,28 @@ def tables(
     KERNEL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK cells a program: their neighbours, the finer cells in their window, and the coarser ones they belong to.
+    """BLOCK cells per program: fills their rows in the tables of neighbours, of children and of parents.
 
     Args:
         coords: ``int32 [N, 3]``.
-        kept: ``int32 [levels, 4]``, the first: rows in use.
-        index: ``int32 [B, height + 2, width + 2]``: rows of this level.
+        kept: ``int32 [levels, 4]``: column 0 holds the number of rows in use.
+        index: ``int32 [B, height + 2, width + 2]``: index image of this level.
         around: ``int32 [9, stride]``, written at the rows in use, as are the other tables.
-        finer_index: rows of the finer level, or ``None``: there is none.
-        children: ``int32 [KERNEL^2, stride]``: finer cell ``2 o + tap``.
-        coarser_index: rows of the coarser level, or ``None``.
-        parents: ``int32 [KERNEL^2, stride]``: coarser cell ``o`` of which this one is ``2 o + tap``.
+        finer_index: index image of the finer level, or ``None`` at the finest.
+        children: ``int32 [KERNEL^2, stride]``: finer cell ``2 o + tap`` of each cell ``o``.
+        coarser_index: index image of the coarser level, or ``None`` at the coarsest.
+        parents: ``int32 [KERNEL^2, stride]``: coarser cell ``o`` with ``2 o + tap`` = cell.
         level: 0 is the finest.
-        height: of this level.
-        width: of this level.
-        finer_height: of the finer level.
-        finer_width: the same.
-        coarser_height: of the coarser level.
-        coarser_width: the same.
-        coarser_rows: what ``parents`` holds where there is none.
-        stride: of the tables.
-        KERNEL: 3 or 2, window of a cell.
-        BLOCK: rows of a program.
+        height: height of this level.
+        width: width of this level.
+        finer_height: height of the finer level.
+        finer_width: width of the finer level.
+        coarser_height: height of the coarser level.
+        coarser_width: width of the coarser level.
+        coarser_rows: entry of ``parents`` where there is no parent.
+        stride: stride of the tables.
+        KERNEL: 3 or 2, width of a cell's window.
+        BLOCK: rows per program.
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = n < tl.load(kept + level * 4)
@@ -313,7 +314,7 @@ def tables(
     row = tl.load(coords + n * 3 + 1, mask=there, other=0)
     column = tl.load(coords + n * 3 + 2, mask=there, other=0)
     step = stride.to(tl.int64)
-    # In an index image, which has a border of one cell, this is the neighbour up and left.
+    # Index images have a border of one cell, so this is the upper left neighbour.
     corner = (batch * (height + 2) + row) * (width + 2) + column
     for along in tl.static_range(3):
         for across in tl.static_range(3):
@@ -327,7 +328,7 @@ def tables(
                 tl.store(children + (along * KERNEL + across) * step + n, child, mask=there)
     if coarser_index is not None:
         for along in tl.static_range(KERNEL):
-            # A cell -1, or one past the last, is in the border: no such cell.
+            # Cells -1 and those past the last lie in the border: there is no such cell.
             line = (batch * (coarser_height + 2) + ((row - along) >> 1) + 1) * (coarser_width + 2)
             for across in tl.static_range(KERNEL):
                 fits = there & (((row - along) & 1) + ((column - across) & 1) == 0)

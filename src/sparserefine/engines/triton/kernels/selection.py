@@ -1,6 +1,6 @@
-"""The budget: a radix select over the bits of the values, 8 bits a pass; ties are kept in reading order.
+"""Applies the budget by a radix select over the bits of the values, 8 bits per pass. Ties are kept in row-major order.
 
-A value's rank is an unsigned integer that is smaller the larger the value: the largest values have the smallest ranks.
+The rank of a value is an unsigned integer. The largest values have the smallest ranks.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 
 BINS = tl.constexpr(256)
-PASSES = tl.constexpr(4)  # of 8 bits each: a whole rank
+PASSES = tl.constexpr(4)  # 4 digits of 8 bits make a whole rank
 
 
 @triton.jit
 def _ranks(values, at, candidate):
-    """``uint32``: the order of the values downwards; both zeros are equal, NaN ranks as minus infinity."""
+    """``uint32`` ranks, in descending order of the values. Both zeros are equal, NaN ranks as minus infinity."""
     bits = tl.load(values + at, mask=candidate, other=0.0).to(tl.int32, bitcast=True)
-    # On the bits, for a comparison of floats may take small numbers as zero.
+    # Compares bits, because a comparison of floats may treat denormal numbers as zero.
     size = bits & 0x7FFFFFFF
     rank = tl.where(bits < 0, bits, bits ^ 0x7FFFFFFF)
     rank = tl.where(size == 0, 0x7FFFFFFF, rank)
@@ -26,10 +26,10 @@ def _ranks(values, at, candidate):
 
 @triton.jit
 def _cut(counts, budget, passes):
-    """The rank of the last one that stays, as far as ``passes`` have told its digits (zeros follow).
+    """The cut: the rank of the last candidate that stays. Its first ``passes`` digits are known, zeros follow.
 
-    Also how many that share these digits stay, and whether there are as many candidates as the budget allows: where
-    there are fewer, all of them stay, and the other two results say so as well.
+    Also returns how many candidates with these digits stay, and whether there are at least as many candidates as the
+    budget. If there are fewer, all of them stay, and the other two results agree with that.
     """
     bins = tl.arange(0, BINS)
     cut, left, enough = tl.full([], 0, tl.uint32), budget.to(tl.int32), tl.full([], 1, tl.int32)
@@ -45,23 +45,23 @@ def _cut(counts, budget, passes):
 
 @triton.jit
 def _blocks(size, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Of this program: CHUNKS, or at the end of an image as many as there are."""
+    """Number of blocks of this program: CHUNKS, or fewer at the end of an image."""
     return tl.minimum(tl.cdiv(size, BLOCK) - tl.program_id(0) * CHUNKS, CHUNKS)
 
 
 @triton.jit(do_not_specialize=["budget", "passes"])
 def count_digits(values, mask, counts, size, budget, passes, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Counts the next digit of the candidates that share the digits of the cut known so far.
+    """Counts the values of the next digit, among the candidates that agree with the known digits of the cut.
 
     Args:
         values: ``float32 [B, size]``.
         mask: ``uint8 [B, size]``, the candidates.
-        counts: ``int32 [B, PASSES, BINS]``, zeros at first; those before ``passes`` are read, that one is written.
-        size: pixels of an image.
-        budget: how many stay of an image.
+        counts: ``int32 [B, PASSES, BINS]``, zeros at first. Reads the counts before ``passes``, writes that one.
+        size: pixels per image.
+        budget: how many candidates stay per image.
         passes: digits known so far.
-        BLOCK: pixels taken at once.
-        CHUNKS: blocks of a program. Axis 0 of the grid: parts of an image; axis 1: images.
+        BLOCK: pixels processed at once.
+        CHUNKS: blocks per program. Grid axis 0: parts of an image; axis 1: images.
     """
     image = tl.program_id(1).to(tl.int64)
     values += image * size
@@ -75,7 +75,7 @@ def count_digits(values, mask, counts, size, budget, passes, BLOCK: tl.constexpr
     for chunk in range(_blocks(size, BLOCK, CHUNKS) * enough):
         at = (tl.program_id(0) * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
         candidate = tl.load(mask + at, mask=at < size, other=0) != 0
-        # Digits before this one are equal where their difference is zero.
+        # The earlier digits agree if their XOR is zero, so that the rest is a single digit.
         digit = (_ranks(values, at, candidate) ^ cut) >> shift
         counted = candidate & (digit < BINS)
         found += tl.histogram(tl.where(counted, digit, 0).to(tl.int32), BINS)
@@ -86,7 +86,7 @@ def count_digits(values, mask, counts, size, budget, passes, BLOCK: tl.constexpr
 
 @triton.jit(do_not_specialize=["budget"])
 def count_ties(values, mask, counts, ties, size, budget, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Counts the candidates equal to the last one that stays: ``ties int32 [B, parts]``; the rest as above."""
+    """Counts the candidates equal to the cut, in ``ties int32 [B, parts]``. See :func:`count_digits`."""
     image = tl.program_id(1).to(tl.int64)
     values += image * size
     mask += image * size
@@ -102,7 +102,7 @@ def count_ties(values, mask, counts, ties, size, budget, BLOCK: tl.constexpr, CH
 
 @triton.jit(do_not_specialize=["budget"])
 def clear_rest(values, mask, counts, ties, size, budget, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Clears the candidates that do not stay; launched with the grid of :func:`count_ties`."""
+    """Clears the candidates that do not stay. The grid must be that of :func:`count_ties`."""
     image, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     values += image * size
     mask += image * size

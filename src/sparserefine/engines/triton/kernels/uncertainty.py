@@ -1,23 +1,23 @@
-"""Labels and entropy of upsampled coarse logits; values at the sites. ``images/uncertainty.py`` defines them."""
+"""Labels and entropy of upsampled coarse logits, and values at the sites. Defined by ``images/uncertainty.py``."""
 
 import triton
 import triton.language as tl
 
-# Arguments that differ from image to image or from model to model: no kernel is compiled anew for them.
+# Arguments that vary between images or models. Kernels are not specialised, and so not recompiled, for their values.
 _VARYING = ["logits", "image", "labels", "entropies", "coords", "count", "n", "height", "width", "classes", "channels"]
 _VARYING += ["stride_b", "stride_c", "stride_k", "stride_h", "stride_w", "stride_site", "stride_column"]
 
 
 @triton.jit
 def _lerp(start, end, weight):
-    """``torch.lerp``, rounded as it is there, for product and sum are fused: near ties are to have the same labels."""
+    """``torch.lerp`` with the same rounding (a fused multiply-add), so that near ties give the same labels."""
     near = weight < 0.5
     return tl.where(near, weight, weight - 1) * (end - start) + tl.where(near, start, end)
 
 
 @triton.jit
 def _bilinear(top_left, top_right, bottom_left, bottom_right, across, down):
-    """Columns first; each argument has the shape of the result or is broadcast to it."""
+    """Interpolates along columns, then along rows. Arguments are broadcast to the shape of the result."""
     upper = _lerp(top_left.to(tl.float32), top_right.to(tl.float32), across)
     lower = _lerp(bottom_left.to(tl.float32), bottom_right.to(tl.float32), across)
     return _lerp(upper, lower, down)
@@ -25,7 +25,7 @@ def _bilinear(top_left, top_right, bottom_left, bottom_right, across, down):
 
 @triton.jit
 def _load_bilinear(top, bottom, left, right, across, down):
-    """A class, upsampled: rows ``top`` and ``bottom`` are pointers, columns ``left`` and ``right`` are offsets."""
+    """One class, upsampled. ``top`` and ``bottom`` are pointers to rows, ``left`` and ``right`` offsets of columns."""
     return _bilinear(
         tl.load(top + left), tl.load(top + right), tl.load(bottom + left), tl.load(bottom + right), across, down
     )
@@ -38,7 +38,7 @@ def _load_margin(row, column, stride_k):
 
 @triton.jit
 def _of_margin(top, bottom, left, right, across, down, stride_k):
-    """Two classes: log(1 + e) + m e / (1 + e), with e = exp(-m) and m the distance of both logits."""
+    """Two classes: log(1 + e) + m e / (1 + e), where m is the distance between the two logits and e = exp(-m)."""
     margin = _bilinear(
         _load_margin(top, left, stride_k),
         _load_margin(top, right, stride_k),
@@ -50,7 +50,7 @@ def _of_margin(top, bottom, left, right, across, down, stride_k):
     certainty = tl.abs(margin)
     odds = tl.exp(-certainty)
     total = 1 + odds
-    # The logarithm of the rounded total, put right by what the rounding did to the odds: exact where they are tiny.
+    # log(1 + odds) from the rounded total, corrected for the rounding of the odds; exact for tiny odds.
     kept = total - 1
     log_total = tl.where(kept == 0, odds, tl.log(total) * (odds / tl.where(kept == 0, 1.0, kept)))
     return (margin > 0).to(tl.int32), log_total + certainty * (odds / total)
@@ -58,11 +58,11 @@ def _of_margin(top, bottom, left, right, across, down, stride_k):
 
 @triton.jit
 def _of_logits(top, bottom, left, right, across, down, stride_k, classes):
-    """One pass, two classes at a time: three exponentials for two classes, where one at a time would take four."""
+    """One pass, two classes at a time: three exponentials for two classes; one class at a time would need four."""
     largest = _load_bilinear(top, bottom, left, right, across, down)
     label = tl.zeros_like(largest).to(tl.int32)
     total = tl.zeros_like(largest) + 1
-    weighted = largest - largest  # of z exp(z) with z the shifted logits; not 0 where the logit is not finite
+    weighted = largest - largest  # sum of z exp(z), z the shifted logits; starts as NaN if the logit is not finite
     for k in range(1, classes, 2):
         last = tl.minimum(k + 1, classes - 1)
         first, second = k * stride_k, last * stride_k
@@ -77,7 +77,7 @@ def _of_logits(top, bottom, left, right, across, down, stride_k, classes):
         kept = tl.exp(shift)
         a, b = a - largest, b - largest
         exp_a = tl.exp(a)
-        exp_b = tl.where(k + 1 < classes, tl.exp(b), 0.0)  # with an odd number left, the last class came twice
+        exp_b = tl.where(k + 1 < classes, tl.exp(b), 0.0)  # an unpaired last class is read twice
         weighted = kept * (weighted + total * shift) + a * exp_a + b * exp_b
         total = kept * total + exp_a + exp_b
     # Never negative: the total is at least 1, and no term of the other sum is positive.
@@ -86,9 +86,9 @@ def _of_logits(top, bottom, left, right, across, down, stride_k, classes):
 
 @triton.jit
 def _log_of_share(score, sum_of_scores, classes):
-    """A score -> its share, at least 1e-10, and the share's logarithm; a sum that is not positive: equal shares."""
+    """The share of a score, at least 1e-10, and its logarithm. All shares are equal if the sum is not positive."""
     share = tl.where(sum_of_scores > 0, score / sum_of_scores, 1.0 / classes)
-    share = tl.where(share < 1e-10, 1e-10, share)  # not tl.maximum, which would hide NaN
+    share = tl.where(share < 1e-10, 1e-10, share)  # tl.maximum would hide NaN
     return share, tl.log(share)
 
 
@@ -139,7 +139,7 @@ def uncertainty(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A block of rows that lie between the same two coarse rows, times COLUMNS columns, of one image."""
+    """One program per block of rows between the same two coarse rows, COLUMNS columns and image."""
     stride_k = stride_k.to(tl.int64)
     image = tl.program_id(2).to(tl.int64)
     first = tl.load(row_blocks + 2 * tl.program_id(0))
@@ -147,7 +147,7 @@ def uncertainty(
     row = first + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = column < width
-    # Interpolation along columns is done once for all rows of the block.
+    # All rows of the block share the interpolation along columns.
     top = logits + image * stride_b + tl.load(row_low + first).to(tl.int64) * stride_h
     bottom = logits + image * stride_b + tl.load(row_high + first).to(tl.int64) * stride_h
     left = tl.load(column_low + column, mask=inside, other=0).to(tl.int64) * stride_w
@@ -191,7 +191,7 @@ def sample(
     SITES: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """All classes of SITES sites; with SINGLE, of those of one ``image`` only, whose logits are the only ones then."""
+    """All classes of SITES sites. With SINGLE, ``logits`` hold only ``image``; sites of other images are skipped."""
     stride_k = stride_k.to(tl.int64)
     site = tl.program_id(0).to(tl.int64) * SITES + tl.arange(0, SITES)[None, :]
     batch = tl.load(coords + site * stride_site, mask=site < n, other=0)
@@ -207,7 +207,7 @@ def sample(
     right = tl.load(column_high + column).to(tl.int64) * stride_w
     across = tl.load(column_weight + column)
     down = tl.load(row_weight + row)
-    # Neighbouring sites lie in neighbouring threads, for their cells are close to each other.
+    # Neighbouring threads take neighbouring sites, because those read neighbouring coarse cells.
     k = tl.arange(0, CLASSES)[:, None]
     scores = tl.zeros([1, SITES], tl.float32)
     if SCORES:
@@ -241,7 +241,7 @@ def pixels(
     SITES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """CHANNELS channels of SITES sites, times ``scale`` plus ``shift``."""
+    """CHANNELS channels of SITES sites per program, times ``scale`` plus ``shift``."""
     site = tl.program_id(0).to(tl.int64) * SITES + tl.arange(0, SITES)[None, :]
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
     inside = (site < n) & (channel < channels)
@@ -272,7 +272,7 @@ def write_labels(
     COUNTED: tl.constexpr,
     SITES: tl.constexpr,
 ):
-    """The first largest of the logits of SITES sites; of the first ``count[0]`` only, if COUNTED."""
+    """Writes the first class of the largest logit at SITES sites; if COUNTED, only at the first ``count[0]``."""
     site = tl.program_id(0).to(tl.int64) * SITES + tl.arange(0, SITES)
     inside = site < n
     if COUNTED:
