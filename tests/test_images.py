@@ -324,7 +324,7 @@ def test_a_failure_while_writing_leaves_everything_as_it_was(old: bytes | None, 
 
 
 def test_who_reads_while_a_file_is_replaced_sees_the_old_one_whole(tmp_path: Path) -> None:
-    """A rename, not a copy: the old file stays what it was for whoever has it open, and the new one is never partial."""
+    """A rename, not a copy: whoever has the old file open reads it whole, and the new one is never partial."""
     path = tmp_path / "file.txt"
     path.write_text("old")
     with path.open() as reader:
