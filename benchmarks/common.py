@@ -1,8 +1,9 @@
-"""What the benchmarks share: workers asked in turn, masks, the machine, tables.
+"""Shared parts of the benchmarks: worker processes, masks, the machine's description, tables.
 
-Every engine runs in a process of its own, which stays alive while the others have their turns: its peak memory is its
-own, its thread pool too, and a disturbance of the machine hits one round of every engine instead of all rounds of one.
-Imported by the interpreter of spconv too, so nothing but the standard library, torch, numpy and Pillow is needed here.
+Each engine runs in its own process, with its own peak memory and thread pool. All processes stay alive and run in turn,
+round by round, so that a disturbance of the machine affects one round of every engine, not all rounds of one.
+
+The interpreter that has spconv imports this file too. So it uses only the standard library, torch, numpy and Pillow.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ CORES = len(os.sched_getaffinity(0))
 
 
 class Task(Protocol):
-    """What one worker times. The constructor loads inputs; memory that is in use after it does not count as peak."""
+    """The code that one worker times. The constructor loads the inputs; memory in use after it does not count."""
 
     def start(self) -> None:
-        """What is done once for all rounds: packing of weights."""
+        """Runs once before all rounds, for example to pack weights."""
 
     def round(self) -> dict[str, float]:
-        """One timed round, in milliseconds."""
+        """Runs one round and returns its times [ms] by name."""
 
     def output(self) -> Any:
-        """Tensors that the last round computed."""
+        """The tensors that the last round computed."""
 
     def details(self) -> dict[str, Any]:
-        """What else is worth a field in the record; called once, after the rounds."""
+        """Further fields of the record; called once, after the rounds."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Job:
 
     Attributes:
         task: ``module:Class`` of a :class:`Task`.
-        setup: what its constructor takes.
-        python: the interpreter.
+        setup: arguments of its constructor.
+        python: the interpreter to run it with.
     """
 
     task: str
@@ -65,7 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Rounds of one engine, its peak memory beyond its inputs [MB], its details and what it computed."""
+    """Results of one engine: times of its rounds, peak memory beyond its inputs [MB], details, output tensors."""
 
     rounds: list[dict[str, float]]
     peak_mb: float
@@ -78,16 +79,16 @@ class Measurement:
 
 
 class WorkerError(RuntimeError):
-    """A worker could not do what it was asked; the message says why, in one line."""
+    """A worker failed; the message says why, in one line."""
 
 
 class Worker:
-    """A process that holds one :class:`Task` and does what it is told by JSON lines; idle, it waits for the next."""
+    """A process that holds one :class:`Task` and executes orders, sent to it as lines of JSON."""
 
     def __init__(self, job: Job, threads: int) -> None:
         module, name = job.task.split(":")
         code = f"from benchmarks.common import serve; from {module} import {name}; serve({name})"
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process runs)
         try:
             self._process = subprocess.Popen(
                 [job.python, "-c", code],
@@ -108,7 +109,11 @@ class Worker:
             raise
 
     def ask(self, order: str, **arguments: Any) -> dict[str, Any]:
-        """Sends one order and waits for its result."""
+        """Sends one order with its arguments and waits for the reply.
+
+        Raises:
+            WorkerError: the order failed or the process has ended.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -118,17 +123,17 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise WorkerError(self._last_words())
+            raise WorkerError(self._exit_message())
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise WorkerError(reply["error"])
         return reply
 
-    def _last_words(self) -> str:
+    def _exit_message(self) -> str:
         code = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines()
-        return f"the worker ended with {code}: {lines[-1] if lines else 'it said nothing'}"
+        return f"the worker ended with {code}: {lines[-1] if lines else 'it printed no error'}"
 
     def close(self) -> None:
         """Ends the process."""
@@ -137,9 +142,9 @@ class Worker:
 
 
 def serve(make: Callable[..., Task]) -> None:
-    """The worker's side: a task made by the first order, then one reply for each order."""
+    """The worker's main loop: the first order makes the task; each order gets one reply."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not end up among the replies
+    os.dup2(2, 1)  # libraries' output must not mix with the replies
     task: Task | None = None
     for line in sys.stdin:
         message = json.loads(line)
@@ -148,34 +153,37 @@ def serve(make: Callable[..., Task]) -> None:
         try:
             if task is None:
                 task = make(**message)
-                _forget_high_water()
-                loaded = _high_water_mb()
+                _reset_peak()
+                loaded = _peak_mb()
             elif order == "start":
                 task.start()
             elif order == "round":
                 reply = task.round()
             elif order == "details":
-                reply["peak_mb"] = _high_water_mb() - loaded
+                reply["peak_mb"] = _peak_mb() - loaded
                 reply["details"] = task.details()
             elif order == "save":
                 torch.save(task.output(), message["path"])
         except Exception as error:
-            words = " ".join(str(error).split())
-            reply = {"error": words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}"}
+            message_line = " ".join(str(error).split())
+            named = message_line if isinstance(error, ValueError) else f"{type(error).__name__}: {message_line}"
+            reply = {"error": named}
         print(json.dumps(reply), file=replies)
 
 
 def measure(
     jobs: Mapping[str, Job], threads: int, rounds: int, left_out: dict[str, str], scratch: Path
 ) -> dict[str, Measurement]:
-    """Rounds of several engines in turn, after one round of each that does not count.
+    """Runs several engines in turn, after one untimed round of each.
+
+    An engine that fails before the timed rounds is left out, with a printed line that says why.
 
     Args:
-        jobs: for each engine its task.
-        threads: of each worker.
-        rounds: timed rounds.
-        left_out: engines that do not work here and why; they are not tried again, and new ones are added and printed.
-        scratch: folder for the outputs.
+        jobs: the task of each engine.
+        threads: threads of each worker.
+        rounds: number of timed rounds.
+        left_out: engines that do not work here, and why. They are skipped; newly found ones are added.
+        scratch: folder for temporary files.
     """
     results: dict[str, Measurement] = {}
     with ExitStack() as stack:
@@ -206,7 +214,7 @@ def measure(
 
 
 class Sgemm:
-    """Multiplies 2048 x 2048 matrices: what this machine's arithmetic gives at best."""
+    """Multiplies 2048 x 2048 matrices, to measure the machine's peak rate of arithmetic."""
 
     _SIZE = 2048
 
@@ -215,7 +223,7 @@ class Sgemm:
         self._c = torch.empty_like(self._a)
 
     def start(self) -> None:
-        """Nothing is to be packed."""
+        """Nothing to prepare."""
 
     def round(self) -> dict[str, float]:
         """One product [GFLOP/s]."""
@@ -228,12 +236,12 @@ class Sgemm:
         return self._c
 
     def details(self) -> dict[str, Any]:
-        """None."""
+        """There are none."""
         return {}
 
 
 def sgemm_gflops(threads: int) -> float:
-    """Best of eight :class:`Sgemm` rounds."""
+    """Rate of the fastest of eight :class:`Sgemm` rounds [GFLOP/s]."""
     worker = Worker(Job("benchmarks.common:Sgemm", {}), threads)
     try:
         return max(worker.ask("round")["gflops"] for _ in range(8))
@@ -242,7 +250,7 @@ def sgemm_gflops(threads: int) -> float:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Threads from the start; all cores in use are bound, so that no two threads share one."""
+    """Environment of a worker: number of threads; with one thread per core, each is bound to its core."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_", "KMP_"))}
     variables |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if threads == CORES:
@@ -250,26 +258,30 @@ def _environment(threads: int) -> dict[str, str]:
     return variables
 
 
-def _forget_high_water() -> None:
-    """Loading may have needed more than what it left; where that cannot be forgotten, small peaks read as 0."""
+def _reset_peak() -> None:
+    """Resets the peak memory, which loading may have raised. Where that is not possible, small peaks read as 0."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _high_water_mb() -> float:
-    """Most memory that this process ever had [MB = 1e6 bytes]. Not ``ru_maxrss``, which starts at the parent's."""
+def _peak_mb() -> float:
+    """Peak memory of this process [MB = 1e6 bytes]. Not ``ru_maxrss``, which starts at the parent's value."""
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024e-6 for line in lines if line.startswith("VmHWM"))
 
 
 def read_mask(path: str) -> Tensor:
-    """``bool [H, W]``, true where the picture is not black."""
+    """Reads a mask image: ``bool [H, W]``, true where it is not black."""
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image.convert("L"))) > 0
 
 
 def find_mask(name: str) -> Path:
-    """A PNG file, or one of :data:`MASKS` by name."""
+    """Path of a mask, given as a PNG file or as a name in :data:`MASKS`.
+
+    Raises:
+        ValueError: there is no such file or name.
+    """
     path = Path(name) if name.endswith(".png") else MASKS / f"{name}.png"
     if path.is_file():
         return path.absolute()
@@ -280,12 +292,12 @@ def find_mask(name: str) -> Path:
 
 
 def site_features(sites: int, channels: int) -> Tensor:
-    """The same random ``[N, C]`` in every worker."""
+    """Random features ``[N, C]``, the same in every worker."""
     return torch.randn(sites, channels, generator=torch.Generator().manual_seed(1))
 
 
 def machine() -> str:
-    """Processor, the widest instructions torch uses on it, cores, torch's version."""
+    """Processor, instruction set used by torch, cores, torch's version."""
     name = platform.processor()
     information = Path("/proc/cpuinfo")
     if information.is_file():
@@ -295,15 +307,24 @@ def machine() -> str:
 
 
 class Renamed(argparse.Action):
-    """An option that has another name now, which is its ``const``."""
+    """An option that was renamed; ``const`` is its new name."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Ends the program with a line that says so."""
+        """Exits with a line that states the new name."""
         sys.exit(f"error: option {option_string} is called {self.const} now")
 
 
 def chosen(text: str, known: Sequence[str], what: str) -> list[str]:
-    """Parts of a comma-separated option, each one of ``known``."""
+    """Parts of a comma-separated option.
+
+    Args:
+        text: the option's value.
+        known: the valid parts.
+        what: what a part is called in error messages.
+
+    Raises:
+        ValueError: a part is not one of ``known``, or there are none.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
@@ -314,17 +335,21 @@ def chosen(text: str, known: Sequence[str], what: str) -> list[str]:
 
 
 def chosen_threads(text: str) -> list[int]:
-    """Numbers of threads, none more than there are cores."""
+    """Numbers of threads from a comma-separated option, each at most the number of cores."""
     return [int(name) for name in chosen(text, [str(count) for count in range(1, CORES + 1)], "number of threads")]
 
 
 def default_threads() -> str:
-    """One and two threads, as far as there are cores."""
+    """One and two threads, or one if there is only one core."""
     return "1,2" if CORES > 1 else "1"
 
 
 def check_run(rounds: int, report: Path | None) -> None:
-    """Refuses before a long run what would fail after it."""
+    """Checks before a long run what would otherwise fail at its end.
+
+    Raises:
+        ValueError: fewer than one round, or the report's folder does not exist.
+    """
     if rounds < 1:
         raise ValueError(f"rounds = {rounds}, expected at least 1")
     if report is not None and not report.absolute().parent.is_dir():
@@ -332,19 +357,19 @@ def check_run(rounds: int, report: Path | None) -> None:
 
 
 def write_report(path: Path | None, records: Sequence[Any]) -> None:
-    """Records (dataclasses) as a JSON list."""
+    """Writes records (dataclasses) as a JSON list; no ``path``: does nothing."""
     if path is not None:
         rows = [asdict(record) for record in records]
         path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def number(value: float | None, form: str = ".0f", unit: str = "") -> str:
-    """A table's cell; ``-`` where there is no value."""
+    """A cell of a table; ``-`` if there is no value."""
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Aligned columns, words left and numbers right."""
+    """Prints aligned columns: the first two left-aligned, the others, numbers, right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     print(f"\n{title}")
     for row in (header, *rows):

@@ -1,4 +1,4 @@
-"""Times the sparse U-Net: engines of this package and spconv, presets, masks, threads. See README.md.
+"""Times the sparse U-Net: this package's engines and spconv, by preset, mask and threads. See benchmarks/README.md.
 
 python -m benchmarks.sparse_unet --json runs/sparse_unet.json
 """
@@ -45,7 +45,7 @@ from sparserefine.stages.extractor import PRESETS, ExtractorConfig
 ENGINES = ("torch", "cpu", "spconv")
 DEFAULT_MASKS = "street0_05pct,street0_10pct,street0_20pct,street0_30pct"
 CHANNELS, CLASSES = 3, 19
-TOLERANCE = 1e-3  # relative rms; beyond it an engine computes something else
+TOLERANCE = 1e-3  # relative rms error; above it, an engine's result is wrong
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,19 @@ class Record:
     Attributes:
         engine: ``torch``, ``cpu`` or ``spconv``.
         preset: name of the preset.
-        mask: its file's stem.
-        threads: of the worker.
+        mask: stem of the mask's file.
+        threads: threads of the worker.
         sites: N.
-        geometry_ms: sites -> plan with all tables. Of spconv the search for neighbours, which its forward does.
+        geometry_ms: sites -> plan with all tables; for spconv, the part of its forward that searches for neighbours.
         forward_ms: features and plan -> logits.
-        ms: their sum.
-        gflops: 2 MACs / forward [1e9/s]. MACs as ``SparseUNet.macs`` counts them, for every engine alike.
-        sgemm_gflops: dense matrix product of this machine with as many threads [1e9/s].
-        sgemm_share: gflops / sgemm_gflops; more than 1 is possible for Winograd's algorithm.
-        peak_mb: most memory beyond network, mask and features [MB]; packed weights count.
-        difference: relative rms difference of the logits from the torch engine's; ``None`` without that engine.
-        levels_ms: where an engine can tell, the time of each level, from one more round.
-        instruction_set: of engine ``cpu``.
+        ms: sum of geometry and forward.
+        gflops: 2 MACs / forward time [1e9/s]; MACs are those of ``SparseUNet.macs``, for every engine.
+        sgemm_gflops: rate of a dense matrix product on this machine with as many threads [1e9/s].
+        sgemm_share: gflops / sgemm_gflops; it may exceed 1 with Winograd's algorithm.
+        peak_mb: peak memory beyond network, mask and features [MB], packed weights included.
+        difference: relative rms difference of the logits from the torch engine's; ``None`` if that was not run.
+        levels_ms: time of each level, from an extra round; ``None`` if the engine cannot measure it.
+        instruction_set: instruction set of engine ``cpu``; else ``None``.
         machine: processor and torch's version.
     """
 
@@ -124,19 +124,19 @@ class EngineTask:
         self._features = site_features(len(self._sites), channels)
 
     def start(self) -> None:
-        """Packs the network, if the engine can."""
+        """Packs the network if the engine supports it."""
         self._packed = self._engine.prepare(self._network)
         self._forward = self._packed or self._network
 
     def round(self) -> dict[str, float]:
-        """Geometry of sites that the engine has not seen, and a forward on that plan."""
+        """Makes the plan of new sites, so that nothing is cached, and runs a forward on it."""
         self._logits = None
         sites = replace(self._sites, coords=self._sites.coords.clone())
         with torch.inference_mode():
             start = time.perf_counter()
             plan = self._engine.geometry(sites, self._network.spec)
             if isinstance(self._packed, PackedNetwork):
-                self._packed.tables(plan)  # made when first read; they belong to the geometry
+                self._packed.tables(plan)  # made when first read; their time belongs to the geometry
             middle = time.perf_counter()
             self._logits = self._forward(self._features, plan)
             end = time.perf_counter()
@@ -147,7 +147,7 @@ class EngineTask:
         return self._logits
 
     def details(self) -> dict[str, Any]:
-        """Instruction set, and the time of each level."""
+        """Instruction set and time of each level [ms]."""
         return {"instruction_set": self._instruction_set(), "levels_ms": self._levels_ms()}
 
     def _instruction_set(self) -> str | None:
@@ -168,7 +168,7 @@ class EngineTask:
 
 
 class Run:
-    """All that one command measures; keeps the networks' weights and what the tables need."""
+    """One run of the benchmark: its options, the stored weights and the machine's rates."""
 
     def __init__(self, options: Options, scratch: Path) -> None:
         self._options, self._scratch = options, scratch
@@ -185,7 +185,7 @@ class Run:
         return self._scratch / f"{preset}.pt"
 
     def mask(self, mask: Path) -> list[Record]:
-        """Every preset, number of threads and engine on one mask."""
+        """Measures every preset, number of threads and engine on one mask."""
         records = []
         sites = Sites.from_mask(read_mask(str(mask))[None])
         for preset in self._options.presets:
@@ -199,11 +199,11 @@ class Run:
                     place = (engine, preset, mask.stem, threads)
                     records.append(self._record(place, len(sites), macs, measured, difference))
         if not records:
-            raise WorkerError("no engine is left; see above")
+            raise WorkerError("no engine works here; the lines above say why")
         return records
 
     def _engines(self, threads: int) -> list[str]:
-        """The engines; spconv's CPU code is wrong with several threads (a data race in its scatter)."""
+        """The engines to run; spconv only with one thread, as its CPU scatter has a data race with several."""
         return [name for name in self._options.engines if name != "spconv" or threads == 1]
 
     def _job(self, engine: str, preset: str, mask: Path) -> Job:
@@ -249,7 +249,7 @@ class Run:
 
 
 def random_network(config: ExtractorConfig) -> SparseUNet:
-    """Seeded weights, for evaluation; statistics of the batch normalisation that do not cancel its arithmetic."""
+    """A network in evaluation mode with seeded weights and non-trivial batch normalisation statistics."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         network = SparseUNet(CHANNELS, CLASSES, config.planes, config.blocks, config.down)
@@ -275,7 +275,7 @@ def _relative_rms(logits: Tensor, reference: Tensor) -> float:
 
 
 def _print_records(mask: str, records: Sequence[Record]) -> None:
-    """The table of one mask; ratios say how many times faster a row is than the peer."""
+    """Prints the table of one mask; ratios say how many times faster a row is than torch and spconv."""
     times = {(r.engine, r.preset, r.threads): r.ms for r in records}
     rows = []
     for r in records:
@@ -308,15 +308,22 @@ def _print_records(mask: str, records: Sequence[Record]) -> None:
 
 def _options(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse_unet", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the records to this file too")
-    parser.add_argument("--presets", default=",".join(PRESETS), help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="also write the records to this JSON file")
+    parser.add_argument("--presets", default=",".join(PRESETS), help="comma-separated; default: %(default)s")
     parser.add_argument("--plans", action=Renamed, const="--presets", help=argparse.SUPPRESS)
-    parser.add_argument("--masks", default=DEFAULT_MASKS, help="names in ../shared/masks, or PNG files; %(default)s")
-    parser.add_argument("--threads", default=default_threads(), help="default: %(default)s")
-    parser.add_argument("--engines", default=",".join(ENGINES), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each, default: %(default)s")
     parser.add_argument(
-        "--spconv-python", type=Path, default=Path(".venv-spconv/bin/python"), help="default: %(default)s"
+        "--masks", default=DEFAULT_MASKS, help="names in ../shared/masks, or PNG files; default: %(default)s"
+    )
+    parser.add_argument(
+        "--threads", default=default_threads(), help="numbers of threads, comma-separated; default: %(default)s"
+    )
+    parser.add_argument("--engines", default=",".join(ENGINES), help="comma-separated; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each engine; default: %(default)s")
+    parser.add_argument(
+        "--spconv-python",
+        type=Path,
+        default=Path(".venv-spconv/bin/python"),
+        help="Python with spconv; default: %(default)s",
     )
     given = parser.parse_args(arguments)
     check_run(given.rounds, given.json)
@@ -341,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 new = run.mask(mask)
                 _print_records(mask.stem, new)
                 records += new
-                write_report(options.report, records)  # a run that is cut short has something to show
+                write_report(options.report, records)  # after each mask, so that an interrupted run keeps its results
     except (ValueError, WorkerError) as error:
         sys.exit(f"error: {error}")
 

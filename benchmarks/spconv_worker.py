@@ -1,6 +1,6 @@
-"""The peers: the same network in spconv or spconv-triton, run by an interpreter that has it (see README.md).
+"""The same network in spconv or spconv-triton, for comparison; run by an interpreter that has it (see README.md).
 
-Imports nothing of sparserefine: that environment need not have what sparserefine needs. spconv-triton has the interface
+This file imports nothing of sparserefine, whose dependencies that environment may lack. spconv-triton has the interface
 of spconv, so one network serves both; ``library`` is the module's name, ``spconv`` or ``spconv_triton``.
 """
 
@@ -26,7 +26,7 @@ def _activated(x: SparseTensor, norm: nn.Module) -> SparseTensor:
 
 
 class _Block(nn.Module):
-    """``sparserefine.sparse.ResidualBlock``, the names of its parts included."""
+    """The same layers as ``sparserefine.sparse.ResidualBlock``, under the same names."""
 
     def __init__(self, spconv: Any, c_in: int, c_out: int, key: str) -> None:
         super().__init__()
@@ -35,13 +35,13 @@ class _Block(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out else nn.Linear(c_in, c_out, bias=False)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        """The sites stay the same."""
+        """Features ``[N, C_in]`` -> ``[N, C_out]`` at the same sites."""
         y = self.conv2(_activated(self.conv1(_activated(x, self.norm1)), self.norm2))
         return y.replace_feature(y.features + self.shortcut(x.features))
 
 
 class SpconvUNet(nn.Module):
-    """``sparserefine.stages.extractor.SparseUNet``, the names of its parts included."""
+    """The same layers as ``sparserefine.sparse.SparseUNet``, under the same names."""
 
     def __init__(
         self, library: str, channels: int, classes: int, planes: Sequence[int], blocks: int, down: str
@@ -86,13 +86,13 @@ class SpconvUNet(nn.Module):
         return logits
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
-        """Weights of a ``SparseUNet``: ``[T, C_in, C_out]`` there, ``[C_out, k, k, C_in]`` here."""
+        """Loads weights of a ``SparseUNet``, converting ``[T, C_in, C_out]`` to spconv's ``[C_out, k, k, C_in]``."""
         shapes = {name: value.shape for name, value in self.state_dict().items()}
-        turned = {
+        converted = {
             name: value.permute(2, 0, 1).reshape(shapes[name]) if value.dim() == 3 else value
             for name, value in state.items()
         }
-        self.load_state_dict(turned)
+        self.load_state_dict(converted)
 
 
 def _blocks(spconv: Any, c_in: int, c_out: int, count: int, key: str) -> nn.ModuleList:
@@ -100,7 +100,7 @@ def _blocks(spconv: Any, c_in: int, c_out: int, count: int, key: str) -> nn.Modu
 
 
 class SpconvTask:
-    """Times spconv, its search for neighbours apart from the rest. Takes what ``sparse_unet.EngineTask`` takes."""
+    """Times spconv on the CPU, the neighbour search separately. Same arguments as ``sparse_unet.EngineTask``."""
 
     def __init__(
         self,
@@ -114,13 +114,15 @@ class SpconvTask:
         down: str,
     ) -> None:
         if torch.get_num_threads() != 1:
-            raise ValueError(f"{engine} is wrong with several threads (a data race in its scatter); expected one")
+            raise ValueError(
+                f"{engine} computes wrong results with several threads (a data race in its scatter); use one thread"
+            )
         self._spconv, self._ops = import_module("spconv.pytorch"), import_module("spconv.pytorch.ops")
         self._network = SpconvUNet("spconv", channels, classes, planes, blocks, down).eval()
         self._network.load_weights(torch.load(weights, weights_only=True))
         image = read_mask(mask)
         rows_columns = image.nonzero().int()
-        # Contiguous, or spconv silently computes something else.
+        # spconv silently computes wrong results if this is not contiguous.
         self._indices = F.pad(rows_columns, (1, 0)).contiguous()
         self._size = list(image.shape)
         self._features = site_features(len(self._indices), channels)
@@ -128,7 +130,7 @@ class SpconvTask:
         self._get_pairs = self._ops.get_indice_pairs
 
     def start(self) -> None:
-        """Makes spconv tell how long it looks for neighbours, which it does on the way, inside the forward."""
+        """Wraps spconv's neighbour search to time it: spconv runs it inside the forward."""
         self._ops.get_indice_pairs = self._timed_pairs
 
     def _timed_pairs(self, *arguments: Any, **options: Any) -> Any:
@@ -138,7 +140,7 @@ class SpconvTask:
         return pairs
 
     def round(self) -> dict[str, float]:
-        """A forward on sites that spconv has not seen."""
+        """One forward on a new tensor, so that spconv searches for neighbours again."""
         self._logits, self._pairs_seconds = None, 0.0
         with torch.inference_mode():
             start = time.perf_counter()
@@ -151,32 +153,32 @@ class SpconvTask:
         return self._logits
 
     def details(self) -> dict[str, Any]:
-        """None."""
+        """There are none."""
         return {}
 
 
 class SpconvGpu:
-    """Made where the library can be imported and torch sees a GPU: asks only that."""
+    """Checks only that the library can be imported and that torch sees a GPU."""
 
     def __init__(self, library: str) -> None:
         if not torch.cuda.is_available():
-            raise ValueError(f"torch of {library}'s environment sees no GPU")
+            raise ValueError(f"torch in {library}'s environment sees no GPU; install a CUDA build of torch there")
         import_module(f"{library}.pytorch")
 
 
 class SpconvGpuTask:
-    """Times spconv or spconv-triton on a GPU, its search for neighbours included.
+    """Times spconv or spconv-triton on a GPU, neighbour search included.
 
     Args:
         library: ``spconv`` or ``spconv_triton``.
-        inputs: file with a list of ``bool [B, H, W]`` and features ``[N, C]``; they are taken in turn.
-        weights: file with the state of a ``SparseUNet``.
+        inputs: file with a list of pairs, mask ``bool [B, H, W]`` and features ``[N, C]``; used in turn.
+        weights: file with the state dict of a ``SparseUNet``.
         channels: C.
         classes: K.
         planes: channels of each level.
         blocks: residual blocks of each level and direction.
         down: kind of down-sampling.
-        dtype: ``float16``, or ``tf32``: float32, products in TF32 allowed.
+        dtype: ``float16``, or ``tf32``: float32, with TF32 allowed in products.
     """
 
     def __init__(
@@ -204,27 +206,27 @@ class SpconvGpuTask:
             self._sets.append((features.to("cuda", kind), indices, list(mask.shape[1:]), len(mask)))
 
     def _forward(self, number: int) -> Tensor:
-        """On a set that spconv has not seen: it keeps neighbours in the tensor that it is given."""
+        """Runs one set in a new tensor: spconv caches neighbours in the tensor."""
         features, indices, size, batch = self._sets[number % len(self._sets)]
         with torch.inference_mode():
             logits: Tensor = self._network(self._spconv.SparseConvTensor(features, indices, size, batch))
         return logits
 
     def start(self) -> None:
-        """Every set once: the libraries try their kernels when they first see a shape."""
+        """Runs every set once: the libraries tune their kernels on the first run of each shape."""
         for number in range(len(self._sets)):
             self._forward(number)
         self._measured(1)
 
     def round(self) -> dict[str, Any]:
-        """All repetitions: 30 to 100, fewer of what takes more than 100 ms."""
+        """Runs all repetitions: 30 to 100, fewer if one takes more than 100 ms."""
         (once,) = self._measured(1)
         count = min(100, max(30, int(300 / max(once, 1e-3)))) if once <= 100 else max(5, int(3000 / once))
         self._measured(3)
         return {"laps": self._measured(count)}
 
     def _measured(self, count: int) -> list[float]:
-        """Milliseconds of so many forwards, by events."""
+        """Times ``count`` forwards [ms] with CUDA events."""
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         torch.cuda.synchronize()
         for number, (start, end) in enumerate(events):
@@ -239,7 +241,7 @@ class SpconvGpuTask:
         return self._forward(0).cpu()
 
     def details(self) -> dict[str, Any]:
-        """Most memory of the GPU beyond network and inputs [MB]."""
+        """Peak GPU memory beyond network and inputs [MB]."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""Times labels and entropy at full size: the plain torch sequence and the engines. See README.md.
+"""Times labels and entropy at full size: plain torch against the engines. See benchmarks/README.md.
 
 python -m benchmarks.uncertainty --json runs/uncertainty.json
 """
@@ -40,7 +40,7 @@ ENGINES = ("plain", "torch", "cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """K, coarse height and width, full height and width [px]."""
+    """K, height and width of the coarse logits, full height and width [px]."""
 
     classes: int
     coarse: tuple[int, int]
@@ -52,7 +52,7 @@ CASES = {
     "eye": Case(2, (584, 876), (2336, 3504)),
     "tiny": Case(5, (16, 24), (64, 96)),
 }
-"""``tiny`` only shows that the benchmark runs."""
+"""``tiny`` is for tests of the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Record:
     """One row of the table.
 
     Attributes:
-        engine: ``plain`` is what one writes in torch without this package.
+        engine: name of the engine; ``plain`` is ordinary torch code without this package.
         case: name of the :class:`Case`.
-        threads: of the worker.
+        threads: threads of the worker.
         ms: median over the rounds.
-        ratio: ms of ``plain`` / ms: how many times faster; ``None`` without ``plain``.
-        peak_mb: most memory beyond the coarse logits [MB], results included.
-        labels_agree: share of pixels with the label of ``plain``.
+        ratio: how many times faster than ``plain``; ``None`` if that was not run.
+        peak_mb: peak memory beyond the coarse logits [MB], results included.
+        labels_agree: share of pixels with the same label as ``plain``.
         entropy_difference: largest absolute difference from the entropy of ``plain`` [nats].
         machine: processor and torch's version.
     """
@@ -91,10 +91,10 @@ class UncertaintyTask:
         self._logits = _smooth_logits(CASES[case])
 
     def start(self) -> None:
-        """Nothing is to be packed."""
+        """Nothing to prepare."""
 
     def round(self) -> dict[str, float]:
-        """Labels and entropy once."""
+        """Computes labels and entropy once."""
         self._result: tuple[Tensor, Tensor] | None = None
         with torch.inference_mode():
             start = time.perf_counter()
@@ -106,12 +106,12 @@ class UncertaintyTask:
         return self._result
 
     def details(self) -> dict[str, Any]:
-        """None."""
+        """There are none."""
         return {}
 
 
 def plain(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Labels and entropy ``[B, H, W]`` by way of ``[B, K, H, W]``, as one writes it."""
+    """Labels and entropy ``[B, H, W]`` in ordinary torch code, through full-size logits ``[B, K, H, W]``."""
     upsampled = F.interpolate(logits, size, mode="bilinear", align_corners=False)
     entropy = torch.special.entr(upsampled.softmax(1)).sum(1)
     return upsampled.argmax(1), entropy
@@ -125,7 +125,7 @@ def _function(engine: str) -> Callable[[Tensor, tuple[int, int]], tuple[Tensor, 
 
 
 def _smooth_logits(case: Case) -> Tensor:
-    """Blobs of about 8 coarse pixels, most of them certain, ``[1, K, h, w]``."""
+    """Logits ``[1, K, h, w]`` with blobs of about 8 coarse pixels; most pixels are certain."""
     height, width = case.coarse
     noise = torch.randn(1, case.classes, height // 8, width // 8, generator=torch.Generator().manual_seed(2))
     return F.interpolate(4 * noise, case.coarse, mode="bicubic")
@@ -142,7 +142,7 @@ def _case_records(case: str, options: Options, left_out: dict[str, str], scratch
         peer = found.get("plain")
         records += [_record(engine, case, threads, measured, peer) for engine, measured in found.items()]
     if not records:
-        raise WorkerError("no engine is left; see above")
+        raise WorkerError("no engine works here; the lines above say why")
     return records
 
 
@@ -172,7 +172,7 @@ def _print_records(case: str, records: Sequence[Record]) -> None:
         for r in records
     ]
     (h, w), (height, width) = CASES[case].coarse, CASES[case].full
-    header = ("engine", "threads", "ms", "vs plain", "peak MB", "same labels", "entropy off, nats")
+    header = ("engine", "threads", "ms", "vs plain", "peak MB", "same labels", "entropy difference, nats")
     print_table(f"{case}: {CASES[case].classes} classes, {h}x{w} -> {height}x{width}", header, rows)
 
 
@@ -189,11 +189,15 @@ class Options:
 
 def _options(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.uncertainty", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the records to this file too")
-    parser.add_argument("--cases", default="street,eye", help=f"of {', '.join(CASES)}; default: %(default)s")
-    parser.add_argument("--threads", default=default_threads(), help="default: %(default)s")
-    parser.add_argument("--engines", default=",".join(ENGINES), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each, default: %(default)s")
+    parser.add_argument("--json", type=Path, help="also write the records to this JSON file")
+    parser.add_argument(
+        "--cases", default="street,eye", help=f"comma-separated, of {', '.join(CASES)}; default: %(default)s"
+    )
+    parser.add_argument(
+        "--threads", default=default_threads(), help="numbers of threads, comma-separated; default: %(default)s"
+    )
+    parser.add_argument("--engines", default=",".join(ENGINES), help="comma-separated; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each engine; default: %(default)s")
     given = parser.parse_args(arguments)
     check_run(given.rounds, given.json)
     return Options(

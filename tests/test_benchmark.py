@@ -239,7 +239,7 @@ def test_break_even(dense, points, expected):
         (BreakEven(0.62, True), "~62 %*"),
         (BreakEven(None, False), "never"),
         (BreakEven(None, True), "never*"),
-        (BreakEven(0.0, False), "0 %: always dearer"),
+        (BreakEven(0.0, False), "0 %: always slower"),
     ],
 )
 def test_break_even_in_words(even, words):
@@ -586,7 +586,7 @@ def nothing_runs(monkeypatch):
     def measured(self):
         raise AssertionError("measured before all was checked")
 
-    monkeypatch.setattr(module._Base, "measure", measured)
+    monkeypatch.setattr(module._BaseBenchmark, "measure", measured)
 
 
 @pytest.mark.parametrize(
@@ -744,14 +744,14 @@ def test_nothing_measured_replaces_the_records_of_an_earlier_run(tmp_path, capsy
 
 
 def test_an_interrupted_run_keeps_the_bases_that_were_done(unet, monkeypatch, tmp_path, capsys):
-    measure = module._Base.measure
+    measure = module._BaseBenchmark.measure
 
     def interrupted(self):
         if "tiny" in self._entry.name:
             raise KeyboardInterrupt
         return measure(self)
 
-    monkeypatch.setattr(module._Base, "measure", interrupted)
+    monkeypatch.setattr(module._BaseBenchmark, "measure", interrupted)
     file = tmp_path / "report.json"
     assert main([*COMMAND, "--bases", f"{unet},python:benchmarked:tiny", "--json", str(file)]) == 130
     assert {r["model"] for r in json.loads(file.read_text())} == {unet}

@@ -70,7 +70,7 @@ def test_rehearsal_takes_every_step(gpu: ModuleType, tmp_path: Path, monkeypatch
         "dense eager, slim",
     ):
         assert line in steps
-    for title in ("Measured ceilings", "Sparse U-Net", "Peers", "Single convolutions"):
+    for title in ("Measured ceilings", "Sparse U-Net", "Other engines", "Single convolutions"):
         assert f"**{title}" in figures
     assert not (tmp_path / "results").exists()
 

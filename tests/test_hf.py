@@ -773,7 +773,7 @@ def test_folder_without_configuration(tmp_path: Path) -> None:
 def test_hub_id_offline(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no such folder, and the hub gave none of that id") as error:
+    with pytest.raises(FileNotFoundError, match="no such folder, and downloading it from the hub failed") as error:
         hf(name)
     assert "\n" not in str(error.value)
 

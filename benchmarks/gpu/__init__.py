@@ -1,1 +1,1 @@
-"""Checks and times the kernels for GPUs; see README.md."""
+"""Checks and times the GPU kernels; see benchmarks/README.md."""

@@ -1,4 +1,4 @@
-"""Times engine ``triton`` on a GPU: checks first, then the sparse U-Net, uncertainty, training, models. See README.md.
+"""Checks engine ``triton`` on a GPU, then times U-Net, uncertainty, training and models. See benchmarks/README.md.
 
 python -m benchmarks.gpu
 """
@@ -44,7 +44,7 @@ TIMED: dict[str, Callable[[Run], None]] = {
 NEED_MASKS = ("unet", "training", "tilings")
 NEED_CEILINGS = ("unet", "uncertainty", "training", "tilings")
 
-# So small that the interpreter is through in seconds. Its bfloat16 is wrong, so that is left out.
+# Small enough for the interpreter to finish in seconds. It computes bfloat16 wrongly, so that is left out.
 TINY_PRESETS = {
     "paper": ExtractorConfig((8, 16), 1, "paper"),
     "slim": ExtractorConfig((8, 16), 1, "cell"),
@@ -57,18 +57,30 @@ TINY_DTYPES = ("float16", "float32")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     default = ",".join(part for part in PARTS if part != "tilings")
-    parser.add_argument("--only", default=default, help=f"of {', '.join(PARTS)}; default: %(default)s")
-    parser.add_argument("--presets", default=",".join(PRESETS), help="default: %(default)s")
+    parser.add_argument(
+        "--only", default=default, help=f"parts, comma-separated, of {', '.join(PARTS)}; default: %(default)s"
+    )
+    parser.add_argument("--presets", default=",".join(PRESETS), help="comma-separated; default: %(default)s")
     parser.add_argument("--plans", action=Renamed, const="--presets", help=argparse.SUPPRESS)
     parser.add_argument("--masks", help=f"names in ../shared/masks, or PNG files; default: {DEFAULT_MASKS}")
-    parser.add_argument("--batches", default="1,4", help="default: %(default)s")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help="default: %(default)s")
-    parser.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
-    parser.add_argument("--budget-s", type=float, help="begin nothing new after so many seconds; checks always run")
-    parser.add_argument("--json", type=Path, help="results, added to; default: benchmarks/results/<GPU>.json")
-    parser.add_argument("--spconv-python", type=Path, help="default: .venv-spconv/bin/python, or else this one")
-    parser.add_argument("--table", type=Path, help="print Markdown tables of this file of results and stop")
-    parser.add_argument("--rehearse", action="store_true", help="every step once, tiny, on the CPU; no figures")
+    parser.add_argument("--batches", default="1,4", help="batch sizes, comma-separated; default: %(default)s")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated; default: %(default)s")
+    parser.add_argument("--models", default=",".join(MODELS), help="base models, comma-separated; default: %(default)s")
+    parser.add_argument(
+        "--budget-s", type=float, help="start no new measurement after this many seconds; checks always run"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="file that results are added to; default: benchmarks/results/<GPU>.json"
+    )
+    parser.add_argument(
+        "--spconv-python",
+        type=Path,
+        help="Python with spconv; default: .venv-spconv/bin/python if it exists, else this one",
+    )
+    parser.add_argument("--table", type=Path, help="only print Markdown tables of this results file")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run every step once on tiny inputs on the CPU; its times mean nothing"
+    )
     return parser
 
 
@@ -96,19 +108,19 @@ def _options(given: argparse.Namespace) -> Options:
 
 def _mask_files(names: str | None) -> list[Path]:
     if names is None and not any(MASKS.glob("*.png")):
-        return []  # what needs them is left out, and told so
+        return []  # parts that need masks are left out, with a message
     return [find_mask(name.strip()) for name in (names or DEFAULT_MASKS).split(",")]
 
 
 def _spconv_python(given: Path | None) -> Path:
-    own = ROOT / ".venv-spconv" / "bin" / "python"
-    return given.absolute() if given else own if own.exists() else Path(sys.executable)
+    default = ROOT / ".venv-spconv" / "bin" / "python"
+    return given.absolute() if given else default if default.exists() else Path(sys.executable)
 
 
 def _tiny(options: Options) -> Options:
     dtypes = tuple(dtype for dtype in TINY_DTYPES if dtype in options.dtypes)
     if not dtypes:
-        raise ValueError(f"a rehearsal is in {' or '.join(TINY_DTYPES)}")
+        raise ValueError(f"a rehearsal is in {' or '.join(TINY_DTYPES)}; pass one of them to --dtypes")
     masks: dict[str, Tensor] = {"tiny": torch.rand(8, 12, generator=torch.Generator().manual_seed(1)) < 0.2}
     return Options(
         tuple(part for part in options.parts if part != "models"),
@@ -127,7 +139,7 @@ def _tiny(options: Options) -> Options:
 
 
 def _execute(run: Run) -> bool:
-    """All parts; false where something is wrong."""
+    """Runs all parts; returns whether all checks and measurements succeeded."""
     options = run.options
     if "checks" in options.parts:
         wrong = [check for check in checks(run) if not check.ok]
@@ -173,15 +185,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     run = Run(options, device, results)
     print(", ".join(f"{key} {value}" for key, value in device.machine().items()), flush=True)
-    fine = _execute(run)
+    succeeded = _execute(run)
     if given.rehearse:
-        print("\nREHEARSAL: interpreted on the CPU, each step once. No figure below means anything.")
+        print("\nREHEARSAL: interpreted on the CPU, each step once. The figures below mean nothing.")
     print(f"\n{tables(results.content())}")
     if run.left_out:
         print(f"\nleft out: {len(run.left_out)}")
         for line in run.left_out:
             print(f"- {line}")
-    if not fine:
+    if not succeeded:
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""What must be right before anything is timed: kernels at full size against float64 and the torch engine."""
+"""Checks that run before anything is timed: kernels at full size against float64 and the torch engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.device import DTYPES, precision
-from benchmarks.gpu.layers import Layer, distinct, layers, read_by, stencil_of
+from benchmarks.gpu.layers import Layer, distinct, layers, stencil_of, table_arguments
 from benchmarks.gpu.records import Check
 from benchmarks.gpu.run import Run, UncertaintyCase, input_sets, network_of, relative_rms
 from benchmarks.gpu.unet import Packed, Replayed, capacities_of
@@ -20,16 +20,16 @@ from sparserefine.images.uncertainty import sample, uncertainty
 from sparserefine.sparse import Engine, PaddedPlan, PaddedSites, Plan, Sites, Stencil, conv
 from sparserefine.stages.extractor import ExtractorConfig
 
-ROWS = 2000  # of a convolution that are computed in float64
+ROWS = 2000  # output rows of each convolution that are recomputed in float64
 BOUNDS = {"float16": 2e-3, "bfloat16": 1e-2, "tf32": 2e-3, "float32": 1e-5}
-"""Relative rms error of one convolution."""
+"""Largest relative rms error of one convolution."""
 NETWORK_BOUNDS = {"float16": 2e-2, "bfloat16": 1e-1, "tf32": 1e-2, "float32": 1e-4}
-"""Of a whole network."""
-TIE, ENTROPY_BOUND = 1e-5, 1e-4
+"""Largest relative rms error of a whole network."""
+TIE, ENTROPY_BOUND = 1e-5, 1e-4  # largest margin of labels that may differ; largest error of entropies [nats]
 
 
 def checks(run: Run) -> list[Check]:
-    """All of them; prints those that fail."""
+    """Runs all checks and prints those that fail."""
     found: list[Check] = []
     seed = 0 if run.device.rehearsal else torch.seed()
     torch.manual_seed(seed)
@@ -38,7 +38,7 @@ def checks(run: Run) -> list[Check]:
         try:
             new = list(group)
             run.device.wait()
-        except Exception as error:  # a kernel that does not compile or run: as wrong as wrong results
+        except Exception as error:  # a kernel that does not compile or run counts as wrong
             new = [Check(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", None, 0.0, False)]
         found += new
         run.results.add("checks", new)
@@ -49,8 +49,8 @@ def checks(run: Run) -> list[Check]:
     return found
 
 
-def judged(name: str, error: float, bound: float) -> Check:
-    """NaN never passes."""
+def compared(name: str, error: float, bound: float) -> Check:
+    """A check that passes if ``error`` is at most ``bound``; NaN never passes."""
     return Check(name, error if math.isfinite(error) else None, bound, error <= bound)
 
 
@@ -72,18 +72,18 @@ def _groups(run: Run) -> Iterator[tuple[str, Iterator[Check]]]:
 
 
 def _tables(run: Run, preset: str, config: ExtractorConfig, batch: int) -> Iterator[Check]:
-    """Plans, padded or not, equal the reference in every entry."""
+    """Plain and padded plans equal the reference in every entry."""
     device = run.device.device
     mask = input_sets(run.first_mask()[1], batch, device, 1)[0].mask
     spec, engine = network_of(config, torch.device("cpu")).spec, get_engine("triton")
     expected = build_plan(Sites.from_mask(mask), spec)
     counts = [len(level.sites) for level in expected.levels]
-    room = capacities_of([counts])
-    padded = engine.padded_plan(mask, spec, room)  # type: ignore[attr-defined]
+    capacities = capacities_of([counts])
+    padded = engine.padded_plan(mask, spec, capacities)  # type: ignore[attr-defined]
     for name, actual in (("plan", engine.plan(mask, spec)), ("padded plan", padded)):
         for depth, wrong in enumerate(_differences(actual, expected)):
-            yield judged(f"{preset}, batch {batch}, {name}, level {depth}: entries that differ", wrong, 0)
-    yield judged(f"{preset}, batch {batch}, padded plan: counts", float(padded.totals.tolist() != counts), 0)
+            yield compared(f"{preset}, batch {batch}, {name}, level {depth}: entries that differ", wrong, 0)
+    yield compared(f"{preset}, batch {batch}, padded plan: counts", float(padded.totals.tolist() != counts), 0)
 
 
 def _differences(actual: Plan | PaddedPlan, expected: Plan) -> Iterator[float]:
@@ -91,22 +91,22 @@ def _differences(actual: Plan | PaddedPlan, expected: Plan) -> Iterator[float]:
     for depth, (ours, theirs) in enumerate(zip(actual.levels, expected.levels, strict=True)):
         n = counts[depth]
         sites = ours.sites.rows if isinstance(ours.sites, PaddedSites) else ours.sites
-        wrong = _unlike(sites.coords[:n], theirs.sites.coords)
-        wrong += _unlike(_clamped(ours.around.table, n, n), theirs.around.table)
+        wrong = _num_different(sites.coords[:n], theirs.sites.coords)
+        wrong += _num_different(_clamped(ours.around.table, n, n), theirs.around.table)
         if theirs.down is not None:
             assert ours.down is not None
             coarser = counts[depth + 1]
-            wrong += _unlike(_clamped(ours.down.table, coarser, n), theirs.down.table)
-            wrong += _unlike(_clamped(ours.down.reverse, n, coarser), theirs.down.reverse)
+            wrong += _num_different(_clamped(ours.down.table, coarser, n), theirs.down.table)
+            wrong += _num_different(_clamped(ours.down.reverse, n, coarser), theirs.down.reverse)
         yield wrong
 
 
 def _clamped(table: Tensor, rows: int, inputs: int) -> Tensor:
-    """Rows in use; whatever is no input is the same "none"."""
+    """The rows in use, with every "no neighbour" entry set to ``inputs``."""
     return table[:rows].clamp(max=inputs)
 
 
-def _unlike(actual: Tensor, expected: Tensor) -> float:
+def _num_different(actual: Tensor, expected: Tensor) -> float:
     if actual.shape != expected.shape:
         return math.inf
     return float((actual != expected).sum())
@@ -126,12 +126,12 @@ def _convolutions(run: Run, preset: str, config: ExtractorConfig, dtype: str) ->
             if not stencil.num_inputs or not stencil.num_outputs:
                 continue
             name = f"{preset}, {dtype}, {layer.kind} {layer.depth}, {layer.c_in} -> {layer.c_out}"
-            yield judged(f"{name}: values", _value_error(layer, stencil, dtype), BOUNDS[dtype])
+            yield compared(f"{name}: values", _value_error(layer, stencil, dtype), BOUNDS[dtype])
             if layer.kind != "own":
                 errors, same = _gradient_errors(layer, stencil, dtype)
                 for what, error in errors.items():
-                    yield judged(f"{name}: gradient of {what}", error, BOUNDS[dtype])
-                yield judged(f"{name}: gradients of two runs, bits that differ", 1.0 - same, 0)
+                    yield compared(f"{name}: gradient of {what}", error, BOUNDS[dtype])
+                yield compared(f"{name}: gradients of two runs, bits that differ", 1.0 - same, 0)
 
 
 def _operands(layer: Layer, stencil: Stencil, dtype: str) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ def _operands(layer: Layer, stencil: Stencil, dtype: str) -> tuple[Tensor, Tenso
 
 
 def _value_error(layer: Layer, stencil: Stencil, dtype: str) -> float:
-    """The kernel with residual, bias and activation into poisoned memory; rows at random against float64."""
+    """Error of the kernel with residual, bias and activation: random rows against float64. Outputs start as NaN."""
     from sparserefine.engines.triton import convolution
     from sparserefine.sparse.epilogue import Activation, Epilogue
 
@@ -153,7 +153,7 @@ def _value_error(layer: Layer, stencil: Stencil, dtype: str) -> float:
     raw = torch.full((n, c), torch.nan, dtype=torch.float32 if layer.float_out else x.dtype, device=device)
     active = torch.full((n, c), torch.nan, dtype=x.dtype, device=device)
     epilogue = Epilogue(residual, bias, raw, (Activation(active, scale, shift),))
-    convolution.convolve(x, convolution.laid_out(weight), epilogue, n, **read_by(layer, stencil))  # type: ignore[arg-type]
+    convolution.convolve(x, convolution.laid_out(weight), epilogue, n, **table_arguments(layer, stencil))  # type: ignore[arg-type]
     if not bool(raw.isfinite().all() & active.isfinite().all()):
         return math.nan
     rows = torch.randint(n, (min(ROWS, n),), device=device)
@@ -164,20 +164,20 @@ def _value_error(layer: Layer, stencil: Stencil, dtype: str) -> float:
 
 
 def _rows_of(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-    """Some outputs, ``float64 [rows, C_out]``, by the definition."""
+    """Some output rows by the definition, ``float64 [rows, C_out]``."""
     known = table < len(x)
     read = x[table.long().clamp(max=len(x) - 1)].double() * known[..., None]
     return torch.einsum("ntc,tcd->nd", read, weight.double())
 
 
 def _gradient_errors(layer: Layer, stencil: Stencil, dtype: str) -> tuple[dict[str, float], bool]:
-    """Gradients of features and weight against float64, by the table alone; and whether two runs agree to the bit."""
+    """Errors of both gradients against float64, computed from the table; and whether two runs are bit-identical."""
     x, weight = (operand.requires_grad_() for operand in _operands(layer, stencil, dtype))
     grad = torch.randn(layer.rows_out, layer.c_out, device=x.device).to(x.dtype)
     first, second = (torch.autograd.grad(conv(x, weight, stencil), (x, weight), grad) for _ in range(2))
     same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     exact, back = x.detach().double(), grad.double()
-    grad_x = exact.new_zeros(len(x) + 1, layer.c_in)  # the last row: of missing neighbours
+    grad_x = exact.new_zeros(len(x) + 1, layer.c_in)  # the last row collects missing neighbours
     grad_weight = []
     for t in range(stencil.taps):
         source = stencil.table[:, t].long().clamp(max=len(x))
@@ -203,10 +203,10 @@ def _networks(run: Run, preset: str, config: ExtractorConfig, dtype: str) -> Ite
             replayed = Replayed(config, sets, dtype, device)
             logits = packed(0)
             what = f"{name}, batch {batch}"
-            yield judged(f"{what}: network", relative_rms(logits, expected), NETWORK_BOUNDS[dtype])
+            yield compared(f"{what}: network", relative_rms(logits, expected), NETWORK_BOUNDS[dtype])
             yield _same(f"{what}: two runs", lambda packed=packed: packed(0), logits)  # type: ignore[misc]
-            for i in (1, 0):  # the second replay is of other inputs than the recording
-                # Room for more sites can change how sums are shared out, so the graph is compared with the same room.
+            for i in (1, 0):  # the graph was recorded with set 0, so replay other inputs first
+                # Capacity can change how sums are split, so the graph is compared at its own capacity.
                 expected = replayed.eager(i)[: len(packed.sets[i].features)]
                 yield _same(f"{what}: graph, set {i}", lambda replayed=replayed, i=i: replayed(i), expected)  # type: ignore[misc]
         del packed, replayed
@@ -214,11 +214,11 @@ def _networks(run: Run, preset: str, config: ExtractorConfig, dtype: str) -> Ite
 
 def _same(name: str, compute: Callable[[], Tensor], expected: Tensor) -> Check:
     actual = compute()[: len(expected)]
-    return judged(f"{name}, logits that differ", float((actual != expected).sum()), 0)
+    return compared(f"{name}, logits that differ", float((actual != expected).sum()), 0)
 
 
 def _reference(config: ExtractorConfig, mask: Tensor, features: Tensor) -> Tensor:
-    """Logits of the torch engine in plain float32."""
+    """Logits of the torch engine in full float32."""
     network = network_of(config, mask.device)
     with precision("float32"), torch.no_grad():
         logits: Tensor = network(features, get_engine("torch").plan(mask, network.spec))
@@ -237,7 +237,7 @@ def _uncertainty(case: UncertaintyCase, device: torch.device) -> Iterator[Check]
         expected, exact = uncertainty(coarse)
         labels, entropy = engine.uncertainty(coarse)
         name = f"uncertainty, {case}, batch {batch}"
-        yield judged(f"{name}: entropy, largest difference", float((entropy - exact).abs().max()), ENTROPY_BOUND)
+        yield compared(f"{name}: entropy, largest difference", float((entropy - exact).abs().max()), ENTROPY_BOUND)
         places = (labels != expected).nonzero().int()
         margin = 0.0
         if len(places):
@@ -245,4 +245,4 @@ def _uncertainty(case: UncertaintyCase, device: torch.device) -> Iterator[Check]
             values = sample(coarse, places)
             ours, theirs = (values.gather(1, chosen[at].long()[:, None]) for chosen in (labels, expected))
             margin = float((ours - theirs).abs().max())
-        yield judged(f"{name}: labels, largest margin between those that differ", margin, TIE)
+        yield compared(f"{name}: labels, largest margin between those that differ", margin, TIE)

@@ -1,4 +1,4 @@
-"""The dense peer: the layers of ``SparseUNet`` on every pixel, as ordinary torch modules."""
+"""The dense U-Net to compare with: the layers of ``SparseUNet`` on every pixel, as ordinary torch modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _activated(x: Tensor, norm: nn.Module) -> Tensor:
 
 
 class _Block(nn.Module):
-    """``sparserefine.sparse.ResidualBlock``, the names of its parts included."""
+    """The same layers as ``sparserefine.sparse.ResidualBlock``, under the same names."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -31,9 +31,9 @@ class _Block(nn.Module):
 
 
 class DenseUNet(nn.Module):
-    """``sparserefine.sparse.SparseUNet`` on images, the names of its parts included.
+    """The same layers as ``sparserefine.sparse.SparseUNet``, under the same names, for images.
 
-    With a site at every pixel both compute the same.
+    If every pixel is a site, both compute the same.
     """
 
     def __init__(self, channels: int, classes: int, planes: Sequence[int], blocks: int, down: str) -> None:
@@ -55,7 +55,7 @@ class DenseUNet(nn.Module):
         x = self.stem(x)
         skips: list[Tensor] = []
         for depth, blocks in enumerate(self.descend):
-            x = _through(blocks, x)
+            x = _run_blocks(blocks, x)
             if depth < len(self.down_convs):
                 skips.append(x)
                 x = _activated(x, self.down_norms[depth])
@@ -66,12 +66,12 @@ class DenseUNet(nn.Module):
         for depth in reversed(range(len(skips))):
             skip = skips.pop()
             x = self._up(_activated(x, self.up_norms[depth]), depth, skip.shape[2], skip.shape[3])
-            x = _through(self.ascend[depth], torch.cat([skip, x], dim=1))
+            x = _run_blocks(self.ascend[depth], torch.cat([skip, x], dim=1))
         logits: Tensor = self.head(_activated(x, self.head_norm))
         return logits
 
     def _up(self, x: Tensor, depth: int, height: int, width: int) -> Tensor:
-        """A window of 3 may end a pixel before the image does, one of 2 a pixel behind it."""
+        """Up-samples to ``[height, width]``: 3x3 windows may end a pixel too early, 2x2 windows a pixel too late."""
         convolution = self.up_convs[depth]
         assert isinstance(convolution, nn.ConvTranspose2d)
         reach = convolution.kernel_size[0] - 2
@@ -80,24 +80,24 @@ class DenseUNet(nn.Module):
         return wide if size == (height, width) else wide[..., :height, :width]
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
-        """Weights of a ``SparseUNet``: ``[T, C_in, C_out]`` there, ``[C_out, C_in, k, k]`` here.
+        """Loads weights of a ``SparseUNet``, converting ``[T, C_in, C_out]`` to ``[C_out, C_in, k, k]``.
 
-        Up-sampling has ``[C_in, C_out, k, k]``, a linear layer ``[C_out, C_in]`` there.
+        Transposed convolutions become ``[C_in, C_out, k, k]``, linear layers ``[C_out, C_in, 1, 1]``.
         """
         shapes = {name: value.shape for name, value in self.state_dict().items()}
-        turned = {}
+        converted = {}
         for name, value in state.items():
             if value.dim() == 3:
                 value = value.permute(1, 2, 0) if name.startswith("up_convs") else value.permute(2, 1, 0)
-            turned[name] = value.reshape(shapes[name])
-        self.load_state_dict(turned)
+            converted[name] = value.reshape(shapes[name])
+        self.load_state_dict(converted)
 
 
 def _blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
     return nn.ModuleList(_Block(c_in if i == 0 else c_out, c_out) for i in range(count))
 
 
-def _through(blocks: nn.Module, x: Tensor) -> Tensor:
+def _run_blocks(blocks: nn.Module, x: Tensor) -> Tensor:
     for block in blocks.children():
         x = block(x)
     return x

@@ -1,4 +1,4 @@
-"""What times on a GPU: events, graphs, precisions. A rehearsal does the same steps on the CPU."""
+"""Timing on a GPU: events, graphs, precisions. A rehearsal runs the same steps on the CPU."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ DTYPES = {
     "tf32": torch.float32,
     "float32": torch.float32,
 }
-"""What is computed in, by name; ``tf32`` and ``float32`` are the two ways to multiply float32."""
+"""Number types by name; ``tf32`` and ``float32`` are two ways to multiply float32 numbers."""
 ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
-_WARM_UP = 3  # runs before a recording: kernels are compiled, and libraries take the memory that they keep
+_WARM_UP = 3  # runs before a recording: kernels get compiled and libraries allocate their workspaces
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Times of one thing.
+    """Times of one measurement.
 
     Attributes:
         ms: median.
         low_ms: 10th percentile.
         high_ms: 90th percentile.
-        repetitions: how many.
+        repetitions: number of timed runs.
     """
 
     ms: float
@@ -44,39 +44,45 @@ class Spread:
 
     @classmethod
     def of(cls, laps: list[float]) -> Spread:
-        """Of these times [ms]."""
+        """Summarises times [ms]."""
         tenths = quantiles(laps, n=10, method="inclusive") if len(laps) > 1 else laps
         return cls(median(laps), tenths[0], tenths[-1], len(laps))
 
 
 class Device(Protocol):
-    """Where everything runs, and how it is timed there."""
+    """Where everything runs, and how it is timed.
+
+    Attributes:
+        device: the torch device.
+        rehearsal: whether times mean nothing.
+        cache_bytes: size of the L2 cache [bytes].
+    """
 
     device: torch.device
     rehearsal: bool
     cache_bytes: int
 
     def laps(self, run: Callable[[int], object], count: int) -> list[float]:
-        """Milliseconds of ``run(0)``, ``run(1)``, ..., one after the other."""
+        """Times [ms] of ``run(0)``, ..., ``run(count - 1)``, one after the other."""
 
     def repetitions(self, ms: float) -> int:
-        """How often something that takes so long is timed."""
+        """How often to time something that takes ``ms``."""
 
     def wait(self) -> None:
-        """Until all that was asked for is done."""
+        """Waits until all queued work is done."""
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        """A replay of ``step``, which only launches and allocates; what it assigns stays in place."""
+        """Records ``step``, which must not wait for the device; returns its replay, which reuses its memory."""
 
     def machine(self) -> dict[str, str]:
-        """What a result belongs to."""
+        """Description of the machine that results belong to."""
 
 
 class Gpu:
     """The current CUDA device.
 
     Raises:
-        ValueError: there is none, or kernels would not run on it.
+        ValueError: there is none, or TRITON_INTERPRET is set.
     """
 
     rehearsal = False
@@ -93,7 +99,7 @@ class Gpu:
         self.cache_bytes = int(getattr(self._properties, "L2_cache_size", 64 << 20))
 
     def laps(self, run: Callable[[int], object], count: int) -> list[float]:
-        """By events; the host does not wait in between, but where ``run`` does."""
+        """Times with events; the host waits only where ``run`` itself does."""
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]  # type: ignore[no-untyped-call]
         self.wait()
         for i, (start, end) in enumerate(events):
@@ -104,15 +110,15 @@ class Gpu:
         return [start.elapsed_time(end) for start, end in events]
 
     def repetitions(self, ms: float) -> int:
-        """30 to 100; fewer of what takes more than 100 ms."""
+        """30 to 100; fewer if one run takes more than 100 ms."""
         return min(100, max(30, int(300 / max(ms, 1e-3)))) if ms <= 100 else max(5, int(3000 / ms))
 
     def wait(self) -> None:
-        """For all streams."""
+        """Waits for all streams."""
         torch.cuda.synchronize(self.device)
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        """A CUDA graph."""
+        """Captures ``step`` as a CUDA graph."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -142,10 +148,10 @@ class Gpu:
 
 
 class Rehearsal:
-    """The CPU, with kernels interpreted: every step once, and times that mean nothing.
+    """The CPU, with interpreted kernels: every step runs once, and times mean nothing.
 
     Raises:
-        ValueError: kernels would not be interpreted.
+        ValueError: TRITON_INTERPRET is not set.
     """
 
     rehearsal = True
@@ -159,7 +165,7 @@ class Rehearsal:
         self.device = torch.device("cpu")
 
     def laps(self, run: Callable[[int], object], count: int) -> list[float]:
-        """By the clock."""
+        """Times with the host's clock."""
         found = []
         for i in range(count):
             start = time.perf_counter()
@@ -172,20 +178,20 @@ class Rehearsal:
         return 1
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Does nothing: the CPU queues no work."""
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        """The step itself."""
+        """Runs ``step`` once; its replay is ``step`` itself."""
         step()
         return step
 
     def machine(self) -> dict[str, str]:
-        """None."""
+        """Marks results as a rehearsal's."""
         return {"gpu": "rehearsal", "torch": str(torch.__version__)}
 
 
 def timed(device: Device, run: Callable[[int], object], sets: int) -> Spread:
-    """Times ``run(i % sets)`` after a run with each of the sets of inputs and some more."""
+    """Times ``run(i % sets)`` for i = 0, 1, ..., after warm-up runs with every set of inputs."""
 
     def rotated(i: int) -> object:
         return run(i % sets)
@@ -201,7 +207,7 @@ def timed(device: Device, run: Callable[[int], object], sets: int) -> Spread:
 
 
 def timed_in_graph(device: Device, run: Callable[[int], object], sets: int) -> Spread:
-    """As :func:`timed`, for what is so short that launching it takes longer: many in one graph, and their average."""
+    """Like :func:`timed`, for work shorter than its launch: the average of many runs in one graph."""
     count = 1 if device.rehearsal else sets * -(-12 // sets)
 
     def step() -> None:
@@ -214,7 +220,7 @@ def timed_in_graph(device: Device, run: Callable[[int], object], sets: int) -> S
 
 
 def peak_mb(device: Device, run: Callable[[], object]) -> float:
-    """Most memory beyond what was in use before [1e6 bytes]."""
+    """Peak memory of ``run``, beyond what was in use before [1e6 bytes]."""
     device.wait()
     with PeakMemory(device.device) as memory:
         run()
@@ -224,7 +230,7 @@ def peak_mb(device: Device, run: Callable[[], object]) -> float:
 
 @contextmanager
 def precision(dtype: str) -> Iterator[torch.dtype]:
-    """Products of float32 as ``dtype`` has them, one of :data:`DTYPES`, for engines and for torch's own."""
+    """Context in which float32 products use TF32 only if ``dtype`` is ``tf32``; yields the torch dtype."""
     fast = dtype == "tf32"
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:

@@ -1,4 +1,4 @@
-"""Convolutions of a sparse U-Net one by one: what they multiply and move at least, so how quick they can be."""
+"""The convolutions of a sparse U-Net, with their operations and least traffic: lower bounds on their time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ class Layer:
     """One convolution as the packed network runs it.
 
     Attributes:
-        kind: which stencil.
-        depth: level of it; of ``down`` and ``up`` the finer one.
+        kind: kind of stencil.
+        depth: level; for ``down`` and ``up`` the finer of the two.
         rows_in: N_in.
         rows_out: N_out.
-        c_in: channels.
-        c_out: channels.
-        kernel: T, taps of the weight.
-        taps: of them, what reaches an output: all 9, or the average of up-sampling, 9/4 of 3x3 and 1 of 2x2.
-        written: copies of the outputs: raw for the residual, activated for each normalisation that reads them.
-        residual: a tensor like the outputs is added.
-        float_out: outputs are float32 whatever the inputs are: logits.
+        c_in: input channels.
+        c_out: output channels.
+        kernel: T, number of taps of the weight.
+        taps: taps that reach one output: all of them, except in up-sampling, where it is 9/4 on average for 3x3 and
+            1 for 2x2.
+        written: copies of the outputs that are written: raw for the residual, and activated for each normalisation.
+        residual: whether a tensor of the outputs' shape is added.
+        float_out: whether outputs are float32 for any type of input, as logits are.
     """
 
     kind: Kind
@@ -44,15 +45,15 @@ class Layer:
 
     @property
     def macs(self) -> float:
-        """Multiply-accumulates; a missing neighbour is counted like a present one, for it is multiplied."""
+        """Multiply-accumulates. Missing neighbours count, because the kernels multiply their zeros too."""
         return self.rows_out * self.taps * self.c_in * self.c_out
 
     def bytes(self, item: int, *, tables: bool = True) -> float:
-        """Least traffic: inputs, residual, weights and the table's entries once, each copy of the outputs once.
+        """Least traffic [bytes]: reads inputs, residual, weights and table once, writes each copy of the outputs once.
 
         Args:
             item: bytes of a feature or weight.
-            tables: whether neighbours are looked up, 4 bytes a tap and output.
+            tables: whether neighbours are read from a table, 4 bytes for each tap and output.
         """
         out = self.rows_out * self.c_out * (4 if self.float_out else item)
         moved = item * (self.rows_in * self.c_in + self.kernel * self.c_in * self.c_out) + self.written * out
@@ -62,11 +63,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Floor:
-    """What no version of a computation runs much faster than.
+    """Lower bound on the time of a computation.
 
     Attributes:
-        operations_ms: its operations at the measured rate of matrix products.
-        bytes_ms: its least traffic at the measured rate of a copy.
+        operations_ms: time of its operations at the measured rate of matrix products [ms].
+        bytes_ms: time of its least traffic at the measured rate of a copy [ms].
     """
 
     operations_ms: float
@@ -74,16 +75,16 @@ class Floor:
 
     @property
     def ms(self) -> float:
-        """The larger one."""
+        """The larger of both."""
         return max(self.operations_ms, self.bytes_ms)
 
 
 def layers(network: SparseUNet, counts: Sequence[int]) -> list[Layer]:
-    """Every convolution of a forward, in order.
+    """All convolutions of a forward, in order.
 
     Args:
-        network: whose channels and blocks they have.
-        counts: sites of each level, full size first.
+        network: the network.
+        counts: number of sites at each level, full size first.
     """
     program, weights = fuse(network)
     found = []
@@ -99,12 +100,12 @@ def layers(network: SparseUNet, counts: Sequence[int]) -> list[Layer]:
 
 
 def distinct(found: Sequence[Layer]) -> list[Layer]:
-    """One of each stencil and number of channels: what kernels tell apart."""
+    """One layer for each combination of stencil and channels, which is all that kernels distinguish."""
     return list({(one.kind, one.depth, one.c_in, one.c_out): one for one in reversed(found)}.values())[::-1]
 
 
 def stencil_of(layer: Layer, plan: Plan) -> Stencil:
-    """Of ``own``, which reads no table, that of the same rows."""
+    """The stencil of a layer; for ``own``, which reads no table, the one with the same rows."""
     level = plan.levels[layer.depth]
     if layer.kind in ("around", "own"):
         return level.around
@@ -112,7 +113,7 @@ def stencil_of(layer: Layer, plan: Plan) -> Stencil:
     return level.down if layer.kind == "down" else level.down.transposed()
 
 
-def read_by(layer: Layer, stencil: Stencil) -> dict[str, Tensor | None]:
+def table_arguments(layer: Layer, stencil: Stencil) -> dict[str, Tensor | None]:
     """Arguments ``table`` and ``order`` of ``sparserefine.engines.triton.convolution.convolve``."""
     own = layer.kind == "own"
     return {"table": None if own else stencil.table, "order": None if own else getattr(stencil, "order", None)}
@@ -121,14 +122,14 @@ def read_by(layer: Layer, stencil: Stencil) -> dict[str, Tensor | None]:
 def floor_of(
     found: Sequence[Layer], dtype: str, ceilings: Mapping[str, float], *, tables: bool = True, passes: int = 1
 ) -> Floor:
-    """Of these layers, one after the other.
+    """Lower bound of these layers run one after the other.
 
     Args:
-        found: by :func:`layers`.
+        found: the layers, from :func:`layers`.
         dtype: one of :data:`benchmarks.gpu.device.DTYPES`.
         ceilings: measured rates: ``copy`` [GB/s], and matrix products of each dtype [TFLOP/s].
         tables: see :meth:`Layer.bytes`.
-        passes: 3 for a training step: the gradients of inputs and of weights are as much work again, each.
+        passes: 1 for a forward; 3 for a training step, as each of the two gradients costs as much as the forward.
     """
     operations = 2 * sum(one.macs for one in found)
     moved = sum(one.bytes(ITEM_BYTES[dtype], tables=tables) for one in found)

@@ -1,4 +1,4 @@
-"""Ceilings, uncertainty, training steps, and the whole method with its base models."""
+"""Times ceilings, uncertainty, training steps, and the whole method with its base models."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from benchmarks.uncertainty import plain
 from sparserefine.engines.choose import get_engine
 from sparserefine.images.coarse import Coarse
 
-MOST_SETS = 16  # of logits and results, to be more than the cache holds
+MOST_SETS = 16  # of logits and results: together larger than the cache
 
 
 def ceilings(run: Run) -> None:
-    """The rates that floors are made of: a copy, and products of large matrices in every dtype."""
+    """Measures the rates that lower bounds are computed from: a copy, and products of large matrices in every dtype."""
     run.attempt("ceiling copy", lambda: _copy_rate(run))
     for dtype in DTYPES:
         run.attempt(f"ceiling {dtype}", lambda dtype=dtype: _product_rate(run, dtype))  # type: ignore[misc]
@@ -55,7 +55,7 @@ def _ceiling(run: Run, name: str, rate: float, unit: str, spread: Spread) -> Non
 
 
 def uncertainty(run: Run) -> None:
-    """Labels and entropy: engine ``triton`` and what one writes in torch."""
+    """Times labels and entropy: engine ``triton`` against ordinary torch code."""
     engine = get_engine("triton")
     engines: dict[str, Callable[[Coarse], object]] = {
         "triton": engine.uncertainty,
@@ -84,7 +84,7 @@ def _uncertainty(run: Run, case: UncertaintyCase, dtype: str, name: str, compute
         Coarse((4 * torch.randn(1, case.classes, *case.coarse, device=run.device.device)).to(DTYPES[dtype]), case.full)
         for _ in range(sets)
     ]
-    kept: list[object] = [None] * (sets if name == "triton" else 1)  # so that results lie elsewhere each time
+    kept: list[object] = [None] * (sets if name == "triton" else 1)  # so that each run writes to other memory
 
     def once(i: int) -> None:
         kept[i % len(kept)] = compute(inputs[i])
@@ -106,7 +106,7 @@ def _uncertainty(run: Run, case: UncertaintyCase, dtype: str, name: str, compute
 
 
 def training(run: Run) -> None:
-    """A step forward and back on the first mask, with engines ``triton`` and ``torch``."""
+    """Times forward and backward on the first mask, with engines ``triton`` and ``torch``."""
     for preset in run.options.presets:
         for dtype in (name for name in ("bfloat16", "tf32", "float32") if name in run.options.dtypes):
             for engine in ("triton", "torch"):
@@ -150,7 +150,7 @@ def _training(run: Run, preset: str, dtype: str, name: str) -> None:
 
 
 def models(run: Run) -> None:
-    """``sparserefine benchmark`` with each base by itself, in float16: one that fails does not stop the others."""
+    """Runs ``sparserefine benchmark`` in float16, separately for each base: a failure does not stop the others."""
     for name in run.options.models:
         run.attempt(f"model {name}", lambda name=name: _model(run, name), peer=True)  # type: ignore[misc]
 
@@ -161,7 +161,7 @@ def _model(run: Run, name: str) -> None:
 
     sizes = {tuple(mask.shape) for mask in run.options.masks.values()}
     if len(sizes) > 1:
-        raise ValueError(f"masks are of {len(sizes)} sizes; expected one")
+        raise ValueError(f"masks have {len(sizes)} different sizes, expected one; pass other --masks")
     choice: dict[str, Any] = {"size": sizes.pop()} if sizes else {}
     settings = Settings(
         bases=(BaseEntry(name),),

@@ -1,4 +1,4 @@
-"""What ``benchmarks.gpu`` records, and the file it keeps them in."""
+"""The records of ``benchmarks.gpu``, and the file that holds them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from sparserefine.files.whole import written_whole
 
 PARTS = ("checks", "ceilings", "unet", "uncertainty", "training", "models", "tilings")
-"""In order: what is wrong is not timed, and ceilings make floors."""
+"""In this order: checks come before timing, and ceilings before the lower bounds (floors) made from them."""
 
 KEYS = {
     "checks": ("name",),
@@ -23,7 +23,7 @@ KEYS = {
     "models": ("model", "coarse_size", "preset", "mask", "precision", "engine", "runtime"),
     "tilings": ("preset", "kind", "depth", "c_in", "c_out", "dtype"),
 }
-"""Fields that tell records of a part apart: a new one takes the place of the old one with the same values."""
+"""Key fields of each part's records: a new record replaces the old one with the same values."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Check:
 
     Attributes:
         name: what is compared.
-        error: relative rms difference, or what the name says; ``None``: no number, as of NaN.
+        error: relative rms difference, or what the name says; ``None`` if it is not finite.
         bound: the largest error that passes.
-        ok: it passes.
+        ok: whether the check passes.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Ceiling:
 
     Attributes:
         name: ``copy``, or the dtype of a matrix product.
-        rate: bytes read and written [GB/s]; operations [TFLOP/s].
-        unit: of the rate.
+        rate: bytes read and written [GB/s], or operations [TFLOP/s].
+        unit: unit of the rate.
         ms: median time.
         low_ms: 10th percentile.
         high_ms: 90th percentile.
-        repetitions: timed.
+        repetitions: number of timed runs.
     """
 
     name: str
@@ -73,25 +73,26 @@ class UNetRecord:
     Attributes:
         engine: ``triton``, ``torch``, ``spconv``, ``spconv-triton``, or ``dense``: ordinary convolutions on all pixels.
         preset: name of the preset.
-        mask: the file's name; ``all`` of ``dense``.
-        size: of the image.
+        mask: stem of the mask's file; ``all`` for ``dense``.
+        size: size of the image.
         batch: B.
-        dtype: of features and weights; ``tf32``: float32 multiplied in TF32.
-        mode: ``eager``, ``graph`` (one CUDA graph, its inputs copied in each time) or ``compiled`` (by torch.compile).
+        dtype: type of features and weights; ``tf32``: float32 multiplied in TF32.
+        mode: ``eager``, ``graph`` (one CUDA graph, inputs copied into it for each run) or ``compiled`` (torch.compile).
         sites: N of the whole batch.
-        density: share of the pixels.
-        ms: mask and features -> logits, plan included.
+        density: share of the pixels that are sites.
+        ms: time of mask and features -> logits, plan included.
         low_ms: 10th percentile.
         high_ms: 90th percentile.
-        repetitions: timed.
-        plan_ms: mask -> plan; eager only.
-        forward_ms: features and plan -> logits; eager only.
-        peak_mb: most memory beyond network and inputs [1e6 bytes].
+        repetitions: number of timed runs.
+        plan_ms: time of mask -> plan; eager only.
+        forward_ms: time of features and plan -> logits; eager only.
+        peak_mb: peak memory beyond network and inputs [1e6 bytes].
         gmacs: 1e9 multiply-accumulates, as ``SparseUNet.macs`` counts them.
-        operations_ms: floor of a forward by its operations, see ``benchmarks.gpu.layers``.
-        bytes_ms: the same by its traffic.
-        floor_ms: the larger one; the plan is not in it.
-        difference: relative rms from the logits of ``triton``, eager, of the same dtype; ``None`` where there are none.
+        operations_ms: lower bound of a forward from its operations, see ``benchmarks.gpu.layers``.
+        bytes_ms: lower bound of a forward from its traffic.
+        floor_ms: the larger of both; the plan is not included.
+        difference: relative rms difference from the logits of eager ``triton`` of the same dtype; ``None`` for itself
+            and for ``dense``.
     """
 
     engine: str
@@ -122,16 +123,16 @@ class UncertaintyRecord:
     """Labels and entropy at full size.
 
     Attributes:
-        engine: ``triton``; ``plain``: what one writes in torch, by way of all full-size logits.
+        engine: ``triton``, or ``plain``: ordinary torch code with full-size logits.
         case: classes and sizes.
-        dtype: of the coarse logits.
-        mode: ``eager``, launch and allocation of the results included; ``graph``: many in one, so without.
+        dtype: type of the coarse logits.
+        mode: ``eager``: launches and allocations included; ``graph``: many runs in one graph, so neither is included.
         ms: median.
         low_ms: 10th percentile.
         high_ms: 90th percentile.
-        repetitions: timed.
-        peak_mb: most memory beyond the coarse logits, results included [1e6 bytes].
-        floor_ms: by its traffic: the coarse logits once, and 5 bytes a pixel.
+        repetitions: number of timed runs.
+        peak_mb: peak memory beyond the coarse logits, results included [1e6 bytes].
+        floor_ms: lower bound from its traffic: the coarse logits once, and 5 bytes a pixel.
     """
 
     engine: str
@@ -148,21 +149,21 @@ class UncertaintyRecord:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """Forward and backward in training mode, gradients cleared; plans are made before.
+    """Forward, backward and clearing of gradients in training mode; plans are made before.
 
     Attributes:
         engine: ``triton`` or ``torch``.
         preset: name of the preset.
-        mask: the file's name.
-        dtype: ``bfloat16``: by autocast; else of everything.
+        mask: stem of the mask's file.
+        dtype: ``bfloat16`` (by autocast), ``tf32`` or ``float32``.
         mode: ``eager``.
         sites: N.
         ms: median.
         low_ms: 10th percentile.
         high_ms: 90th percentile.
-        repetitions: timed.
-        peak_mb: most memory beyond network, inputs and plans [1e6 bytes].
-        floor_ms: three times that of the forward.
+        repetitions: number of timed runs.
+        peak_mb: peak memory beyond network, inputs and plans [1e6 bytes].
+        floor_ms: three times the forward's lower bound.
     """
 
     engine: str
@@ -181,24 +182,24 @@ class TrainingRecord:
 
 @dataclass(frozen=True)
 class TilingRecord:
-    """One convolution with the tiling of the fixed table, and with the best of some others.
+    """One convolution with the engine's tiling, and with the best of some others.
 
     Attributes:
         preset: name of the preset.
         kind: see ``benchmarks.gpu.layers.Layer``.
         depth: likewise.
-        rows: of the outputs.
-        c_in: channels.
-        c_out: channels.
-        taps: of the weight.
-        dtype: of features and weights.
-        layers: of the network that are like this.
-        own: tiling of the fixed table: rows x columns x depth, warps, blocks ahead.
-        own_ms: with it.
-        best: tiling of the least time.
-        best_ms: with it.
-        floor_ms: of this one convolution.
-        others: all that were tried, and their times.
+        rows: output rows.
+        c_in: input channels.
+        c_out: output channels.
+        taps: taps of the weight.
+        dtype: type of features and weights.
+        layers: number of the network's layers with this shape.
+        own: tiling from the engine's fixed table: rows x columns x depth, warps, blocks loaded ahead.
+        own_ms: time with it.
+        best: the fastest tiling.
+        best_ms: time with it.
+        floor_ms: lower bound of this convolution.
+        others: times of all tilings that were tried [ms].
     """
 
     preset: str
@@ -219,14 +220,14 @@ class TilingRecord:
 
 
 class Results:
-    """Records of one machine, in a file that is whole at any time.
+    """Records of one machine, in a file that is always replaced as a whole.
 
     Args:
-        path: of the file; ``None``: nothing is written.
-        machine: what the records belong to.
+        path: the file; ``None``: nothing is written.
+        machine: description of the machine.
 
     Raises:
-        ValueError: the file is not one of these, or of another machine.
+        ValueError: the file is not a results file, or is of another machine.
     """
 
     def __init__(self, path: Path | None, machine: dict[str, str]) -> None:
@@ -240,23 +241,23 @@ class Results:
         self._content |= {part: stored.get(part, []) for part in PARTS}
 
     def of(self, part: str) -> list[dict[str, Any]]:
-        """Records of a part."""
+        """The records of one part."""
         found: list[dict[str, Any]] = self._content[part]
         return found
 
     def content(self) -> dict[str, Any]:
-        """All, as it is in the file."""
+        """Everything that the file holds."""
         return self._content
 
     def add(self, part: str, records: Sequence[Any]) -> None:
-        """Adds dataclasses of a part, in place of those with the same key, and writes the file."""
+        """Adds records (dataclasses) to a part, replacing those with the same key, and writes the file."""
         new = [asdict(record) for record in records]
         replaced = {_key(part, record) for record in new}
         self._content[part] = [old for old in self.of(part) if _key(part, old) not in replaced] + new
         self._write()
 
     def leave_out(self, line: str) -> None:
-        """What was not measured, and why."""
+        """Records what was not measured, and why."""
         self._content["left_out"].append(line)
         self._write()
 
@@ -274,7 +275,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """The content of a results file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a results file.
     """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -290,7 +291,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def slug(name: str) -> str:
-    """A file's name from that of a GPU.
+    """A file name made from a GPU's name.
 
     >>> slug("NVIDIA H100 80GB HBM3")
     'nvidia-h100-80gb-hbm3'

@@ -1,4 +1,4 @@
-"""One run of ``benchmarks.gpu``: what is asked for, the time there is for it, what came of it; and its inputs."""
+"""One run of ``benchmarks.gpu``: its options, time budget, failures and inputs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from benchmarks.sparse_unet import CHANNELS, random_network
 from sparserefine.sparse import SparseUNet
 from sparserefine.stages.extractor import ExtractorConfig
 
-SETS = 3  # of inputs, taken in turn
+SETS = 3  # sets of inputs, used in turn
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class UncertaintyCase:
-    """K, coarse height and width, full height and width [px]."""
+    """K, height and width of the coarse logits, full height and width [px]."""
 
     classes: int
     coarse: tuple[int, int]
@@ -41,18 +41,18 @@ class Options:
     """The command line, checked.
 
     Attributes:
-        parts: of :data:`benchmarks.gpu.records.PARTS`, in that order.
+        parts: the parts to run, of :data:`benchmarks.gpu.records.PARTS`, in that order.
         presets: networks by name.
-        masks: ``bool [H, W]`` by name; the first one is that of checks, training and tilings.
-        mask_files: the same as files.
-        batches: images at once.
-        dtypes: of :data:`benchmarks.gpu.device.DTYPES`.
-        cases: of uncertainty.
-        models: bases, for the whole method.
-        budget_s: after so many seconds nothing new is begun; ``None``: no limit.
+        masks: ``bool [H, W]`` by name; checks, training and tilings use the first one.
+        mask_files: their files.
+        batches: batch sizes.
+        dtypes: names in :data:`benchmarks.gpu.device.DTYPES`.
+        cases: sizes for uncertainty.
+        models: bases for timing the whole method.
+        budget_s: time after which nothing new starts [s]; ``None``: no limit.
         spconv_python: the interpreter that has spconv.
-        side: of the matrices that are multiplied for a ceiling.
-        copy_bytes: of the tensor that is copied for a ceiling.
+        side: side of the matrices multiplied for a ceiling.
+        copy_bytes: size of the tensor copied for a ceiling [bytes].
     """
 
     parts: tuple[str, ...]
@@ -71,14 +71,14 @@ class Options:
 
 @dataclass
 class Run:
-    """What all parts share.
+    """State shared by all parts.
 
     Attributes:
-        options: what is asked for.
-        device: where.
+        options: the command line.
+        device: where everything runs.
         results: records so far.
-        left_out: lines: what was not measured, and why.
-        failures: lines: what went wrong in this package.
+        left_out: lines that say what was not measured, and why.
+        failures: lines that say what failed in this package.
     """
 
     options: Options
@@ -89,12 +89,12 @@ class Run:
     _start: float = field(default_factory=time.monotonic)
 
     def attempt(self, what: str, action: Callable[[], T], *, peer: bool = False) -> T | None:
-        """``action()``, or ``None`` where time is up or it fails, and a line about that.
+        """Runs ``action``; if it fails or time is up, reports that and returns ``None``.
 
         Args:
             what: the action in words.
-            action: whatever it raises is told and does not stop the others.
-            peer: somebody else's code: its failure is not ours.
+            action: its exceptions are reported and do not stop the others.
+            peer: whether the action only serves comparison; its failure then does not fail the run.
         """
         if self.options.budget_s is not None and time.monotonic() - self._start >= self.options.budget_s:
             self.leave_out(f"{what}: no time left")
@@ -102,10 +102,10 @@ class Run:
         try:
             return action()
         except Exception as error:
-            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            self.leave_out(f"{what}: {words}")
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self.leave_out(f"{what}: {reason}")
             if not peer:
-                self.failures.append(f"{what}: {words}")
+                self.failures.append(f"{what}: {reason}")
             return None
         finally:
             if self.device.device.type == "cuda":
@@ -113,36 +113,36 @@ class Run:
                     torch.cuda.empty_cache()
 
     def leave_out(self, line: str) -> None:
-        """Tells and records what is not measured."""
+        """Prints and records what is not measured."""
         self.left_out.append(line)
         self.results.leave_out(line)
         print(f"left out: {line}", flush=True)
 
     def ceilings(self) -> dict[str, float]:
-        """Measured rates by name, those of an earlier run of this machine too."""
+        """Measured rates by name, including those of earlier runs on this machine."""
         return {record["name"]: record["rate"] for record in self.results.of("ceilings")}
 
     def first_mask(self) -> tuple[str, Tensor]:
-        """Name and ``bool [H, W]``."""
+        """Name and ``bool [H, W]`` of the first mask."""
         return next(iter(self.options.masks.items()))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One set: ``bool [B, H, W]``, and ``float32 [N, C]`` for its sites."""
+    """One set of inputs: mask ``bool [B, H, W]``, and features ``float32 [N, C]`` of its sites."""
 
     mask: Tensor
     features: Tensor
 
 
 def input_sets(mask: Tensor, batch: int, device: torch.device, sets: int = SETS) -> list[Inputs]:
-    """Sets of as many sites at other places: images are turned upside down and shifted sideways.
+    """Sets with equally many sites at different places: masks are flipped upside down and shifted sideways.
 
     Args:
         mask: ``bool [H, W]``.
-        batch: images of a set, all of them different.
-        device: where to.
-        sets: how many.
+        batch: images in a set, all different.
+        device: device of the inputs.
+        sets: number of sets.
     """
     found, sites = [], batch * int(mask.sum())
     for i in range(sets):
@@ -157,12 +157,12 @@ def _moved(mask: Tensor, number: int) -> Tensor:
 
 
 def network_of(config: ExtractorConfig, device: torch.device) -> SparseUNet:
-    """Seeded random weights, for evaluation."""
+    """A network in evaluation mode with seeded random weights."""
     return random_network(config).to(device)
 
 
 def cases_of(options: Options) -> Iterator[tuple[str, int, str, str]]:
-    """Dtype, batch, mask, preset of each case; what matters most comes first."""
+    """Dtype, batch size, mask and preset of each case, the most important first."""
     for dtype in options.dtypes:
         for batch in options.batches:
             for mask in options.masks:
@@ -171,7 +171,7 @@ def cases_of(options: Options) -> Iterator[tuple[str, int, str, str]]:
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected, in float64; NaN stays NaN."""
+    """Norm of the difference relative to the norm of ``expected``, in float64; NaN stays NaN."""
     difference = (actual.double() - expected.double()).norm()
     size = expected.double().norm()
     return float(difference / size) if float(size) else float(difference)

@@ -1,4 +1,4 @@
-"""Markdown tables from a file of results: what docs/performance.md shows."""
+"""Markdown tables of a results file, as shown in docs/performance.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PEERS = ("torch", "spconv", "spconv-triton", "dense")
 
 
 def tables(content: dict[str, Any]) -> str:
-    """All tables for which there are records."""
+    """All tables that there are records for."""
     machine = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
     unet = content["unet"]
     parts = [
@@ -31,7 +31,7 @@ def tables(content: dict[str, Any]) -> str:
 
 
 def _table(title: str, header: str, rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """Header: names of columns between bars; the first ``words`` columns are words, the others numbers."""
+    """One Markdown table; ``header`` has the columns' names between bars. The first ``words`` columns are text."""
     if not rows:
         return ""
     names = [name.strip() for name in header.split("|")]
@@ -56,7 +56,7 @@ def _ceilings(records: Sequence[Row]) -> str:
 
 
 def _targets(unet: Sequence[Row], uncertainty: Sequence[Row]) -> str:
-    """Of 1024x2048, a tenth of it, one image, float16."""
+    """The project's targets: one image of 1024x2048, 10 % density, float16."""
     chosen = [
         r
         for r in unet
@@ -82,7 +82,9 @@ def _targets(unet: Sequence[Row], uncertainty: Sequence[Row]) -> str:
         _target("preset paper, times as fast as spconv-triton", _lowest_ratio(chosen, "spconv-triton"), 1.5, "x"),
         _target("preset paper, times as fast as the dense U-Net, over the ratio of operations", gain, 2.0, "x"),
     ]
-    return _table("Targets: 1024x2048, 10 %, one image, float16; of several masks the worst", _TARGET_HEADER, rows)
+    return _table(
+        "Targets: one image of 1024x2048, density 10 %, float16; the worst of several masks", _TARGET_HEADER, rows
+    )
 
 
 _TARGET_HEADER = "what | target | measured | met"
@@ -112,7 +114,7 @@ def _lowest_ratio(chosen: Sequence[Row], engine: str) -> float | None:
 
 
 def _gain(chosen: Sequence[Row]) -> float | None:
-    """How much more of the dense network's time is saved than of its operations, preset ``paper``."""
+    """Speed-up over the dense network divided by the ratio of their operations, preset ``paper``."""
     found = []
     for ours in chosen:
         if (ours["engine"], ours["preset"], ours["mode"]) == ("triton", "paper", "graph"):
@@ -123,7 +125,7 @@ def _gain(chosen: Sequence[Row]) -> float | None:
 
 
 def _peer(records: Sequence[Row], ours: Row, engine: str) -> Row | None:
-    """The quickest record of that engine on the same task."""
+    """The fastest record of that engine on the same case."""
     same = [
         r
         for r in records
@@ -143,7 +145,7 @@ def _ratio(records: Sequence[Row], ours: Row, engine: str) -> float | None:
 
 
 def _unet(records: Sequence[Row]) -> str:
-    """Engine ``triton``: one row for each case, its two modes and its peers beside each other."""
+    """Engine ``triton``: one row for each case, with its two modes and the other engines."""
     own = [r for r in records if r["engine"] == "triton"]
     cases = dict.fromkeys(_case(r) for r in own)
     rows = []
@@ -182,8 +184,8 @@ def _stages(records: Sequence[Row]) -> str:
         for r in records
         if r["plan_ms"] is not None
     ]
-    header = "engine | preset | mask | batch | dtype | plan ms | forward ms | together ms | 10th..90th percentile"
-    return _table("Eager: plan and forward apart", header, rows, 5)
+    header = "engine | preset | mask | batch | dtype | plan ms | forward ms | total ms | 10th..90th percentile"
+    return _table("Eager: plan and forward separately", header, rows, 5)
 
 
 def _peers(records: Sequence[Row]) -> str:
@@ -200,7 +202,7 @@ def _peers(records: Sequence[Row]) -> str:
         "engine | mode | preset | mask | batch | dtype | ms | floor ms | bound by | peak MB "
         "| rms difference from triton"
     )
-    return _table("Peers", header, rows, 6)
+    return _table("Other engines", header, rows, 6)
 
 
 # ---- the others

@@ -1,4 +1,4 @@
-"""Which tiling each convolution of a preset runs best with: for tuning the fixed table of the engine."""
+"""Finds the fastest tiling for each convolution of a preset, to tune the engine's fixed table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.gpu.device import DTYPES, precision, timed_in_graph
-from benchmarks.gpu.layers import Layer, distinct, floor_of, layers, read_by, stencil_of
+from benchmarks.gpu.layers import Layer, distinct, floor_of, layers, stencil_of, table_arguments
 from benchmarks.gpu.records import TilingRecord
 from benchmarks.gpu.run import SETS, Run, input_sets, network_of
 from sparserefine.engines.choose import get_engine
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from sparserefine.engines.triton.convolution import Tiling
 
 _BLOCKS = ((32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128))
-"""Rows and columns."""
+"""Rows and columns of a block."""
 _FEW_PROGRAMS, _MANY_PROGRAMS = 264, 1000
-"""With fewer programs (two for each multiprocessor of an H100) a sum is shared out, up to so many programs."""
+"""With at most ``_FEW_PROGRAMS`` (two for each multiprocessor of an H100), splitting the sums is tried too, as long as
+there are at most ``_MANY_PROGRAMS``."""
 _SHARES = (2, 3, 4, 6, 8)
 _SHARED_TERMS = 1024
-"""Taps times channels, at least."""
+"""Least number of terms (taps times channels) of a sum that is split."""
 
 
 def tilings(run: Run) -> None:
-    """Every distinct convolution of every preset on the first mask, in every dtype."""
+    """Times every distinct convolution of every preset on the first mask, in every dtype."""
     if not run.options.masks:
         return
     for preset, config in run.options.presets.items():
@@ -51,7 +52,7 @@ def tilings(run: Run) -> None:
 
 
 def candidates(layer: Layer, dtype: str) -> list[Tiling]:
-    """A small list of what may be good, for each takes a second to compile: blocks no wider than the channels."""
+    """Tilings that may be fast, no wider than the channels. The list is short: each takes a second to compile."""
     from sparserefine.engines.triton.convolution import Tiling
 
     def fitting(count: int, most: int) -> int:
@@ -63,7 +64,7 @@ def candidates(layer: Layer, dtype: str) -> list[Tiling]:
         columns = fitting(layer.c_out, columns)
         area = rows * columns
         if dtype == "float32" and area > 64 * 128:
-            continue  # on the ordinary units a thread holds its part of the sums twice
+            continue  # without tensor cores a thread holds its part of the sums twice
         for warps in (4, 8) if area == 128 * 128 else (8,) if area > 128 * 128 else (4,):
             for ahead in (2, 3):
                 found[Tiling(rows, columns, depth, warps, ahead)] = None
@@ -93,7 +94,7 @@ def _measure(run: Run, preset: str, dtype: str, layer: Layer, count: int, tables
 
         def once(i: int) -> None:
             epilogue = convolution.Epilogue(raw=raw[i])
-            convolution.convolve(x[i], ready, epilogue, layer.rows_out, **read_by(layer, stencil))  # type: ignore[arg-type]
+            convolution.convolve(x[i], ready, epilogue, layer.rows_out, **table_arguments(layer, stencil))  # type: ignore[arg-type]
 
         choices = [own, *(one for one in candidates(layer, dtype) if one != own)]
         times: dict[str, float] = {}
@@ -101,7 +102,7 @@ def _measure(run: Run, preset: str, dtype: str, layer: Layer, count: int, tables
             try:
                 with _chosen(choice):
                     times[_name(choice)] = timed_in_graph(run.device, once, SETS).ms
-            except Exception as error:  # more shared memory or registers than there are
+            except Exception as error:  # it needs more shared memory or registers than there are
                 if choice == own:
                     raise
                 print(f"  {_name(choice)}: {type(error).__name__}", flush=True)
@@ -122,7 +123,7 @@ def _measure(run: Run, preset: str, dtype: str, layer: Layer, count: int, tables
 
 @contextmanager
 def _chosen(choice: Tiling) -> Iterator[None]:
-    """Convolutions take this tiling instead of that of the table."""
+    """Context in which convolutions use this tiling instead of the table's."""
     from sparserefine.engines.triton import convolution
 
     def always(*_: Any) -> Tiling:
@@ -137,6 +138,6 @@ def _chosen(choice: Tiling) -> Iterator[None]:
 
 
 def _name(tiling: Tiling) -> str:
-    """Rows x columns x depth, warps, blocks ahead, shares."""
+    """Rows x columns x depth, warps, blocks loaded ahead, and into how many shares sums are split."""
     shares = f" s{tiling.shares}" if tiling.shares > 1 else ""
     return f"{tiling.rows}x{tiling.columns}x{tiling.depth} w{tiling.warps} a{tiling.ahead}{shares}"

@@ -1,4 +1,4 @@
-"""The sparse U-Net from mask and features to logits: engine ``triton``, eager and as a graph, and its peers."""
+"""Times the sparse U-Net from mask and features to logits: engine ``triton``, eager and as a graph, and others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sparserefine.sparse import Plan, SparseUNet
 from sparserefine.sparse.plan import PlanSpec, coarser_size
 from sparserefine.stages.extractor import ExtractorConfig
 
-HEADROOM = 1.25  # rows that a graph has room for, over what the inputs need
+HEADROOM = 1.25  # capacity of a graph relative to the sites of its inputs
 PEER_DTYPES = {
     "torch": ("float16", "float32"),
     "spconv": ("float16", "tf32"),
@@ -33,23 +33,23 @@ PEER_DTYPES = {
     "dense": ("float16",),
 }
 LIBRARIES = {"spconv": "spconv", "spconv-triton": "spconv_triton"}
-"""Module of each peer that runs in a process of its own."""
+"""Module of each library that runs in its own process."""
 
 
 class Network(Protocol):
-    """One engine with its inputs: ``network(i)`` are the logits of set i, plan included."""
+    """One engine with its inputs: ``network(i)`` makes the plan and the logits of set i."""
 
     def __call__(self, number: int) -> Tensor:
         """``[N, K]``; N may be larger than the number of sites."""
 
 
 class Packed:
-    """Engine ``triton``, packed, kernel by kernel."""
+    """Engine ``triton`` with packed weights, run eagerly."""
 
     def __init__(self, config: ExtractorConfig, sets: Sequence[Inputs], dtype: str) -> None:
         self.engine, self.sets = get_engine("triton"), sets
         self.network = network_of(config, sets[0].mask.device)
-        # As the refiner in half precision: normalisation stays float32.
+        # As in the refiner, normalisation stays float32 in half precision.
         half = DTYPES[dtype] != torch.float32
         autocast = torch.autocast(sets[0].mask.device.type, DTYPES[dtype]) if half else nullcontext()
         with autocast:
@@ -58,7 +58,7 @@ class Packed:
         self.forward = packed
 
     def plan(self, number: int) -> Plan:
-        """Plan of set ``number``."""
+        """The plan of set ``number``."""
         return self.engine.plan(self.sets[number].mask, self.network.spec)
 
     def __call__(self, number: int) -> Tensor:
@@ -68,7 +68,7 @@ class Packed:
 
 
 class Replayed:
-    """Engine ``triton`` as one graph; inputs are copied in."""
+    """Engine ``triton`` as one CUDA graph; each call copies its inputs into the graph's."""
 
     def __init__(self, config: ExtractorConfig, sets: Sequence[Inputs], dtype: str, device: Device) -> None:
         eager = Packed(config, sets, dtype)
@@ -78,7 +78,7 @@ class Replayed:
         self._mask = sets[0].mask.clone()
         self._features = torch.zeros(self._capacities[0], CHANNELS, device=device.device)
         self._load(0)
-        with torch.no_grad():  # not in inference mode, in which other graphs could not be recorded afterwards
+        with torch.no_grad():  # not inference mode, after which no other graph could be recorded
             self._replay = device.record(self._step)
 
     def _load(self, number: int) -> None:
@@ -91,40 +91,40 @@ class Replayed:
         self._logits = self._forward(self._features, self._plan)
 
     def __call__(self, number: int) -> Tensor:
-        """Logits, written anew by the next call; rows past the sites mean nothing."""
+        """Logits, overwritten by the next call; rows past the number of sites are undefined."""
         with torch.inference_mode():
             self._load(number)
             self._replay()
             return self._logits
 
     def eager(self, number: int) -> Tensor:
-        """The same kernel by kernel, in memory of its own."""
+        """The same computation without the graph, in other memory."""
         with torch.inference_mode():
             plan = self._engine.padded_plan(self._sets[number].mask, self._spec, self._capacities)  # type: ignore[attr-defined]
             features = torch.zeros_like(self._features)
             features[: len(self._sets[number].features)] = self._sets[number].features
             return self._forward(features, plan)
 
-    def check_room(self) -> None:
-        """Raises where a graph left out sites."""
-        if any(n > room for n, room in zip(self._plan.totals.tolist(), self._capacities, strict=True)):
-            raise RuntimeError(f"more sites than room for {self._capacities}")
+    def check_capacity(self) -> None:
+        """Raises RuntimeError if the last input had more sites than the graph's capacity."""
+        if any(n > capacity for n, capacity in zip(self._plan.totals.tolist(), self._capacities, strict=True)):
+            raise RuntimeError(f"more sites than the graph's capacities, {self._capacities}; raise HEADROOM")
 
 
 def capacities_of(counts: Sequence[Sequence[int]]) -> list[int]:
-    """Room for the most sites of each level, with some to spare."""
+    """Capacity of each level: the most sites of any set, times ``HEADROOM``."""
     return [int(HEADROOM * max(level)) + 1 for level in zip(*counts, strict=True)]
 
 
 class Modules:
-    """Engine ``torch``: the network's modules."""
+    """Engine ``torch``: runs the network's own modules."""
 
     def __init__(self, config: ExtractorConfig, sets: Sequence[Inputs], dtype: str) -> None:
         self._engine, self._sets, self._dtype = get_engine("torch"), sets, DTYPES[dtype]
         self._network = copy.deepcopy(network_of(config, sets[0].mask.device)).to(self._dtype)
 
     def plan(self, number: int) -> Plan:
-        """Plan of set ``number``."""
+        """The plan of set ``number``."""
         return self._engine.plan(self._sets[number].mask, self._network.spec)
 
     def forward(self, features: Tensor, plan: Plan) -> Tensor:
@@ -156,7 +156,7 @@ class Dense:
         ]
 
     def compile(self) -> None:
-        """By torch.compile, for these shapes."""
+        """Compiles the network for its inputs' shapes with torch.compile."""
         self.network = torch.compile(self.network, dynamic=False)
 
     def __call__(self, number: int) -> Tensor:
@@ -166,7 +166,7 @@ class Dense:
 
 
 def dense_counts(size: tuple[int, int], batch: int, spec: PlanSpec) -> list[int]:
-    """Pixels of each level."""
+    """Number of pixels at each level, full size first."""
     found = []
     height, width = size
     for _ in range(spec.levels):
@@ -177,7 +177,7 @@ def dense_counts(size: tuple[int, int], batch: int, spec: PlanSpec) -> list[int]
 
 @dataclass(frozen=True)
 class _Case:
-    """What all engines are given: the figures of a record that do not depend on them, and the inputs."""
+    """One case, the same for all engines: inputs, and the fields of a record that do not depend on the engine."""
 
     preset: str
     config: ExtractorConfig
@@ -203,7 +203,7 @@ class _Case:
         plan_ms: float | None = None,
         forward_ms: float | None = None,
     ) -> UNetRecord:
-        """Of one engine."""
+        """A record of one engine."""
         return UNetRecord(
             engine,
             self.preset,
@@ -230,7 +230,7 @@ class _Case:
 
 
 def unet(run: Run) -> None:
-    """Every case; peers on the same inputs right after it, the dense network when it is first needed."""
+    """Times every case, each followed by the other engines on its inputs; the dense network once for each shape."""
     seen: set[tuple[str, int, str, tuple[int, int]]] = set()
     libraries = [] if run.device.rehearsal else [peer for peer in LIBRARIES if _works(run, peer)]
     for dtype, batch, mask, preset in cases_of(run.options):
@@ -272,7 +272,7 @@ def _show(run: Run, record: UNetRecord) -> None:
 
 
 def _triton(run: Run, case: _Case) -> Tensor:
-    """Eager and graph; returns the logits of the first set."""
+    """Times engine ``triton``, eager and as a graph; returns the logits of the first set."""
     with precision(case.dtype):
         packed = Packed(case.config, case.sets, case.dtype)
         expected = packed(0).clone()
@@ -283,7 +283,7 @@ def _triton(run: Run, case: _Case) -> Tensor:
         replayed = made[0]
         difference = relative_rms(replayed(0)[: len(expected)], expected)
         spread = timed(run.device, replayed, SETS)
-        replayed.check_room()
+        replayed.check_capacity()
         _show(run, case.record("triton", "graph", spread, peak, difference))
     return expected
 
@@ -306,7 +306,7 @@ def _torch(run: Run, case: _Case, expected: Tensor) -> None:
 
 
 def _works(run: Run, peer: str) -> bool:
-    """Asked once: starting an interpreter for each case only to hear the same takes long."""
+    """Whether a library works here. Asked once, as starting an interpreter for each case takes long."""
     job = Job("benchmarks.spconv_worker:SpconvGpu", {"library": LIBRARIES[peer]}, str(run.options.spconv_python))
     try:
         Worker(job, 1).close()
@@ -317,7 +317,7 @@ def _works(run: Run, peer: str) -> bool:
 
 
 def _spconv(run: Run, peer: str, case: _Case, expected: Tensor) -> None:
-    """In a process of its own, whose inputs and weights are files."""
+    """Times spconv or spconv-triton in its own process, which reads inputs and weights from files."""
     with tempfile.TemporaryDirectory() as folder:
         inputs, weights, output = (Path(folder) / name for name in ("inputs.pt", "weights.pt", "output.pt"))
         torch.save([(one.mask.cpu(), one.features.cpu()) for one in case.sets], inputs)
@@ -347,7 +347,7 @@ def _spconv(run: Run, peer: str, case: _Case, expected: Tensor) -> None:
 
 
 def _dense(run: Run, preset: str, size: tuple[int, int], batch: int, dtype: str) -> None:
-    """Module by module, and compiled for the first batch size: that takes its time."""
+    """Times the dense network, eager; also compiled, but only for the first batch size, as compiling takes long."""
     device, config = run.device, run.options.presets[preset]
     network = network_of(config, torch.device("cpu"))
     counts = dense_counts(size, batch, network.spec)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sparserefine.training.config import Config as Config
     from sparserefine.training.loop import train as train
 
-_HOMES = {
+_MODULE_OF = {
     "BaseConfig": "bases.base",
     "FrozenBase": "bases.base",
     "load_base": "bases.load",
@@ -48,11 +48,11 @@ _HOMES = {
     "evaluate": "studies.evaluate",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = ["__version__", *sorted(_MODULE_OF)]
 
 
 def __getattr__(name: str) -> object:
-    """Loads torch only when something that needs it is asked for, so that ``sparserefine --help`` is quick."""
-    if name not in _HOMES:
+    """Imports a public name when it is first used: torch loads slowly and ``sparserefine --help`` does not need it."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'sparserefine' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"sparserefine.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"sparserefine.{_MODULE_OF[name]}"), name)

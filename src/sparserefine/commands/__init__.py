@@ -1,1 +1,1 @@
-"""The command line: what a user types."""
+"""The command line: one file for each command."""

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and what is made of them."""
+"""Arguments shared by several commands, and the objects made from them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def add_config(parser: ArgumentParser) -> None:
     from sparserefine.training.config import Config
 
     parser.usage = f"{parser.prog} CONFIG.yaml [options] [--a.b value ...]"
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; also taken as the first argument")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; may also be given as the first argument")
     parser.add_class_arguments(Config)
 
 
 def config_of(arguments: Namespace) -> Config:
-    """What :func:`add_config` asked for."""
+    """The configuration that the arguments of :func:`add_config` describe."""
     from sparserefine.training.config import Config
 
     return Config(**{name: arguments[name] for name in Config.__dataclass_fields__})
@@ -34,24 +34,34 @@ def config_of(arguments: Namespace) -> Config:
 
 def add_device(parser: ArgumentParser) -> None:
     """``--device``, a name for :func:`sparserefine.machine.device.device_named`."""
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device", default="auto", help="where to run: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
+    )
 
 
 def add_engine(parser: ArgumentParser) -> None:
     """``--engine``, a name for :func:`sparserefine.engines.choose.get_engine`."""
-    parser.add_argument("--engine", default="auto", help="what runs the sparse network; `sparserefine info` lists them")
+    parser.add_argument(
+        "--engine", default="auto", help="engine that runs the sparse network; `sparserefine info` lists them"
+    )
 
 
 def add_precision(parser: ArgumentParser) -> None:
-    """``--precision`` of all on a GPU."""
+    """``--precision``: of base and refiner, on a GPU."""
     parser.add_argument(
-        "--precision", default="float32", help="precision on a GPU: float32, float16 or bfloat16 (autocast)"
+        "--precision",
+        default="float32",
+        help="precision of the computation: float32, or on a GPU also float16 or bfloat16 (by autocast)",
     )
 
 
 def add_refiner(parser: ArgumentParser) -> None:
-    """``--refiner``, and what may be changed of it."""
-    parser.add_argument("--refiner", required=True, help="folder or hub id of a refiner; demo: the embedded one")
+    """``--refiner``, and options that override its stored settings."""
+    parser.add_argument(
+        "--refiner",
+        required=True,
+        help="trained refiner: a folder, a hub id, or demo (the refiner that comes with the package)",
+    )
     add_engine(parser)
     parser.add_argument(
         "--threshold", type=float, help="entropy in nats above which a pixel is refined; default: the refiner's own"
@@ -63,19 +73,28 @@ def add_refiner(parser: ArgumentParser) -> None:
 
 
 def add_base(parser: ArgumentParser) -> None:
-    """For commands that load the base that the refiner names, not one from a configuration."""
-    parser.add_argument("--trust_base", action="store_true", help="allow a base that runs code (python:...)")
+    """Options for commands that load the base named in the refiner's folder, not in a configuration."""
     parser.add_argument(
-        "--runtime", choices=("onnxruntime", "openvino"), help="run the base with this library on the CPU, not torch"
+        "--trust_base",
+        action="store_true",
+        help="let the refiner load a base by running Python code (python:...); only for refiners you trust",
+    )
+    parser.add_argument(
+        "--runtime",
+        choices=("onnxruntime", "openvino"),
+        help="run the base with this library instead of torch; CPU only",
     )
 
 
 def refiner_of(arguments: Namespace, **options: Any) -> SparseRefiner:
-    """What :func:`add_refiner` asked for, on its device.
+    """The refiner that the arguments of :func:`add_refiner` describe, on the chosen device.
 
     Args:
-        arguments: of the command.
-        options: for :meth:`SparseRefiner.from_pretrained`.
+        arguments: the command's parsed arguments.
+        options: passed to :meth:`SparseRefiner.from_pretrained`.
+
+    Raises:
+        ValueError: the base's runtime is for the CPU only and the device is another.
     """
     from sparserefine.machine.device import device_named
     from sparserefine.refiner import SparseRefiner

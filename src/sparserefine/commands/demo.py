@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Where the pictures go, where to run."""
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the pictures and demo.json")
+    """Output folder, device."""
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="output folder for the pictures and demo.json")
     add_device(parser)
 
 

@@ -16,18 +16,24 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """A configuration, a refiner, and what to compare it with."""
+    """Configuration, refiner, precision, and the dense model to compare with."""
     add_config(parser)
     add_refiner(parser)
     add_precision(parser)
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="split of the data to score")
-    parser.add_argument("--dense", help="another base to compare with, by name, at --dense_ratio of the size")
     parser.add_argument(
-        "--dense_class_map", help="class map of --dense; a base of the same kind has the configuration's"
+        "--split", default="test", choices=("train", "val", "test"), help="which part of the data to score"
     )
-    parser.add_argument("--dense_ratio", type=float, default=1.0, help="input size of --dense relative to the image")
-    parser.add_argument("--repeats", type=int, default=1, help="timed runs of each image; times are medians")
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument(
+        "--dense", help="dense model to compare with: a base's name, as in base.name; it sees images at --dense_ratio"
+    )
+    parser.add_argument(
+        "--dense_class_map", help="class map of --dense; default: base.class_map if both names are of the same kind"
+    )
+    parser.add_argument(
+        "--dense_ratio", type=float, default=1.0, help="input size of --dense relative to the image; 1: full resolution"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="timed runs of each image; their median is reported")
+    parser.add_argument("--json", help="also write all scores and costs to this JSON file")
 
 
 def run(arguments: Namespace) -> int:
@@ -36,7 +42,7 @@ def run(arguments: Namespace) -> int:
 
     from sparserefine.bases.load import load_base
     from sparserefine.files.whole import written_whole
-    from sparserefine.machine.device import check_precision, device_named, on_gpu_in
+    from sparserefine.machine.device import check_precision, device_named, gpu_precision
     from sparserefine.studies.evaluate import evaluate
 
     config, device = config_of(arguments), device_named(arguments.device)
@@ -45,10 +51,13 @@ def run(arguments: Namespace) -> int:
     refiner = refiner_of(arguments, base=load_base(config.base, data.classes))
     if refiner.selector != config.selector:
         used = f"threshold {refiner.selector.threshold}, budget {refiner.selector.budget}"
-        print(f"selector: {used} (not the configuration's; --threshold and --budget choose)", file=sys.stderr)
+        print(
+            f"selector: {used} (the refiner's, not the configuration's; set them with --threshold and --budget)",
+            file=sys.stderr,
+        )
     dense = load_base(_dense_config(arguments, config.base), data.classes).to(device) if arguments.dense else None
     images = (data.read(index) for index in tqdm(range(len(data)), desc=arguments.split, unit="image"))
-    with on_gpu_in(arguments.precision, device):
+    with gpu_precision(arguments.precision, device):
         result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)
     print(result.table())
     if arguments.json:
@@ -58,7 +67,7 @@ def run(arguments: Namespace) -> int:
 
 
 def _dense_config(arguments: Namespace, base: BaseConfig) -> BaseConfig:
-    """Of ``--dense``: as the configuration's base where it is of the same kind, else as its own files say."""
+    """Configuration of ``--dense``: the base's settings if both are of the same kind, else those in its own files."""
     config = replace(base, name=arguments.dense, ratio=arguments.dense_ratio, size=None)
     if arguments.dense.partition(":")[0] != base.name.partition(":")[0]:
         config = replace(config, mean=None, std=None, outputs=None, class_map=None)

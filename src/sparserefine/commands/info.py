@@ -1,4 +1,4 @@
-"""``sparserefine info``: what is installed, what this machine offers, which engine will run. Bug reports start here."""
+"""``sparserefine info``: installed versions, devices, and which engine will run. Asked for in bug reports."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from sparserefine.engines.choose import engine_report
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-_OPTIONAL = {  # package: the extra that brings it, and what for
+_OPTIONAL = {  # package: (the extra that installs it, what needs it)
     "lightning": ("train", "training"),
     "huggingface_hub": ("hub", "refiners by hub id"),
     "transformers": ("hf", "bases hf:..."),
     "onnxruntime": ("onnx", "bases onnx:..."),
-    "onnxscript": ("onnxruntime", "base.runtime onnxruntime"),
-    "openvino": ("openvino", "base.runtime openvino"),
+    "onnxscript": ("onnxruntime", "runtime onnxruntime"),
+    "openvino": ("openvino", "runtime openvino"),
     "matplotlib": ("plot", "benchmark --plot"),
 }
-_BRINGS_ITS_OWN = {"torchvision": "torchvision:", "timm": "timm:", "segmentation-models-pytorch": "smp:"}
+_MODEL_LIBRARIES = {"torchvision": "torchvision:", "timm": "timm:", "segmentation-models-pytorch": "smp:"}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """None."""
+    """This command has no arguments."""
 
 
 def run(arguments: Namespace) -> int:
@@ -38,9 +38,9 @@ def run(arguments: Namespace) -> int:
 
 
 def info() -> dict[str, str]:
-    """Versions, devices, engines and bases, in the order in which :func:`info_text` prints them.
+    """Versions, devices, engines and bases, in the order of :func:`info_text`.
 
-    Optional packages are looked up, not imported.
+    Packages are looked up, not imported.
     """
     cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     result = {
@@ -51,12 +51,14 @@ def info() -> dict[str, str]:
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     }
     for package in ("numpy", "pillow", "safetensors"):
-        result[package] = _version(package) or "not installed, though sparserefine needs it"
+        result[package] = _version(package) or f"not installed, but sparserefine needs it; `pip install {package}`"
     for package, (extra, use) in _OPTIONAL.items():
-        missing = f"not installed; `pip install 'sparserefine[{extra}]'` brings it, for {use}"
+        missing = f"not installed; needed for {use}: `pip install 'sparserefine[{extra}]'`"
         result[package] = _version(package) or missing
-    for package, kind in _BRINGS_ITS_OWN.items():
-        result[package] = _version(package) or f"not installed; for bases {kind}..., in the version that fits torch"
+    for package, kind in _MODEL_LIBRARIES.items():
+        result[package] = (
+            _version(package) or f"not installed; needed for bases {kind}...: install the version that fits torch"
+        )
     for engine, words in engine_report().items():
         result[f"engine {engine}"] = words
     result["bases"] = ", ".join(BASE_NAMES)
@@ -64,7 +66,7 @@ def info() -> dict[str, str]:
 
 
 def info_text() -> str:
-    """:func:`info`, one aligned line for each entry."""
+    """The entries of :func:`info`, one aligned line each."""
     entries = info()
     width = max(map(len, entries))
     return "\n".join(f"{name:{width}}  {value}" for name, value in entries.items())

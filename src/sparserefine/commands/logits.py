@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """A configuration, and where to run."""
+    """Configuration, overwrite, device."""
     add_config(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace stored logits of another base")
+    parser.add_argument("--overwrite", action="store_true", help="replace logits that another base stored there")
     add_device(parser)
 
 
@@ -24,5 +24,5 @@ def run(arguments: Namespace) -> int:
 
     config = config_of(arguments)
     report = store_logits(config, device=device_named(arguments.device), overwrite=arguments.overwrite)
-    print(f"{report.computed} stored in {config.logits.folder}, {report.present} were there")
+    print(f"{report.computed} stored in {config.logits.folder}, {report.present} were there already")
     return 0

@@ -1,8 +1,8 @@
 """The command line: finds the command, parses its arguments, turns errors into one line and an exit code.
 
-A command is the file of its name in this folder, with ``add_arguments(parser)`` and ``run(arguments) -> exit code``; it
-may have ``RENAMED``, its old options and what they are called now. It is imported when it is asked for; this file
-imports nothing heavy, so that ``sparserefine --help`` is quick.
+Each command is a file of this folder with the command's name. It has ``add_arguments(parser)`` and ``run(arguments) ->
+exit code``, and may have ``RENAMED``, a dict of old option names to new ones. A command's file is imported only when
+the command is used, and this file imports nothing heavy, so that ``sparserefine --help`` is quick.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 COMMANDS = {
-    "demo": "Shows the method on an embedded 8-megapixel photograph.",
-    "predict": "Labels images with a stored refiner.",
-    "logits": "Stores the base's coarse logits for training.",
-    "train": "Trains a refiner for a frozen base.",
-    "evaluate": "Scores coarse, refined, oracle and dense predictions.",
-    "benchmark": "Times dense, coarse and refined predictions of models.",
-    "quantize": "Measures activations for 8-bit arithmetic on the CPU.",
-    "info": "Versions, devices and engines.",
+    "demo": "Run the method on a photograph that comes with the package; writes pictures.",
+    "predict": "Segment images with a trained refiner; writes label images.",
+    "logits": "Compute and store a base's coarse logits, to train from them later.",
+    "train": "Train a refiner for a frozen base model.",
+    "evaluate": "Score and time a refiner on labelled images, next to its base alone.",
+    "benchmark": "Time base models with and without refinement; needs no trained weights.",
+    "quantize": "Prepare a refiner for 8-bit arithmetic on the CPU; needs a few images.",
+    "info": "Print versions, devices, engines and bases; paste it into bug reports.",
 }
-"""What the help says of each command."""
+"""Each command with its line in the help."""
 _RENAMED = {"calibrate": "quantize"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code. Errors that a user can mend are one line, without a traceback."""
+    """Runs a command; returns its exit code. Errors that a user can fix are one line, without a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -45,27 +45,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        return _refused(f"sparserefine: {_unknown(name)}")
+        return _usage_error(f"sparserefine: {_unknown_command(name)}")
     from jsonargparse import ArgumentParser
 
     command = command_named(name)
     for option in (argument.partition("=")[0] for argument in rest):
         if option in getattr(command, "RENAMED", {}):
-            return _refused(f"sparserefine {name}: option {option} is called {command.RENAMED[option]} now")
+            return _usage_error(f"sparserefine {name}: option {option} is called {command.RENAMED[option]} now")
     parser = ArgumentParser(prog=f"sparserefine {name}", description=COMMANDS[name], exit_on_error=False)
     command.add_arguments(parser)
-    sys.path.insert(0, str(Path.cwd()))  # where `python:my_module:load` is looked for first, as `python -m` does
+    sys.path.insert(0, str(Path.cwd()))  # so that `python:my_module:load` finds modules here, as under `python -m`
     try:
         parsed = parser.parse_args(_config_as_option(parser, rest))
         return int(command.run(parser.instantiate(parsed)))
     except ArgumentError as error:
         quotes = "\nin a YAML file, put it in quotes" if "Expected a <class 'str'>" in str(error) else ""
-        return _refused(f"sparserefine {name}: {error}{quotes}\n`sparserefine {name} --help` lists what is known")
+        return _usage_error(f"sparserefine {name}: {error}{quotes}\n`sparserefine {name} --help` lists the arguments")
     except KeyboardInterrupt:
         print("sparserefine: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (ValueError, OSError, ImportError, TypeError) as error:
-        # What this package raises says what was seen, what was expected and the cure; a traceback would hide it.
+        # This package's messages say what was found, what was expected and the cure; a traceback would hide them.
         print(f"sparserefine {name}: {error}", file=sys.stderr)
         return EXIT_FAILED
 
@@ -75,12 +75,12 @@ def command_named(name: str) -> Any:
     return importlib.import_module(f"sparserefine.commands.{name}")
 
 
-def _refused(words: str) -> int:
-    print(words, file=sys.stderr)
+def _usage_error(message: str) -> int:
+    print(message, file=sys.stderr)
     return EXIT_USAGE
 
 
-def _unknown(name: str) -> str:
+def _unknown_command(name: str) -> str:
     if name in _RENAMED:
         return f"command {name!r} is called {_RENAMED[name]!r} now; use `sparserefine {_RENAMED[name]}`"
     return f"no command {name!r}; expected one of {', '.join(COMMANDS)}"
@@ -98,7 +98,7 @@ def _overview() -> str:
 
 
 def _config_as_option(parser: ArgumentParser, arguments: list[str]) -> list[str]:
-    """``train CONFIG.yaml`` is ``train --config CONFIG.yaml``, where the command has a configuration."""
+    """Turns ``train CONFIG.yaml`` into ``train --config CONFIG.yaml``, for commands with a configuration."""
     takes_config = any("--config" in action.option_strings for action in parser._actions)
     if takes_config and arguments and not arguments[0].startswith("-"):
         return ["--config", *arguments]

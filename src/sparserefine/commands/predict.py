@@ -12,25 +12,29 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Images, refiner, outputs."""
+    """Inputs, refiner, precision, outputs, base."""
     parser.add_argument("inputs", nargs="+", help="image files, folders, or glob patterns in quotes")
     add_refiner(parser)
     add_precision(parser)
-    parser.add_argument("--out", required=True, help="folder of the label images (index PNG)")
-    parser.add_argument("--overlay", action="store_true", help="also write the labels drawn over the image")
-    parser.add_argument("--overwrite", action="store_true", help="replace label images that are there already")
+    parser.add_argument("--out", required=True, help="output folder for the label images (index PNG)")
+    parser.add_argument(
+        "--overlay", action="store_true", help="also write NAME_overlay.png, the labels drawn over the image"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace outputs that exist; without it, such images fail"
+    )
     add_base(parser)
 
 
 def run(arguments: Namespace) -> int:
-    """Runs :func:`sparserefine.predict`; fails where an image failed."""
+    """Runs :func:`sparserefine.predict`; returns 1 if an image failed."""
     from sparserefine.inference.predict import predict
-    from sparserefine.machine.device import check_precision, device_named, on_gpu_in
+    from sparserefine.machine.device import check_precision, device_named, gpu_precision
 
     device = device_named(arguments.device)
     check_precision(arguments.precision, device)
     refiner, out = refiner_of(arguments, trust_base=arguments.trust_base, runtime=arguments.runtime), arguments.out
-    with on_gpu_in(arguments.precision, device):
+    with gpu_precision(arguments.precision, device):
         report = predict(arguments.inputs, refiner, out, overlay=arguments.overlay, overwrite=arguments.overwrite)
     for failure in report.failures:
         print(failure, file=sys.stderr)

@@ -14,15 +14,19 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Images, refiner, where the new one goes."""
-    parser.add_argument("inputs", nargs="+", help="a few typical image files, or folders of them")
+    """Inputs, refiner, output folder, base."""
+    parser.add_argument(
+        "inputs", nargs="+", help="a few typical images, to measure the range of activations: files or folders"
+    )
     add_refiner(parser)
-    parser.add_argument("--out", required=True, help="folder of the quantized refiner; not the one of --refiner")
+    parser.add_argument(
+        "--out", required=True, help="output folder for the quantized refiner; must differ from --refiner"
+    )
     add_base(parser)
 
 
 def run(arguments: Namespace) -> int:
-    """Runs :meth:`sparserefine.SparseRefiner.quantize` and stores the refiner."""
+    """Runs :meth:`sparserefine.SparseRefiner.quantize` and saves the quantized refiner."""
     from tqdm import tqdm
 
     from sparserefine.files.images import read_image
@@ -30,7 +34,7 @@ def run(arguments: Namespace) -> int:
     out = Path(arguments.out)
     refiner = refiner_of(arguments, trust_base=arguments.trust_base, runtime=arguments.runtime)
     if out.resolve() == Path(arguments.refiner).resolve():
-        raise ValueError(f"--out {out} is the folder of --refiner; give another one, the refiner stays as it is")
+        raise ValueError(f"--out {out} is the folder of --refiner, which is never changed; give another one")
     files = _images_in(arguments.inputs)
     device = next(refiner.extractor.parameters()).device
     count = refiner.quantize(read_image(file).to(device) for file in tqdm(files, desc="quantize", unit="image"))
@@ -41,7 +45,7 @@ def run(arguments: Namespace) -> int:
 
 
 def _images_in(inputs: Sequence[str]) -> list[Path]:
-    """The files that were named, and the images in the folders that were."""
+    """The given files, and the images in the given folders."""
     from sparserefine.files.images import IMAGE_SUFFIXES
 
     files: list[Path] = []

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """A configuration."""
+    """Configuration, resume."""
     add_config(parser)
-    parser.add_argument("--resume", action="store_true", help="continue from last.ckpt in --out")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run from last.ckpt in --out")
 
 
 def run(arguments: Namespace) -> int:

@@ -1,1 +1,1 @@
-"""Reading and writing images, labels and settings; files are either whole or absent."""
+"""Reads and writes images, labels and settings. A file is written completely or not at all."""

@@ -1,4 +1,4 @@
-"""Reading images and label maps as a viewer shows them, and writing PNG."""
+"""Reads images as a viewer shows them, reads label maps, and writes PNG files."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".g
 
 
 class ImageError(ValueError):
-    """A file that cannot be read as an image, or an image of a kind that has no agreed way of being shown."""
+    """A file that is not a readable image, or an image whose pixels have no defined meaning here."""
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Opens, decodes and rotates by the EXIF tag; every failure becomes an :class:`ImageError` naming the file."""
+    """Opens and decodes an image, rotated by its EXIF tag; any failure raises an :class:`ImageError` with the path."""
     if not path.is_file():
         raise ImageError(f"{path}: no such file")
     try:
         with warnings.catch_warnings():
-            # Images of 100 and more megapixels are what this library is for.
+            # This library is made for images of 100 megapixels and more.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image.load()
@@ -40,14 +40,14 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             f"{path}: {error}; if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS before reading it"
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{path}: not a readable image, or cut short ({error})") from error
+        raise ImageError(f"{path}: not a readable image, or cut short ({error}); check the file") from error
 
 
 def read_image(path: str | Path) -> Tensor:
     """Reads an image file as RGB, the way an image viewer shows it.
 
     Rotation by the EXIF tag is applied, palettes are resolved, grey becomes three equal channels, transparent pixels
-    are laid over white, and 16-bit grey is scaled to 8 bits (not clipped).
+    are blended with white, and 16-bit grey is scaled to 8 bits (not clipped).
 
     Args:
         path: an image file of any format that Pillow reads.
@@ -56,7 +56,8 @@ def read_image(path: str | Path) -> Tensor:
         ``uint8 [3, H, W]``.
 
     Raises:
-        ImageError: the file is missing, truncated, no image, or of floating-point pixels.
+        ImageError: the file is missing, truncated, not an image, has floating-point pixels, or integer pixels outside
+            0..65535.
     """
     path = Path(path)
     with _opened(path) as image:
@@ -64,12 +65,12 @@ def read_image(path: str | Path) -> Tensor:
             wide = np.asarray(image).astype(np.int64)
             if wide.min() < 0 or wide.max() > 65535:
                 raise ImageError(
-                    f"{path}: integer pixels {wide.min()}..{wide.max()}, expected 0..65535; convert it to 16 bits"
+                    f"{path}: integer pixels {wide.min()}..{wide.max()}, expected 0..65535; convert them to 16 bits"
                 )
             grey = ((wide * 255 + 32767) // 65535).astype(np.uint8)
             array = np.repeat(grey[..., None], 3, axis=2)
         elif image.mode == "F":
-            raise ImageError(f"{path}: floating-point pixels have no agreed brightness; convert it to 8 or 16 bits")
+            raise ImageError(f"{path}: floating-point pixels have no defined range; convert the image to 8 or 16 bits")
         else:
             if image.has_transparency_data:
                 rgba = image.convert("RGBA")
@@ -79,7 +80,7 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def read_label(path: str | Path) -> Tensor:
-    """Reads an index image: each pixel's value is its class (1-bit, palette, 8-bit and 16-bit grey files).
+    """Reads an index image, whose pixel values are class numbers (1-bit, palette, 8-bit or 16-bit grey file).
 
     Args:
         path: a label file; PNG by convention.
@@ -88,17 +89,28 @@ def read_label(path: str | Path) -> Tensor:
         ``int64 [H, W]``.
 
     Raises:
-        ImageError: unreadable, or a colour image, whose classes cannot be known.
+        ImageError: the file is unreadable, or a colour image, whose classes are unknown.
     """
     path = Path(path)
     with _opened(path) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
-            raise ImageError(f"{path}: labels must be an index image (1 channel), this one has mode {image.mode!r}")
+            raise ImageError(
+                f"{path}: labels must be an index image (1 channel), this one has mode {image.mode!r}; convert it"
+            )
         return torch.from_numpy(np.array(image).astype(np.int64))
 
 
 def write_png(path: str | Path, pixels: Tensor, palette: list[tuple[int, int, int]] | None = None) -> None:
-    """Writes ``uint8 [H, W]`` (an index image, with ``palette`` if given), ``int16 [H, W]`` or ``uint8 [3, H, W]``."""
+    """Writes a PNG file.
+
+    Args:
+        path: the file; missing folders are made.
+        pixels: ``uint8 [H, W]`` or ``int16 [H, W]`` (an index image), or ``uint8 [3, H, W]`` (RGB).
+        palette: RGB colour of each class, for ``uint8 [H, W]``.
+
+    Raises:
+        ValueError: labels outside 0..65535.
+    """
     array = pixels.cpu().numpy()
     if array.ndim == 3:
         image = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
@@ -108,7 +120,7 @@ def write_png(path: str | Path, pixels: Tensor, palette: list[tuple[int, int, in
             image.putpalette([channel for colour in palette for channel in colour])
     else:
         if array.size and (array.min() < 0 or array.max() > 65535):
-            raise ValueError(f"{path}: labels {array.min()}..{array.max()}, a PNG holds 0..65535")
+            raise ValueError(f"{path}: labels {array.min()}..{array.max()}, expected 0..65535, the range of a PNG")
         image = Image.fromarray(array.astype(np.uint16))
     with written_whole(path) as temporary:
         image.save(temporary, format="PNG")

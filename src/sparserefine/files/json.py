@@ -1,4 +1,4 @@
-"""JSON files that hold an object, as configurations beside weights are."""
+"""Reads JSON files that hold one object, such as the configuration next to a model's weights."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, as configurations beside weights are.
+    """The object in a JSON file.
 
     Raises:
-        ValueError: not readable as JSON, or no object.
+        ValueError: the file is not readable as JSON, or holds something else than an object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

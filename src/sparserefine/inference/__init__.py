@@ -1,1 +1,1 @@
-"""Refiners at work on files."""
+"""Prediction for image files."""

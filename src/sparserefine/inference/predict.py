@@ -1,4 +1,4 @@
-"""Predicting files: images in, index PNGs out, and a report that leaves nothing unsaid."""
+"""Predicts image files: writes index PNGs and reports every image, done or failed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory", 
 
 @dataclass(frozen=True)
 class Failure:
-    """An input that gave no output.
+    """An input that could not be predicted.
 
     Attributes:
-        name: the file, or the input as it was given.
-        reason: why, and what would help.
+        name: the file, or the input as the user gave it.
+        reason: why it failed, and the cure.
     """
 
     name: str
@@ -42,14 +42,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Predicted:
-    """One image that was done.
+    """One predicted image.
 
     Attributes:
         image: the file read.
-        outputs: the files written: the labels, then the overlay if asked for.
+        outputs: the files written: the labels, then the overlay if requested.
         size: height and width [px].
-        density: share of the pixels that were looked at again.
-        ms: duration of the base and of all stages after it [ms], without reading and writing files.
+        density: share of the pixels that were refined.
+        ms: time of the base and all stages after it [ms]; reading and writing files is not included.
     """
 
     image: Path
@@ -61,7 +61,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class PredictReport:
-    """What :func:`predict` did: each image it found is either in ``images`` or in ``failures``."""
+    """The result of :func:`predict`. Every image it found is either in ``images`` or in ``failures``."""
 
     images: tuple[Predicted, ...]
     failures: tuple[Failure, ...]
@@ -89,13 +89,13 @@ class PredictReport:
 
 @dataclass(frozen=True)
 class _Found:
-    """An image file and where it lies below the folder, or below the fixed part of the pattern, it was found by."""
+    """An image file, and its path relative to the input folder or to the part of the pattern before the wildcards."""
 
     image: Path
     relative: Path
 
     def outputs(self, with_suffix: bool, overlay: bool) -> tuple[Path, ...]:
-        """Paths below the output folder."""
+        """Paths relative to the output folder."""
         suffix = self.relative.suffix[1:]
         stem = f"{self.relative.stem}_{suffix}" if with_suffix and suffix else self.relative.stem
         names = (f"{stem}.png", f"{stem}_overlay.png") if overlay else (f"{stem}.png",)
@@ -113,32 +113,32 @@ def predict(
 ) -> PredictReport:
     """Predicts image files and writes their labels as PNG index images in the classes' colours.
 
-    An image ``a/b.jpg`` below an input folder gives ``out/a/b.png``; a file named directly, ``out/<name>.png``; below a
-    pattern's first wildcard sub-folders are kept likewise (``photos/*/x.tif`` gives ``out/<folder>/x.png``).
-    Where two inputs would write the same file, the suffix joins the name of both (``a_jpg.png`` and ``a_tif.png``);
-    where even that does not part them, neither is done. A file that is named twice is done once.
+    An image ``a/b.jpg`` in an input folder is written to ``out/a/b.png``, a file given by name to ``out/<name>.png``.
+    For a pattern, folders from the first wildcard on are kept: ``photos/*/x.tif`` is written to ``out/<folder>/x.png``.
+    If two inputs would write the same file, both outputs get the input's suffix in their names (``a_jpg.png`` and
+    ``a_tif.png``); if the names are still equal, both inputs fail. A file given twice is predicted once.
 
-    One bad file stops nothing: whatever goes wrong with an image is a failure in the report, and the image then leaves
-    no output. Input files are never changed, not even with ``overwrite``. ``out`` is made with the first output.
+    A bad file does not stop the others: its error becomes a failure in the report, and none of its outputs remain.
+    Input files are never changed, not even with ``overwrite``. ``out`` is created when the first output is written.
 
     Args:
-        inputs: files, folders (walked recursively; files that are hidden or have no image suffix are skipped) and glob
-            patterns, of which ``**`` matches any folders. Where ``out`` lies below one, its content is skipped.
-        refiner: runs on the device it is on, in evaluation mode.
-        out: folder of the outputs.
-        overlay: also writes ``<name>_overlay.png``, the class colours blended over the image.
-        overwrite: replaces outputs that exist; otherwise they are failures.
-        progress: shows a bar on stderr, if that is a terminal, once it has taken 2 s.
+        inputs: files, folders and glob patterns. Folders are searched recursively; hidden files and files without an
+            image suffix are skipped. In a pattern, ``**`` matches any number of folders. Files in ``out`` are skipped.
+        refiner: runs in evaluation mode on its current device.
+        out: output folder.
+        overlay: also write ``<name>_overlay.png``, the class colours blended over the image.
+        overwrite: replace existing outputs; without it, an image whose output exists is a failure.
+        progress: show a progress bar if stderr is a terminal and the run takes more than 2 s.
 
     Raises:
-        ValueError: no inputs at all, or ``out`` is not a folder.
+        ValueError: there are no inputs, or ``out`` is not a folder.
     """
     inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
     out = Path(out)
     if not inputs:
         raise ValueError("nothing to predict; give image files, folders or glob patterns")
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file, expected a folder (or a new name) for the outputs")
+        raise ValueError(f"{out}: is a file, expected a folder, or a new name, for the outputs")
     images: list[Predicted] = []
     failures: list[Failure] = []
     found = _find(inputs, out, failures)
@@ -161,7 +161,7 @@ def predict(
 
 
 def _find(inputs: Sequence[str | Path], out: Path, failures: list[Failure]) -> list[_Found]:
-    """Image files of all inputs, each file once; inputs that give none become failures."""
+    """Image files of all inputs, without duplicates; an input without images becomes a failure."""
     found: dict[Path, _Found] = {}
     for given in inputs:
         failed_before = len(failures)
@@ -180,7 +180,7 @@ def _find(inputs: Sequence[str | Path], out: Path, failures: list[Failure]) -> l
 def _images_of(given: Path, out: Path, failures: list[Failure]) -> Iterator[_Found]:
     if given.is_dir():
         if given.resolve() == out:
-            reason = "is also the output folder, where images and outputs could not be told apart; choose another"
+            reason = "is also the output folder, so outputs would mix with inputs; choose another output folder"
             failures.append(Failure(str(given), reason))
             return
         yield from (_Found(file, file.relative_to(given)) for file in _walk(given, out, failures) if _is_image(file))
@@ -201,7 +201,7 @@ def _images_of(given: Path, out: Path, failures: list[Failure]) -> Iterator[_Fou
 
 
 def _walk(folder: Path, out: Path, failures: list[Failure]) -> Iterator[Path]:
-    """Files below ``folder`` in order, but for hidden ones and those in ``out``; follows links, each folder once."""
+    """Files below ``folder`` in order, except hidden ones and those in ``out``. Follows links; visits a folder once."""
     seen = {out}
 
     def unreadable(error: OSError) -> None:
@@ -224,7 +224,7 @@ def _is_image(file: Path) -> bool:
 def _name_outputs(
     found: list[_Found], out: Path, overlay: bool, failures: list[Failure]
 ) -> list[tuple[Path, tuple[Path, ...]]]:
-    """Image and outputs of each file; those that cannot be told apart become failures."""
+    """Each image with its outputs; images whose outputs would have the same name become failures."""
     with_suffix: set[int] = set()
     while True:
         names = [item.outputs(i in with_suffix, overlay) for i, item in enumerate(found)]
@@ -235,11 +235,14 @@ def _name_outputs(
         clashes = {i: path for path, claimants in claims.items() if len(claimants) > 1 for i in claimants}
         if clashes.keys() <= with_suffix:
             break
-        with_suffix |= clashes.keys()  # may clash with a third one, which then gets its suffix too
+        with_suffix |= clashes.keys()  # the new names may clash with a third file, so check again
     for i, path in clashes.items():
         others = ", ".join(str(found[j].image) for j in claims[path] if j != i)
         failures.append(
-            Failure(str(found[i].image), f"would write {out / path}, as would {others}; predict them into two folders")
+            Failure(
+                str(found[i].image),
+                f"would write {out / path}, as would {others}; use a separate output folder for each",
+            )
         )
     return [
         (item.image, tuple(out / path for path in paths))
@@ -249,7 +252,7 @@ def _name_outputs(
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """The same for all names of one file: through links, and where a file system ignores case."""
+    """Device and inode, equal for all names of a file (links, file systems that ignore case)."""
     try:
         stat = path.stat()
     except OSError:
@@ -258,7 +261,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _refusal(outputs: tuple[Path, ...], sources: set[tuple[int, int] | None], overwrite: bool) -> str | None:
-    """Why these outputs may not be written."""
+    """Why these outputs must not be written; ``None`` if they may be."""
     for path in outputs:
         identity = _identity(path)
         if identity is None:
@@ -271,7 +274,7 @@ def _refusal(outputs: tuple[Path, ...], sources: set[tuple[int, int] | None], ov
 
 
 def _predict_one(image: Path, outputs: tuple[Path, ...], refiner: SparseRefiner) -> Predicted | str:
-    """What was done with one image, or why it failed."""
+    """Predicts one image; returns the result, or why it failed."""
     written: list[Path] = []
     try:
         pixels = read_image(image)
@@ -282,26 +285,26 @@ def _predict_one(image: Path, outputs: tuple[Path, ...], refiner: SparseRefiner)
         for path, picture in zip(outputs, pictures, strict=True):
             write_png(path, picture, list(refiner.classes.palette))
             written.append(path)
-    except Exception as error:  # a foreign base may raise anything, and the next image may be fine
+    except Exception as error:  # a user's base may raise anything, and the next image may work
         _log.debug("predicting %s", image, exc_info=True)
         for path in written:
             path.unlink(missing_ok=True)
-        return _reason(error, image)
+        return _failure_reason(error, image)
     return Predicted(image, outputs, (pixels.shape[1], pixels.shape[2]), density, ms)
 
 
 @torch.no_grad()
 def _refine(pixels: Tensor, refiner: SparseRefiner) -> tuple[Tensor, float, float]:
-    """Labels ``[H, W]`` on the CPU, density and milliseconds of one image ``uint8 [3, H, W]``."""
+    """Refines one image ``uint8 [3, H, W]``: labels ``[H, W]`` on the CPU, density, time [ms]."""
     device = next(refiner.trained_parameters()).device
     refinement = refiner(pixels[None].to(device))
     return refinement.labels()[0].cpu(), refinement.density, sum(refinement.timings_ms.values())
 
 
-def _reason(error: Exception, image: Path) -> str:
+def _failure_reason(error: Exception, image: Path) -> str:
     text = str(error).partition("\n")[0].removeprefix(f"{image}: ")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _OUT_OF_MEMORY.search(text):
-        cure = "a smaller budget of the selector or a smaller input of the base needs less"
+        cure = "use a smaller budget, or a smaller input of the base"
         return f"out of memory ({text}); {cure}" if text else f"out of memory; {cure}"
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
 

@@ -1,4 +1,4 @@
-"""Devices by name, and the precision that a GPU computes in."""
+"""Choice of the device and of the precision a GPU computes in."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def device_named(name: str) -> torch.device:
-    """``auto`` (a GPU if there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...
+    """The device called ``name``.
+
+    Args:
+        name: ``auto`` (a GPU if there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...
 
     Raises:
-        ValueError: no such device here.
+        ValueError: the machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,19 +30,21 @@ def device_named(name: str) -> torch.device:
 
 
 def check_precision(name: str, device: torch.device) -> None:
-    """Refuses what is not one of :data:`PRECISIONS`, and half precision on other devices than GPUs, which gain nothing.
+    """Checks that ``name`` is one of :data:`PRECISIONS`, and float32 unless ``device`` is a GPU.
+
+    Other devices gain nothing from half precision.
 
     Raises:
-        ValueError: see above.
+        ValueError: the precision is unknown, or is for GPUs only.
     """
     if name not in PRECISIONS:
         raise ValueError(f"precision {name!r} is not known; choose from {', '.join(PRECISIONS)}")
     if name != "float32" and device.type != "cuda":
-        raise ValueError(f"precision {name} is for GPUs, device is {device}; leave it at float32")
+        raise ValueError(f"precision {name} is for GPUs, device is {device}; use float32")
 
 
-def on_gpu_in(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Autocast to one of :data:`PRECISIONS` on a GPU; on other devices, and for float32, nothing changes."""
+def gpu_precision(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Context with autocast to ``precision``, one of :data:`PRECISIONS`, on a GPU. float32 and the CPU: no effect."""
     if precision == "float32" or device.type != "cuda":
         return nullcontext()
     return torch.autocast(device.type, getattr(torch, precision))

@@ -9,9 +9,10 @@ import torch
 
 
 class PeakMemory:
-    """Most memory that the body of a ``with`` used beyond what was in use before [MB = 1e6 bytes].
+    """Context manager that measures the peak memory of its body, beyond what was in use before.
 
-    On a GPU torch's own high-water mark; otherwise the resident size of the process, sampled every 2 ms.
+    Read ``megabytes`` [1e6 bytes] after the body. On a GPU it is torch's own peak; elsewhere it is the resident size of
+    the process, sampled every 2 ms.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Milliseconds of stages, on CPU and GPU, measured without slowing what is measured."""
+"""Times stages on CPU and GPU without slowing them down."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def now_ms(device: torch.device) -> float:
-    """Milliseconds of a clock, read when ``device`` has done all that it was asked to do."""
+    """The clock [ms], read once ``device`` has finished all work queued on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -19,10 +19,10 @@ def now_ms(device: torch.device) -> float:
 
 
 class StageTimer:
-    """Times the stages of a run; on a GPU by events that are read only when somebody asks.
+    """Times the stages of a run. On a GPU it records events and waits for them only in :meth:`milliseconds`.
 
     Args:
-        device: where the stages run; ``None``: no clock is read, as in a CUDA graph, which knows none.
+        device: where the stages run; ``None``: no timing, as when a CUDA graph is captured.
     """
 
     def __init__(self, device: torch.device | None) -> None:

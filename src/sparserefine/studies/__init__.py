@@ -1,1 +1,1 @@
-"""What refinement is worth and costs: scores, timings, the demo."""
+"""Scores and costs of refinement: evaluation, benchmark, demo."""

@@ -1,4 +1,4 @@
-"""``sparserefine demo``: the method on an embedded photograph, against the coarse and the dense prediction."""
+"""``sparserefine demo``: compares coarse, refined and dense predictions of an embedded photograph."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from sparserefine.studies.evaluate import Evaluation, evaluate
 
 ASSETS = Path(__file__).parents[1] / "assets" / "demo"
 IMAGE = "01_h"
-"""The embedded photograph: HRF 01_h (Budai et al. 2013, CC BY 4.0), of the test part."""
+"""The embedded photograph: HRF 01_h (Budai et al. 2013, CC BY 4.0), from the test split."""
 BOUNDARY_PX = 3
-"""Band of boundary IoU here: vessels are thinner than the published 2 % of the diagonal."""
-_LONGEST, _CROP, _ZOOM = 1600, 256, 2  # pictures [px]
+"""Width of the band of boundary IoU. The published 2 % of the diagonal is wider than the vessels."""
+_LONGEST, _CROP, _ZOOM = 1600, 256, 2  # pictures: longest side [px], side of the crop [px], its magnification
 
 
 def demo_refiner_folder() -> Path:
@@ -36,7 +36,7 @@ def demo_refiner_folder() -> Path:
 
 
 def dense_peer(refiner: SparseRefiner) -> FrozenBase:
-    """The embedded network of the base's architecture, trained and run at full resolution."""
+    """The embedded dense model: the base's architecture, trained and run at full resolution."""
     config = replace(refiner.base.config, name=f"unet:{ASSETS / 'dense.safetensors'}", ratio=1.0, size=None)
     return load_base(config, refiner.classes)
 
@@ -44,22 +44,22 @@ def dense_peer(refiner: SparseRefiner) -> FrozenBase:
 def demo(out: str | Path, *, device: torch.device, repeats: int = 2) -> str:
     """Predicts and scores the embedded photograph; writes pictures and ``demo.json`` into ``out``.
 
-    The photograph (HRF 01_h, Budai et al. 2013, CC BY 4.0) is of the test part: no network has seen its subject.
+    The photograph (HRF 01_h, Budai et al. 2013, CC BY 4.0) is from the test split: no network has seen its subject.
 
     Args:
-        out: folder, made if need be.
+        out: output folder; it is created.
         device: where to run.
-        repeats: runs of each prediction; times are medians.
+        repeats: timed runs of each prediction; their median is reported.
 
     Returns:
-        The table and where the pictures are, as text.
+        The table of scores and costs, and the names of the pictures, as text.
     """
     out = Path(out)
     refiner = SparseRefiner.from_pretrained(demo_refiner_folder()).to(device)
     dense = dense_peer(refiner).to(device)
     image, truth = read_image(ASSETS / f"{IMAGE}.webp"), read_label(ASSETS / f"{IMAGE}.png")
 
-    kept: list[tuple[Refinement, dict[str, Tensor]]] = []
+    seen_results: list[tuple[Refinement, dict[str, Tensor]]] = []
     with tqdm(desc="demo", total=6, bar_format="{desc:24} {bar} {n_fmt}/{total_fmt} [{elapsed}]") as bar:
 
         def progress(stage: str) -> None:
@@ -72,11 +72,11 @@ def demo(out: str | Path, *, device: torch.device, repeats: int = 2) -> str:
             dense=dense,
             boundary_px=BOUNDARY_PX,
             repeats=repeats,
-            seen=lambda refinement, labels: kept.append((refinement, labels)),
+            seen=lambda refinement, labels: seen_results.append((refinement, labels)),
             progress=progress,
         )
         progress("writing pictures")
-        refinement, labels = kept[0]
+        refinement, labels = seen_results[0]
         pictures = draw(image, truth, refinement, labels, refiner.classes)
         for name, picture in pictures.items():
             write_png(out / f"{name}.png", picture)
@@ -99,7 +99,7 @@ def demo(out: str | Path, *, device: torch.device, repeats: int = 2) -> str:
 def draw(
     image: Tensor, truth: Tensor, refinement: Refinement, labels: dict[str, Tensor], classes: Classes
 ) -> dict[str, Tensor]:
-    """The demo's pictures by file stem, ``uint8 [3, h, w]``."""
+    """The demo's pictures by file stem, ``uint8 [3, h, w]``, drawn from ``uint8 [3, H, W]`` and labels ``[H, W]``."""
     coarse, refined = labels["coarse"], labels["refined"]
     whole = {
         "1_image": image,
@@ -110,7 +110,7 @@ def draw(
         "6_changes": changes(coarse, refined, truth),
     }
     pictures = {name: shrink(picture, _LONGEST) for name, picture in whole.items()}
-    top, left = _busiest(refinement.sites.mask()[0], _CROP)
+    top, left = _densest_window(refinement.sites.mask()[0], _CROP)
 
     def crop(x: Tensor) -> Tensor:
         return x[..., top : top + _CROP, left : left + _CROP]
@@ -125,7 +125,7 @@ def draw(
         ("entropy of coarse", crop(whole["3_entropy"])),
         (f"sites: {density(refinement.density)}", crop(whole["4_sites"])),
         ("refined", crop(whole["5_refined"])),
-        ("mended (blue), broken (orange)", crop(whole["6_changes"])),
+        ("corrected (blue), broken (orange)", crop(whole["6_changes"])),
         ("dense at full size", crop(labels_picture(labels["dense"], classes))),
     ]
     pictures["7_zoom"] = side_by_side(panels, zoom=_ZOOM, columns=4)
@@ -133,8 +133,8 @@ def draw(
     return pictures
 
 
-def _busiest(mask: Tensor, size: int) -> tuple[int, int]:
-    """Top left of the window with most sites: where to look, chosen without knowing the truth."""
+def _densest_window(mask: Tensor, size: int) -> tuple[int, int]:
+    """Row and column [px] of the window with most sites. The truth plays no part in this choice."""
     stride = size // 4
     counts = F.avg_pool2d(mask[None, None].float(), size, stride)[0, 0]
     row, column = divmod(int(counts.argmax()), counts.shape[1])
@@ -147,7 +147,7 @@ def _text(result: Evaluation, image: Tensor, device: torch.device, out: Path, pi
         [
             "",
             f"HRF {IMAGE} (Budai et al. 2013, CC BY 4.0), {image.shape[2]}x{image.shape[1]} pixels, on {device}, "
-            f"{torch.get_num_threads()} threads; Dice, IoU and boundary IoU ({BOUNDARY_PX} px) are the vessels'",
+            f"{torch.get_num_threads()} threads; Dice, IoU and boundary IoU ({BOUNDARY_PX} px) of the vessels",
             "",
             result.table(),
             f"refined / dense: {refined['ms'] / dense['ms']:.2f} of the time, "

@@ -1,4 +1,4 @@
-"""``sparserefine evaluate``: what the coarse, sparse, refined, oracle and dense predictions are worth, and cost."""
+"""``sparserefine evaluate``: scores and costs of the coarse, sparse, refined, oracle and dense predictions."""
 
 from __future__ import annotations
 
@@ -27,18 +27,23 @@ from sparserefine.stages.refinement import Refinement
 
 @dataclass
 class Scores:
-    """Confusion and boundary counts of some pixels, accumulated over images."""
+    """Counts that scores are computed from, accumulated over images.
+
+    Attributes:
+        matrix: confusion matrix, ``int64 [K, K]``.
+        boundary: intersection and union of the boundary bands of each class, ``int64 [2, K]``.
+    """
 
     matrix: Tensor
     boundary: Tensor
 
     @classmethod
     def of(cls, classes: int) -> Scores:
-        """Nothing counted yet."""
+        """Zero counts for K = ``classes``."""
         return cls(torch.zeros(classes, classes, dtype=torch.int64), torch.zeros(2, classes, dtype=torch.int64))
 
     def figures(self, classes: Classes) -> dict[str, Any]:
-        """The scores by name; dataset-wide."""
+        """The scores by name, over all images together."""
         per_class = iou(self.matrix)
         return {
             "dice": foreground(dice(self.matrix)),
@@ -52,7 +57,7 @@ class Scores:
 
 @dataclass
 class Row:
-    """Scores and costs of one way of predicting, accumulated over images."""
+    """Scores and costs of one kind of prediction, accumulated over images."""
 
     everywhere: Scores
     at_sites: Scores
@@ -63,7 +68,15 @@ class Row:
     def score(
         self, labels: Tensor, truth: Tensor, bands: dict[int, Tensor], sites: Tensor, boundary_px: int | None
     ) -> None:
-        """Adds one image: ``labels`` and ``truth`` ``[H, W]``, the truth's ``bands``, ``sites`` ``bool [H, W]``."""
+        """Adds one image.
+
+        Args:
+            labels: the prediction, ``[H, W]``.
+            truth: ``[H, W]``.
+            bands: the truth's boundary bands, see :func:`sparserefine.scores.boundary.boundary_bands`.
+            sites: ``bool [H, W]``.
+            boundary_px: width of the bands [px].
+        """
         k = len(self.everywhere.matrix)
         self.everywhere.matrix += confusion(labels, truth, k)
         self.at_sites.matrix += confusion(labels[sites], truth[sites], k)
@@ -72,13 +85,13 @@ class Row:
         self.at_sites.boundary += band_overlap(predicted, bands, k, where=sites)
 
     def cost(self, ms: float, macs: int | None, peak_mb: float) -> None:
-        """Adds one image's cost."""
+        """Adds the cost of one image; ``macs`` is ``None`` if they cannot be counted."""
         self.ms.append(ms)
         self.macs.append(macs)
         self.peak_mb.append(peak_mb)
 
     def summary(self, classes: Classes) -> dict[str, Any]:
-        """The figures, for tables and JSON; ``ms`` and ``gmacs`` are of one image (median, mean)."""
+        """Figures for tables and JSON. Over images: the median ``ms``, mean ``gmacs`` and largest ``peak_mb``."""
         figures = {**self.everywhere.figures(classes), "at_sites": self.at_sites.figures(classes)}
         if self.ms:
             counted = [m for m in self.macs if m is not None]
@@ -89,7 +102,7 @@ class Row:
 
 
 def _without_nan(value: Any) -> Any:
-    """NaN (a class that never occurs) is ``null`` in JSON."""
+    """Replaces NaN (a class that never occurs) by ``None``: JSON knows no NaN."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and value != value else value
@@ -97,14 +110,15 @@ def _without_nan(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result: ``rows`` by way of predicting, and figures of the selection.
+    """The result of :func:`evaluate`.
 
     Attributes:
-        rows: ``coarse``, ``sparse`` (alone at the sites), ``refined``, ``oracle`` (truth at the sites), ``dense``.
-        images: how many.
-        density: mean over images.
-        errors_selected: share of all pixels that the coarse labels get wrong that were sites.
-        stages_ms: median of each stage of the refined prediction [ms].
+        rows: for each prediction its scores and costs, see :meth:`Row.summary`. ``coarse``: the base alone; ``sparse``:
+            the sparse network alone at the sites; ``refined``; ``oracle``: the truth at the sites; ``dense``.
+        images: number of images.
+        density: share of the pixels that are sites, mean over images.
+        errors_selected: share of the coarse labels' wrong pixels that were selected as sites.
+        stages_ms: median time of each stage of the refined prediction [ms].
         selector: threshold [nats] and budget.
     """
 
@@ -116,7 +130,7 @@ class Evaluation:
     selector: dict[str, Any]
 
     def table(self) -> str:
-        """The rows as text."""
+        """The rows as an aligned text table."""
         header = " ".join(f"{title:>6}" for title in ("Dice", "IoU", "B-IoU", "mIoU", "acc"))
         lines = [f"{'':8}  {header} {'ms':>7} {'GMACs':>7} {'peak MB':>8}"]
         for name, row in self.rows.items():
@@ -131,8 +145,8 @@ class Evaluation:
                 lines.append(f"{c:16} " + " ".join(_cell(row["class_iou"][c], 8, 4) for row in self.rows.values()))
         stages = ", ".join(f"{name} {ms:.0f}" for name, ms in self.stages_ms.items())
         lines += [
-            f"{self.images} images, density {self.density:.1%}, errors selected {self.errors_selected:.1%}",
-            f"refined, ms by stage: {stages}",
+            f"{self.images} images, density {self.density:.1%}, coarse errors selected {self.errors_selected:.1%}",
+            f"refined prediction, ms by stage: {stages}",
         ]
         return "\n".join(lines)
 
@@ -146,14 +160,14 @@ def _cell(value: float | None, width: int, digits: int) -> str:
 
 
 class Stopwatch:
-    """Takes the times of ways of predicting.
+    """Times the kinds of prediction that are compared.
 
-    On a GPU each way runs once, untimed, before its first image: that run compiles kernels and starts libraries, which
-    takes half a second and more and is no part of predicting.
+    On a GPU each kind runs once, untimed, before its first image. That run compiles kernels and loads libraries, which
+    takes half a second or more and is not part of a prediction.
 
     Args:
-        device: what is waited for.
-        repeats: runs of each image; the time is their median.
+        device: where predictions run.
+        repeats: runs on each image; the time is their median.
     """
 
     def __init__(self, device: torch.device, repeats: int) -> None:
@@ -161,15 +175,20 @@ class Stopwatch:
         self._cold = device.type == "cuda"
         self._warm: set[str] = set()
 
-    def time(self, way: str, run: Callable[[], Any]) -> tuple[Any, float, float]:
-        """Result, median milliseconds and peak megabytes of ``run``, which predicts one image by ``way``."""
-        if self._cold and way not in self._warm:
+    def time(self, kind: str, run: Callable[[], Any]) -> tuple[Any, float, float]:
+        """Result, median time [ms] and peak memory [1e6 bytes] of ``run``, a prediction of one image.
+
+        Args:
+            kind: which of the compared predictions this is.
+            run: predicts the image.
+        """
+        if self._cold and kind not in self._warm:
             run()
-            self._warm.add(way)
+            self._warm.add(kind)
         times = []
         with PeakMemory(self._device) as memory:
             for _ in range(self._repeats):
-                result = None  # the last run's result would count as this run's memory
+                result = None  # else the last run's result would count towards this run's memory
                 start = now_ms(self._device)
                 result = run()
                 times.append(now_ms(self._device) - start)
@@ -187,22 +206,25 @@ def evaluate(
     seen: Callable[[Refinement, dict[str, Tensor]], None] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
-    """Scores a refiner on labelled images, dataset-wide, and times it end to end.
+    """Scores a refiner on labelled images and times it end to end. Scores are over all images together.
 
-    The oracle answers the selected sites with the truth: what the selection could give at best. Times are of this
-    process on its device: coarse is base + labels, refined all stages + labels, dense the other model + labels.
+    The oracle has the truth at the selected sites: the best score that this selection allows. Times include making the
+    labels: coarse is base and labels, refined is all stages and labels, dense is the dense model and labels.
 
     Args:
-        refiner: with its base, on its device.
+        refiner: with its base, on the device to run on.
         images: image ``uint8 [3, H, W]`` and label ``[H, W]`` (255 ignored).
-        dense: another model to compare with, usually the base's architecture at full resolution.
+        dense: dense model to compare with, usually the base's architecture at full resolution.
         boundary_px: width of the band of boundary IoU [px]; ``None``: 2 % of the diagonal.
-        repeats: timed runs of each prediction of each image; times are medians. On a GPU each prediction runs once
-            more before the first image, untimed.
-        seen: called with each refinement and the label maps ``[H, W]`` by row name, for pictures.
-        progress: called at the start of each stage of each image with its name.
+        repeats: timed runs of each prediction of each image; their median is reported. On a GPU each prediction also
+            runs once, untimed, before the first image.
+        seen: called after each image with the refinement and the label maps ``[H, W]`` by row name; for pictures.
+        progress: called with the name of each step when it begins.
+
+    Raises:
+        ValueError: there are no images.
     """
-    tell = progress or (lambda stage: None)
+    report_step = progress or (lambda stage: None)
     device = next(refiner.parameters()).device
     watch = Stopwatch(device, repeats)
     engine, k = refiner.engine.on(device), refiner.base.num_classes
@@ -226,13 +248,13 @@ def evaluate(
             return result, result.labels()
 
         for base in (refiner.base, *([dense] if dense else ())):
-            if base.config.runtime is not None:  # compiles for each new size, which is no part of predicting
+            if base.config.runtime is not None:  # it compiles for each new size, which is not to be timed
                 base(batch)
-        tell("coarse prediction")
+        report_step("coarse prediction")
         labels["coarse"], ms, peak = watch.time("coarse", coarse_labels)
         base_macs = refiner.base.macs(*size)
         rows["coarse"].cost(ms, base_macs, peak)
-        tell("refined prediction")
+        report_step("refined prediction")
         (result, labels["refined"]), ms, peak = watch.time("refined", refined)
         macs = list(result.macs.values())
         rows["refined"].cost(ms, None if None in macs else sum(m for m in macs if m is not None), peak)
@@ -241,17 +263,17 @@ def evaluate(
             def predicted(x: Tensor = batch, size: tuple[int, int] = size, model: FrozenBase = dense) -> Tensor:
                 return dense_labels(engine, model(x), size, model.outputs)
 
-            tell("dense prediction")
+            report_step("dense prediction")
             labels["dense"], ms, peak = watch.time("dense", predicted)
             rows["dense"].cost(ms, dense.macs(*size), peak)
 
-        tell("scores")
+        report_step("scores")
         sites = result.sites.flat
         site_truth = truth.flatten()[sites]
         coarse_at_sites = result.coarse_labels.flatten()[sites]
         labels["sparse"] = result.with_sites(result.sparse_logits.argmax(1))
-        answered = torch.where(site_truth == IGNORE, coarse_at_sites.long(), site_truth.long())
-        labels["oracle"] = result.with_sites(answered)
+        true_at_sites = torch.where(site_truth == IGNORE, coarse_at_sites.long(), site_truth.long())
+        labels["oracle"] = result.with_sites(true_at_sites)
         maps = {name: labels[name][0] for name in rows}
         site_mask, truth_cpu = result.sites.mask()[0].cpu(), truth.cpu()
         bands = boundary_bands(truth_cpu, truth_cpu != IGNORE, k, boundary_px)
@@ -267,7 +289,7 @@ def evaluate(
         if seen:
             seen(result, maps)
     if not count:
-        raise ValueError("no image to evaluate")
+        raise ValueError("no image to evaluate; check the split and the data folder")
     return Evaluation(
         {name: row.summary(refiner.classes) for name, row in rows.items()},
         count,
@@ -279,15 +301,15 @@ def evaluate(
 
 
 def dense_labels(engine: Engine, logits: Tensor, size: tuple[int, int], outputs: Literal["logits", "scores"]) -> Tensor:
-    """Labels ``[B, H, W]`` of a prediction that is not refined, by the quickest code there is.
+    """Labels ``[B, H, W]`` of an unrefined prediction, by the fastest code available, so that comparisons are fair.
 
-    That is the CPU engine's single pass, though it gives entropies too; else interpolation and argmax.
+    On engine ``cpu`` that is its fused pass, although it computes entropies too; otherwise interpolation and argmax.
 
     Args:
-        engine: of the refiner that it is compared with, for the device of ``logits``.
+        engine: the engine of the refiner it is compared with, on the device of ``logits``.
         logits: ``[B, K, h, w]``.
-        size: H and W.
-        outputs: what ``logits`` are, ``logits`` or ``scores``.
+        size: H and W [px].
+        outputs: ``logits`` or ``scores``, see :class:`sparserefine.BaseConfig`.
     """
     on_cpu = logits.device.type == "cpu"
     if on_cpu and engine.name.startswith("cpu"):

@@ -1,4 +1,4 @@
-"""Rounds and peak memory of something that is run again and again."""
+"""Times and peak memory of a function over repeated runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from sparserefine.machine.memory import PeakMemory
 
 
 class Clock:
-    """Something that is run again and again, and what is known of it."""
+    """Repeats one measurement and keeps its times and its peak memory.
+
+    Args:
+        run: runs once and returns its times [ms] by name.
+    """
 
     def __init__(self, run: Callable[[], dict[str, float]]) -> None:
         self._run = run
@@ -25,12 +29,12 @@ class Clock:
     def watch_memory(
         self, device: torch.device, *, keeps: bool = False, clear: Callable[[], None] | None = None
     ) -> None:
-        """One run that does not count, and one for the memory.
+        """Runs twice, untimed: once to warm up, once to measure the peak memory.
 
         Args:
-            device: where it runs.
-            keeps: what the first run leaves behind counts.
-            clear: frees what the first run left behind, so that the second one needs it anew.
+            device: where ``run`` runs.
+            keeps: whether memory that the first run leaves allocated counts too (CPU only).
+            clear: frees what the first run left allocated, so that the second run allocates it again.
         """
         trim()
         process = psutil.Process()
@@ -45,7 +49,7 @@ class Clock:
         self.peak_mb = memory.megabytes + kept
 
     def round(self) -> None:
-        """One that counts."""
+        """Runs once and keeps the times."""
         self.rounds.append(self._run())
 
     def median(self, key: str = "ms") -> float:
@@ -54,7 +58,7 @@ class Clock:
 
 
 def trim() -> None:
-    """Garbage, and free memory that the C library keeps for later, would hide what the next run needs."""
+    """Frees garbage and the C library's spare memory, which the next run would reuse without growing the process."""
     gc.collect()
-    with suppress(AttributeError, OSError, TypeError):  # not the GNU C library
+    with suppress(AttributeError, OSError, TypeError):  # another C library than GNU's
         ctypes.CDLL(None).malloctrim(0)

@@ -1,4 +1,4 @@
-"""What is measured: models with random weights, and sites as uncertain predictions have them."""
+"""Inputs of the benchmark: models with random weights, and realistic masks of sites."""
 
 from __future__ import annotations
 
@@ -22,32 +22,35 @@ RANDOM_MODELS = (
     "mask2former_l",
     *(f"segnext_{size}" for size in "tsbl"),
 )
-"""Bases by bare name, with random weights."""
+"""Names of bases that are measured with random weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class GivenSites(Selector):
-    """The selector at work on a given map instead of the base's entropies: 1 nat at the wanted sites, 0 elsewhere.
+    """A selector that reads a given entropy map instead of the base's, so that the benchmark chooses the sites.
 
-    It does all that the real one does (compares every pixel with the threshold), with as many sites as result.
+    It does the same work as the real selector: it compares every pixel with the threshold.
+
+    Attributes:
+        entropy: ``float32 [B, H, W]``: 1 nat at the wanted sites, 0 elsewhere.
     """
 
     entropy: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1))
 
     def mask(self, entropy: Tensor, valid: Tensor | None = None, engine: Engine | None = None) -> Tensor:
-        """Of the given map, ``float32 [B, H, W]``; ``entropy`` is what the base's prediction would have had."""
+        """The mask of the given map, ``bool [B, H, W]``; the base's own ``entropy`` is ignored."""
         return super().mask(self.entropy, valid, engine)
 
 
 def random_model(name: str, num_classes: int) -> LoadedModel:
-    """A model of the paper with seeded random weights: right for timing, useless for predicting.
+    """A model of the paper with seeded random weights: good for timing, useless for prediction.
 
     Args:
         name: one of :data:`RANDOM_MODELS`.
         num_classes: K.
 
     Raises:
-        ValueError: no model has that name.
+        ValueError: the name is unknown.
         ImportError: a package is missing; the message says which.
     """
     if name not in RANDOM_MODELS:
@@ -77,16 +80,16 @@ def _built(name: str, num_classes: int) -> LoadedModel:
 
 
 def synthetic_mask(size: tuple[int, int], density: float, seed: int = 0) -> Tensor:
-    """Sites as uncertain predictions have them: bands around lines that wind through the image.
+    """A mask shaped like the uncertain pixels of a real prediction: bands around winding lines.
 
-    A smooth random field is the sum of noise at three scales, a 4th, a 16th and a 64th of the image's shorter side,
-    each as strong as it is wide; the sites are the pixels where it is nearest to its median. At equal density each
-    level of a sparse U-Net gets as many sites as with the borders of street scenes, within 15 %.
+    A smooth random field is the sum of noise at three scales: 1/4, 1/16 and 1/64 of the image's shorter side, with
+    amplitudes proportional to the scale. The sites are the pixels nearest to the field's median. At equal density, each
+    level of a sparse U-Net gets as many sites as for the class boundaries of street scenes, within 15 %.
 
     Args:
         size: height and width [px].
-        density: share of the pixels, 0..1; met to the pixel.
-        seed: of the noise.
+        density: share of the pixels, 0..1; met exactly, up to rounding to a whole pixel.
+        seed: seed of the noise.
 
     Returns:
         ``bool [H, W]``.
@@ -109,7 +112,7 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
     """``bool [H, W]``, true where the picture is not black.
 
     Raises:
-        ValueError: unreadable, or of another size.
+        ValueError: the file is unreadable or has another size.
     """
     mask = read_image(path).amax(0) > 0
     if tuple(mask.shape) != size:

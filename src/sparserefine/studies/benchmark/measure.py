@@ -1,13 +1,14 @@
-"""``sparserefine benchmark``: what refinement costs and saves for a model, measured end to end.
+"""``sparserefine benchmark``: times a model with and without refinement, end to end.
 
-For each base and each runtime three things are timed in turn:
+For each base and runtime, three things are timed in turn:
 
-- dense: the base on the whole image, normalisation included, and labels;
-- coarse: the base on the downsized image, antialiased resize and normalisation included;
-- refine: every stage after the base, from its coarse logits to labels.
+- dense: the base on the full-resolution image, with normalisation and labels;
+- coarse: the base on the downsized image, with antialiased resize and normalisation;
+- refine: all stages after the base, from its coarse logits to labels.
 
-Random weights do, for time does not depend on them. What they select does not resemble anything, though, so the sites
-are given: by mask files, by :func:`synthetic_mask`, or both. The selector works all the same, see :class:`GivenSites`.
+Random weights suffice, because time does not depend on them. But the pixels that they would select are not realistic,
+so the sites are given: by mask files, by :func:`synthetic_mask`, or both. The selector still does all its work, see
+:class:`GivenSites`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sparserefine.bases.loaded import LoadedModel, tensor_of
 from sparserefine.bases.runtimes import NEEDS
 from sparserefine.engines.choose import EngineChoice
 from sparserefine.engines.cpu.engine import CpuEngine
-from sparserefine.machine.device import device_named, on_gpu_in
+from sparserefine.machine.device import device_named, gpu_precision
 from sparserefine.machine.memory import PeakMemory
 from sparserefine.machine.timing import now_ms
 from sparserefine.refiner import SparseRefiner
@@ -54,29 +55,28 @@ def benchmark(
 ) -> Report:
     """Measures every base with every runtime, one after the other.
 
-    In each round dense, coarse and every refinement have their turn, so that a disturbance of the machine hits a round
-    of all of them and not all rounds of one. One run of each before the rounds is not timed, nor is another one in
-    which memory is watched.
+    Each round runs dense, coarse and every refinement once, so that a disturbance of the machine affects one round of
+    all of them, not all rounds of one. Before the rounds, each runs twice untimed: to warm up and to measure memory.
 
-    Peak memory of dense and coarse is what they need beyond the loaded base; what a runtime keeps for itself (its own
-    weights, its pool) counts. Peak memory of refine is what its stages need beyond the loaded networks and the
-    extractor's packed weights, which are reported apart; memory that an engine keeps for features counts.
+    The peak memory of dense and coarse is what they need beyond the loaded base. What another runtime keeps for itself
+    (its own weights, its memory pool) is included. The peak memory of refine is what its stages need beyond the loaded
+    networks and the extractor's packed weights, which are reported separately. Memory that an engine keeps for features
+    is included.
 
-    A GPU computes the base's convolutions in full float32, as the refiner's, not in TF32. Another precision is that of
-    both there (the refiner's by autocast), on the CPU the base's alone.
+    On a GPU, the base's convolutions use full float32, not TF32, as the refiner's do. A half precision applies to base
+    and refiner there (to the refiner by autocast); on the CPU it applies to the base only.
 
-    Dense labels are made by the quickest code there is here: the CPU engine's single pass (which also gives entropies
-    and is faster all the same), otherwise interpolation and argmax.
+    Dense labels are made by the fastest code available, see :func:`sparserefine.studies.evaluate.dense_labels`.
 
     Args:
-        settings: what is measured.
-        seen: called after each base with all that was measured so far.
-        tell: called with a line whenever something begins that may take long, or is left out.
+        settings: what to measure.
+        seen: called after each base with the results so far.
+        tell: called with a line of text when a step that may take long begins, or when something is left out.
 
     Raises:
-        ValueError: before anything is measured: unknown names, masks of another size, a base that cannot be loaded, a
-            runtime other than torch on a GPU.
-        ImportError: a package is missing; the message says which.
+        ValueError: raised before the first measurement: an unknown name, a mask of another size, a base that cannot be
+            loaded, or a runtime other than torch on a GPU.
+        ImportError: a package is missing; the message names it.
     """
     tell = tell or (lambda line: None)
     device = device_named(settings.device)
@@ -90,7 +90,7 @@ def benchmark(
     masks = _masks(settings)
     for entry in settings.bases:
         if entry.name not in RANDOM_MODELS:
-            _load(entry, settings)  # what cannot be loaded should say so now, not after an hour
+            _load(entry, settings)  # fail now, not after an hour of measuring other bases
     before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = False
@@ -99,11 +99,11 @@ def benchmark(
         report = Report(settings, machine(device, engine))
         for runtime in others:
             tell(f"{runtime}: loading")
-            _load_runtime(runtime)
+            _warm_up_runtime(runtime)
         for entry in settings.bases:
-            records, left_out = _Base(entry, settings, masks, device, engine, report.machine, tell).measure()
+            records, left_out = _BaseBenchmark(entry, settings, masks, device, engine, report.machine, tell).measure()
             report = Report(settings, report.machine, (*report.records, *records), (*report.left_out, *left_out))
-            gc.collect()  # the next base may need all the memory
+            gc.collect()  # the next base may need all of the memory
             if seen:
                 seen(report)
         return report
@@ -113,7 +113,7 @@ def benchmark(
 
 
 def machine(device: torch.device, engine: Engine) -> str:
-    """Processor, the widest instructions torch uses on it, torch's version, the GPU."""
+    """GPU, processor, instruction set used by torch, torch's version, instruction set of the CPU engine."""
     name = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():
@@ -129,7 +129,7 @@ def machine(device: torch.device, engine: Engine) -> str:
 
 @dataclass(frozen=True)
 class _Mask:
-    """Sites to refine: where they come from, and the map that :class:`GivenSites` reads."""
+    """Sites to refine: name of their source, the map ``float32 [1, H, W]`` for :class:`GivenSites`, their number."""
 
     name: str
     entropy: Tensor
@@ -155,8 +155,8 @@ def _check_packages(settings: Settings) -> None:
     for what, (packages, extra) in wanted.items():
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         if missing:
-            cure = f"`pip install 'sparserefine[{extra}]'` brings it"
-            raise ImportError(f"{what} needs {' and '.join(missing)}, not installed here; {cure}")
+            cure = f"`pip install 'sparserefine[{extra}]'`"
+            raise ImportError(f"{what} needs {' and '.join(missing)}, not installed here: {cure}")
 
 
 def _load(entry: BaseEntry, settings: Settings) -> LoadedModel:
@@ -169,18 +169,18 @@ def _load(entry: BaseEntry, settings: Settings) -> LoadedModel:
     except ValueError as error:
         if ":" in entry.name:
             raise
-        raise ValueError(f"{error}; with random weights: {', '.join(RANDOM_MODELS)}") from error
+        raise ValueError(f"{error}; models with random weights: {', '.join(RANDOM_MODELS)}") from error
 
 
-def _load_runtime(name: Any) -> None:
-    """Runs next to nothing: what the libraries keep from their first model on is not to count as that model's."""
-    with suppress(Exception):  # what does not work here is told of the bases that it cannot run
+def _warm_up_runtime(name: Any) -> None:
+    """Runs a tiny model, so that memory the library allocates once is not counted for the first base."""
+    with suppress(Exception):  # errors are reported later, for each base that it cannot run
         tiny = LoadedModel(nn.Conv2d(3, 2, 1), 2)
         FrozenBase(tiny, config=BaseConfig(ratio=1.0, runtime=name))(torch.zeros(1, 3, 8, 8))
 
 
-class _Base:
-    """All that is measured of one base."""
+class _BaseBenchmark:
+    """Measures one base with all runtimes, presets and masks."""
 
     def __init__(
         self,
@@ -200,24 +200,24 @@ class _Base:
         self._image = pixels.to(device)
 
     def measure(self) -> tuple[list[Record], list[str]]:
-        """Records, and a line for each runtime that is left out."""
+        """Records, and one line for each runtime that failed."""
         records: list[Record] = []
         left_out: list[str] = []
         name = self._entry.name
         try:
             self._tell(f"{name}: loading")
             self._prepare()
-        except Exception as error:  # whatever a foreign model does, the others are to be measured
+        except Exception as error:  # a user's model may raise anything; the other bases are still measured
             left_out.append(f"{name} is left out: {_one_line(error)}")
             self._tell(left_out[-1])
             return records, left_out
         for runtime in self._runtimes():
             try:
-                records += self._with_runtime(runtime)
+                records += self._measure_runtime(runtime)
             except Exception as error:
                 left_out.append(f"{name} with runtime {runtime} is left out: {_one_line(error)}")
                 self._tell(left_out[-1])
-            gc.collect()  # what exporters and runtimes leave in cycles
+            gc.collect()  # exporters and runtimes leave reference cycles
         return records, left_out
 
     def _prepare(self) -> None:
@@ -228,12 +228,14 @@ class _Base:
         self._classes = loaded.num_classes or self._count_classes()
         coarse = self._frozen(BaseConfig(self._entry.name, size=self._coarse_size))
         dense = self._frozen(BaseConfig(self._entry.name, size=settings.size))
-        # Counted before parameters change their type: the counter feeds float32.
+        # Counted before the parameters change type: the counter's input is float32.
         self._macs = {"dense": dense.macs(*settings.size), "coarse": coarse.macs(*settings.size)}
         if isinstance(loaded.model, nn.Module):
             loaded.model.to(getattr(torch, settings.precision))
         elif settings.precision != "float32":
-            raise ValueError(f"precision {settings.precision} needs a torch module, this is {type(loaded.model)}")
+            raise ValueError(
+                f"precision {settings.precision} needs a torch module, this is {type(loaded.model)}; use float32"
+            )
         self._refiners: dict[str, SparseRefiner] = {}
         for preset in settings.presets:
             with torch.random.fork_rng(devices=[]):
@@ -242,32 +244,32 @@ class _Base:
             self._refiners[preset] = refiner.eval().to(self._device)
 
     def _count_classes(self) -> int:
-        """K of a model that does not tell, by what it returns."""
+        """K of a model that does not state it: the number of channels that it returns."""
         x = torch.zeros(1, 3, *self._coarse_size, device=self._device)
         return tensor_of(self._loaded.model(x), self._entry.name).shape[1]
 
     def _frozen(self, config: BaseConfig) -> FrozenBase:
         loaded = self._loaded
-        if isinstance(loaded.model, OnnxModel):  # with a session of its own, so that each size shows what it needs
+        if isinstance(loaded.model, OnnxModel):  # a session for each size, so that memory is measured for each
             loaded = replace(loaded, model=copy.deepcopy(loaded.model))
         return FrozenBase(loaded, self._classes, config)
 
     def _runtimes(self) -> list[str]:
-        """What runs this base: ``torch`` stands for the model as it is, which need not be a torch module."""
+        """The runtimes to measure. ``torch`` means the model itself, which need not be a torch module."""
         model = self._loaded.model
         if isinstance(model, nn.Module):
             return list(self._settings.runtimes)
-        as_it_is = "onnxruntime" if isinstance(model, OnnxModel) else "own"
-        return list(dict.fromkeys(as_it_is if name == "torch" else name for name in self._settings.runtimes))
+        native = "onnxruntime" if isinstance(model, OnnxModel) else "own"
+        return list(dict.fromkeys(native if name == "torch" else name for name in self._settings.runtimes))
 
-    def _with_runtime(self, runtime: str) -> list[Record]:
+    def _measure_runtime(self, runtime: str) -> list[Record]:
         settings, device, image = self._settings, self._device, self._image
-        # An ONNX file needs nobody else to run it by ONNX Runtime.
-        itself = runtime in ("torch", "own") or (runtime == "onnxruntime" and isinstance(self._loaded.model, OnnxModel))
-        chosen: Any = None if itself else runtime
+        # ONNX Runtime runs an ONNX file directly, without exporting it first.
+        native = runtime in ("torch", "own") or (runtime == "onnxruntime" and isinstance(self._loaded.model, OnnxModel))
+        exported_to: Any = None if native else runtime
         name = self._entry.name
-        dense_base = self._frozen(BaseConfig(name, size=settings.size, runtime=chosen))
-        coarse_base = self._frozen(BaseConfig(name, size=self._coarse_size, runtime=chosen))
+        dense_base = self._frozen(BaseConfig(name, size=settings.size, runtime=exported_to))
+        coarse_base = self._frozen(BaseConfig(name, size=self._coarse_size, runtime=exported_to))
         logits: list[Tensor] = []
 
         def dense() -> dict[str, float]:
@@ -283,7 +285,7 @@ class _Base:
         def refine(refiner: SparseRefiner, selector: GivenSites) -> dict[str, float]:
             refiner.selector = selector
             start = now_ms(device)
-            with on_gpu_in(settings.precision, device):
+            with gpu_precision(settings.precision, device):
                 refinement = refiner.refine(image, logits[0])
             middle = now_ms(device)
             refinement.labels()
@@ -305,10 +307,10 @@ class _Base:
             for number, mask in enumerate(self._masks):
                 selector = GivenSites(threshold=0.5, entropy=mask.entropy.to(device))
                 if settings.graph:
-                    refined[preset, number] = self._recorded(refiner, selector, logits[0])
+                    refined[preset, number] = self._graph_clock(refiner, selector, logits[0])
                     continue
                 refined[preset, number] = Clock(lambda refiner=refiner, selector=selector: refine(refiner, selector))  # type: ignore[misc]
-            # The densest mask last: it leaves memory that is large enough for all, which the timed rounds find.
+            # The densest mask last: the memory that it leaves allocated suffices for all masks in the timed rounds.
             for number in sorted(range(len(self._masks)), key=lambda number: self._masks[number].sites):
                 if not settings.graph:
                     refined[preset, number].watch_memory(device, clear=getattr(packed, "clear", None))
@@ -321,10 +323,10 @@ class _Base:
             for (preset, number), clock in refined.items()
         ]
 
-    def _recorded(self, refiner: SparseRefiner, selector: GivenSites, logits: Tensor) -> Clock:
-        """The refinement as a graph. Its memory is what the recording took: it is kept."""
+    def _graph_clock(self, refiner: SparseRefiner, selector: GivenSites, logits: Tensor) -> Clock:
+        """A clock for the refinement as a CUDA graph. Its peak memory is the capture's, which the graph keeps."""
         image, device, refiner.selector = self._image, self._device, selector
-        with on_gpu_in(self._settings.precision, device), PeakMemory(device) as memory:
+        with gpu_precision(self._settings.precision, device), PeakMemory(device) as memory:
             captured = refiner.capture(image, logits)
         macs = _macs(captured.refine(image, logits))
 
@@ -340,7 +342,7 @@ class _Base:
         return clock
 
     def _quantize(self, refiner: SparseRefiner, logits: Tensor) -> None:
-        """8-bit arithmetic needs to know how large activations get."""
+        """Measures the range of activations, which 8-bit arithmetic needs."""
         densest = max(self._masks, key=lambda mask: mask.sites)
         refiner.selector = GivenSites(threshold=0.5, entropy=densest.entropy.to(self._device))
         with calibrating(refiner.extractor):
@@ -393,7 +395,7 @@ class _Base:
 
 
 def _macs(refinement: Refinement) -> float:
-    """Multiply-accumulates after the base."""
+    """Multiply-accumulates of all stages after the base."""
     return float(sum(value or 0 for stage, value in refinement.macs.items() if stage != "base"))
 
 

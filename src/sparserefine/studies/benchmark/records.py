@@ -1,4 +1,4 @@
-"""What ``sparserefine benchmark`` is asked for, and what it reports."""
+"""Settings and records of ``sparserefine benchmark``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class BaseEntry:
     """A base to measure.
 
     Attributes:
-        name: one of :data:`sparserefine.studies.benchmark.inputs.RANDOM_MODELS`, or what
-            :func:`sparserefine.bases.load.load_base` knows.
-        coarse: its own low-resolution input, height and width [px]; ``None``: that of the settings.
+        name: one of :data:`sparserefine.studies.benchmark.inputs.RANDOM_MODELS`, or a name that
+            :func:`sparserefine.bases.load.load_base` accepts.
+        coarse: height and width of its low-resolution input [px]; ``None``: as in the settings.
     """
 
     name: str
@@ -28,60 +28,63 @@ class BaseEntry:
 
 
 def parse_size(text: str, what: str = "size") -> tuple[int, int]:
-    """``1024x2048`` -> height and width [px].
+    """Height and width [px] from text such as ``1024x2048``.
 
     Raises:
-        ValueError: not of that form, or no pixels.
+        ValueError: the text has another form, or a side is 0.
     """
     found = re.fullmatch(r"(\d+)x(\d+)", text.strip())
     if found is None or min(map(int, found.groups())) < 1:
-        raise ValueError(f"{what} {text!r}, expected height x width in pixels, as 1024x2048")
+        raise ValueError(f"{what} {text!r}, expected height x width in pixels, such as 1024x2048")
     return int(found[1]), int(found[2])
 
 
 def parse_density(text: str) -> float:
-    """``0.1``: a share of the pixels.
+    """A share of the pixels from text such as ``0.1``.
 
     Raises:
-        ValueError: no number.
+        ValueError: the text is not a number.
     """
     try:
         return float(text)
     except ValueError as error:
-        raise ValueError(f"density {text!r}, expected a number between 0 and 1, as 0.1") from error
+        raise ValueError(f"density {text!r}, expected a number between 0 and 1, such as 0.1") from error
 
 
 def parse_base(text: str) -> BaseEntry:
-    """``name`` or ``name@512x1024``.
+    """A base from text such as ``name`` or ``name@512x1024``.
 
     >>> parse_base("segnext_l@640x1280")
     BaseEntry(name='segnext_l', coarse=(640, 1280))
     """
     name, separator, size = text.strip().rpartition("@")
-    if separator and name and re.fullmatch(r"\d+x\d+", size):  # other names may have an @ of their own
+    if separator and name and re.fullmatch(r"\d+x\d+", size):  # any other @ is part of the name
         return BaseEntry(name, parse_size(size, f"coarse size of {name}:"))
     return BaseEntry(text.strip())
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """What to measure.
 
     Attributes:
         bases: the models.
         size: full-resolution height and width [px].
         coarse: low-resolution input of the base [px]; ``None``: half of ``size``.
-        presets: names of extractors, see :data:`sparserefine.stages.extractor.PRESETS`.
-        densities: of synthetic masks, 0..1; ``None``: :data:`DENSITIES`, unless there are ``masks``.
-        masks: image files of ``size``, measured beside the synthetic ones; a pixel that is not black is a site.
-        runtimes: what runs the base.
-        classes: of models with random weights.
-        threads: of the CPU; ``None``: as many as torch uses.
-        precision: of the base's parameters and activations, and on a GPU of the refiner's too.
-        device: by name.
-        engine: what executes the sparse network.
-        graph: all after the base is recorded as one CUDA graph, for each preset and mask.
-        rounds: timed runs of everything; times are medians.
+        presets: names of extractor shapes, see :data:`sparserefine.stages.extractor.PRESETS`.
+        densities: densities of the synthetic masks, 0..1; ``None``: :data:`DENSITIES`, or none if there are ``masks``.
+        masks: image files of ``size``, measured in addition to synthetic masks; each non-black pixel is a site.
+        runtimes: libraries that run the base, of :data:`RUNTIMES`.
+        classes: K of models with random weights.
+        threads: CPU threads; ``None``: torch's own choice.
+        precision: type of the base's parameters and activations; on a GPU of the refiner's too.
+        device: name of the device, see :func:`sparserefine.machine.device.device_named`.
+        engine: name of the engine that runs the sparse network.
+        graph: whether all stages after the base run as one CUDA graph, captured for each preset and mask.
+        rounds: timed runs of each measurement; their median is reported.
+
+    Raises:
+        ValueError: a field is out of range or not known; the message names it and what is expected.
     """
 
     bases: tuple[BaseEntry, ...]
@@ -101,7 +104,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not all(b.name for b in self.bases):
-            raise ValueError("a base without a name; expected e.g. hrnet_w48, or unet:FILE")
+            raise ValueError("a base has no name; expected for example hrnet_w48, or unet:FILE")
         _check_names("base", [f"{b.name}@{size_text(self.coarse_size(b))}" for b in self.bases], None)
         _check_names("preset", self.presets, tuple(PRESETS))
         _check_names("runtime", self.runtimes, RUNTIMES)
@@ -122,7 +125,7 @@ class Settings:
             raise ValueError(f"rounds = {self.rounds}, expected at least 1")
         others = [runtime for runtime in self.runtimes if runtime != "torch"]
         if others and self.precision != "float32":
-            raise ValueError(f"precision {self.precision} is for runtime torch, not {', '.join(others)}")
+            raise ValueError(f"precision {self.precision} is for runtime torch, not {', '.join(others)}; use float32")
 
     def coarse_size(self, base: BaseEntry) -> tuple[int, int]:
         """Low-resolution input of ``base``, height and width [px]."""
@@ -132,39 +135,41 @@ class Settings:
 
 @dataclass(frozen=True)
 class Record:
-    """One base, runtime, preset and mask; times are medians over the rounds.
+    """Results for one base, runtime, preset and mask; times are medians over the rounds.
 
     Attributes:
         model: the base's name.
-        size: of the image, ``1024x2048``.
+        size: size of the image, as ``1024x2048``.
         density: share of the pixels that are sites.
-        preset: name of the extractor.
-        engine: what executed it.
-        threads: of the CPU.
-        dense_ms: the base on the whole image, and labels.
-        coarse_ms: the base on the downsized image.
+        preset: name of the extractor's shape.
+        engine: name of the engine that ran the extractor.
+        threads: CPU threads.
+        dense_ms: the base on the full-resolution image, and its labels.
+        coarse_ms: the base on the downsized image, resize included.
         refine_ms: all stages after the base, labels included.
         ratio: dense_ms / (coarse_ms + refine_ms): how many times faster.
-        runtime: of the base: ``torch``, ``onnxruntime``, ``openvino``; ``own``: a callable that is no torch module.
-        precision: of the base, and on a GPU of the refiner.
-        device: where.
-        coarse_size: the base's low-resolution input.
-        mask: ``synthetic``, or the file's name.
+        runtime: what ran the base: ``torch``, ``onnxruntime``, ``openvino``, or ``own`` for a callable that is not a
+            torch module.
+        precision: of the base, and on a GPU also of the refiner.
+        device: where everything ran.
+        coarse_size: size of the base's low-resolution input.
+        mask: ``synthetic``, or the stem of the mask's file.
         sites: N.
         classes: K.
-        stages_ms: of ``refine_ms``: uncertainty, select, plan, gather, extractor, ensembler, labels. On engine ``cpu``
-            some tables of the plan are made when the extractor first reads them, and count there. A graph is one stage.
-        dense_gmacs: 1e9 multiply-accumulates; ``None`` where they cannot be counted.
+        stages_ms: parts of ``refine_ms``: uncertainty, select, plan, gather, extractor, ensembler, labels. Engine
+            ``cpu`` makes some tables of the plan when the extractor first reads them; they count there. A graph is one
+            stage.
+        dense_gmacs: 1e9 multiply-accumulates; ``None`` if they cannot be counted.
         coarse_gmacs: likewise.
         refine_gmacs: of extractor and ensembler.
-        dense_peak_mb: most memory beyond the loaded base [1e6 bytes], see
+        dense_peak_mb: peak memory beyond the loaded base [1e6 bytes], see
             :func:`sparserefine.studies.benchmark.measure.benchmark`.
         coarse_peak_mb: likewise.
-        refine_peak_mb: most memory beyond the loaded networks and ``packed_mb``; the extractor's features count.
-        packed_mb: the copy of the extractor's weights that the engine packs once; ``None`` where it packs none.
+        refine_peak_mb: peak memory beyond the loaded networks and ``packed_mb``, the extractor's features included.
+        packed_mb: the engine's packed copy of the extractor's weights [1e6 bytes]; ``None`` if it packs none.
         rounds: timed runs.
         machine: processor, instruction set, torch's version.
-        mode: of the refinement: ``eager``, or ``graph``.
+        mode: how the refinement ran: ``eager`` or ``graph``.
     """
 
     model: str
@@ -199,10 +204,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured so far.
+    """The results so far.
 
     Attributes:
-        settings: what was asked for.
+        settings: what to measure.
         machine: processor, instruction set, torch's version.
         records: in order of bases, runtimes, presets, masks.
         left_out: for each base and runtime that failed, one line that says why.
@@ -226,5 +231,5 @@ def _check_names(what: str, names: Sequence[str], known: Sequence[str] | None) -
 
 
 def size_text(size: Sequence[int]) -> str:
-    """``1024x2048``."""
+    """Height and width as text, ``1024x2048``."""
     return f"{size[0]}x{size[1]}"

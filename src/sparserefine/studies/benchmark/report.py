@@ -1,4 +1,4 @@
-"""What ``sparserefine benchmark`` prints, writes and draws."""
+"""Tables, JSON and charts of ``sparserefine benchmark``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from sparserefine.files.whole import written_whole
 from sparserefine.studies.benchmark.records import Record, Report
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-_TYPICAL = 0.1  # of the pixels: the density of the summary
-_SAME = 0.02  # of a density: masks that differ by less are one point of the curve, a slope between them is noise
+_TYPICAL_DENSITY = 0.1  # the summary reports the density nearest to this
+_SAME_DENSITY = 0.02  # relative; masks that differ by less are one point: a slope between them would be noise
 _DENSE, _COARSE = "#8d99a6", "#a9cbe8"
-_PRESETS = ("#d1603d", "#3f7f5f", "#7c5aa6", "#c49a1f", "#4c5b8c")
+_PRESET_COLOURS = ("#d1603d", "#3f7f5f", "#7c5aa6", "#c49a1f", "#4c5b8c")
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """The density above which the dense model is cheaper.
+    """The density above which the dense model is faster.
 
     Attributes:
-        density: share of the pixels, 0..1; 0: dense is always cheaper; ``None``: never, even if all pixels are sites.
-        extrapolated: beyond what was measured.
+        density: share of the pixels, 0..1; 0: dense is always faster; ``None``: never, even if all pixels are sites.
+        extrapolated: whether it lies outside the measured densities.
     """
 
     density: float | None
@@ -37,21 +37,21 @@ class BreakEven:
         if self.density is None:
             return f"never{mark}"
         if self.density == 0:
-            return f"0 %: always dearer{mark}"
+            return f"0 %: always slower{mark}"
         return f"{'~' if mark else ''}{100 * self.density:.0f} %{mark}"
 
 
 def break_even(dense_ms: float, points: Sequence[tuple[float, float]]) -> BreakEven | None:
-    """Where the cost of coarse + refinement crosses that of the dense model.
+    """The density at which coarse + refinement takes as long as the dense model.
 
-    Straight lines between the measured points; beyond them the straight line that fits all of them best.
+    Interpolates linearly between the measured points; outside them, uses the least-squares line through all points.
 
     Args:
-        dense_ms: cost of the dense model [ms].
-        points: density 0..1 and cost of coarse + refinement [ms]. Points of nearly equal density are averaged.
+        dense_ms: time of the dense model [ms].
+        points: pairs of density 0..1 and time of coarse + refinement [ms]. Points of nearly equal density are averaged.
 
     Returns:
-        ``None`` where there are fewer than two densities: a line has two points.
+        The break-even density; ``None`` if there are fewer than two densities.
 
     >>> str(break_even(300, [(0.1, 100), (0.2, 200), (0.3, 400)]))
     '25 %'
@@ -76,10 +76,10 @@ def break_even(dense_ms: float, points: Sequence[tuple[float, float]]) -> BreakE
 
 
 def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points in order of density, those of nearly the same density as their mean."""
+    """Points sorted by density; points of nearly the same density are replaced by their mean."""
     groups: list[list[tuple[float, float]]] = []
     for point in sorted(points):
-        if groups and point[0] - groups[-1][0][0] <= _SAME * point[0]:
+        if groups and point[0] - groups[-1][0][0] <= _SAME_DENSITY * point[0]:
             groups[-1].append(point)
         else:
             groups.append([point])
@@ -87,12 +87,12 @@ def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def break_even_of(records: Sequence[Record]) -> BreakEven | None:
-    """:func:`break_even` of the records of one base, runtime and preset."""
+    """The break-even density of one base, runtime and preset."""
     return break_even(records[0].dense_ms, [(r.density, r.coarse_ms + r.refine_ms) for r in records])
 
 
 def header(report: Report) -> str:
-    """Where and with what was measured."""
+    """Machine, size, precision, device, engine and rounds of a report."""
     settings = report.settings
     lines = [report.machine]
     if report.records:
@@ -106,7 +106,7 @@ def header(report: Report) -> str:
 
 
 def model_table(records: Sequence[Record]) -> str:
-    """All that was measured of one base: a block for each runtime."""
+    """All results of one base: a table for each runtime."""
     blocks = []
     for block in _by_run(records):
         first = block[0]
@@ -143,7 +143,7 @@ def model_table(records: Sequence[Record]) -> str:
 
 
 def summary(report: Report) -> str:
-    """A line for each base and runtime; refinement at the density nearest to 10 %."""
+    """A line for each base and runtime; refinement at the measured density nearest to 10 %."""
     if not report.records:
         return "\n".join(["nothing was measured", *report.left_out])
     presets = report.settings.presets
@@ -168,25 +168,25 @@ def summary(report: Report) -> str:
         f"refinement at a density of {', '.join(densities)}; ratio = dense / (coarse + refinement)",
         *_aligned(rows, words=3),
     ]
-    lines.append("break-even: the density above which dense is cheaper" + ("; * extrapolated" if starred else ""))
+    lines.append("break-even: the density above which dense is faster" + ("; * extrapolated" if starred else ""))
     lines.append(
-        "peak MB: beyond the loaded networks and packed MB, a copy of the extractor's weights"
-        + ("; refine and packed: the largest of all presets" if len(presets) > 1 else "")
+        "peak MB: in addition to the loaded networks and to packed MB (the engine's copy of the extractor's weights)"
+        + ("; refine and packed: the largest over the presets" if len(presets) > 1 else "")
     )
     return "\n".join([*lines, *report.left_out])
 
 
 def typical(records: Sequence[Record]) -> Record:
     """The record whose density is nearest to 10 %."""
-    return min(records, key=lambda r: abs(r.density - _TYPICAL))
+    return min(records, key=lambda r: abs(r.density - _TYPICAL_DENSITY))
 
 
 def check_outputs(json_file: str | Path | None, plot_file: str | Path | None) -> None:
-    """Refuses before a long run what could not be written after it.
+    """Checks before a long run that its results can be written.
 
     Raises:
-        ValueError: the folder does not exist, the name is that of a folder, or the plot's suffix is not known.
-        ImportError: matplotlib is missing.
+        ValueError: the folder does not exist, the name is a folder's, or the plot's suffix is unknown.
+        ImportError: matplotlib is not installed.
     """
     for file in (json_file, plot_file):
         if file is None:
@@ -202,22 +202,22 @@ def check_outputs(json_file: str | Path | None, plot_file: str | Path | None) ->
 
 
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
-    """The records as a JSON list; the file is whole at any time."""
+    """Writes the records as a JSON list; the old file stays until the new one is complete."""
     with written_whole(path) as temporary:
         text = json.dumps([asdict(record) for record in records], indent=1)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def plot(report: Report, path: str | Path) -> None:
-    """Bars of dense, and of coarse + refinement by preset and density: a panel for each base and runtime.
+    """Draws a bar chart of dense and of coarse + refinement by preset and density; one panel for each base and runtime.
 
     Args:
-        report: with at least one record.
-        path: PNG, SVG or PDF by its suffix.
+        report: the results, at least one record.
+        path: a .png, .svg or .pdf file.
 
     Raises:
-        ImportError: matplotlib is missing.
-        ValueError: there is nothing to draw.
+        ImportError: matplotlib is not installed.
+        ValueError: the report has no records.
     """
     if not report.records:
         raise ValueError(f"{path}: nothing was measured, so there is nothing to draw")
@@ -232,12 +232,12 @@ def plot(report: Report, path: str | Path) -> None:
     axes = figure.subplots(lines, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_visible(False)
-    colours = {preset: _PRESETS[i % len(_PRESETS)] for i, preset in enumerate(report.settings.presets)}
+    colours = {preset: _PRESET_COLOURS[i % len(_PRESET_COLOURS)] for i, preset in enumerate(report.settings.presets)}
     shown: dict[str, Any] = {}
     for run, place in zip(runs, places, strict=True):
         ax = axes[place]
         ax.set_visible(True)
-        # Panels of a row have one axis where they are runtimes of one base, which are to be compared by eye.
+        # Runtimes of one base share a row and an axis, so that they can be compared by eye.
         row = [other for other, (line, _) in zip(runs, places, strict=True) if line == place[0]]
         longest = max(map(_longest, row if runtimes > 1 else [run]))
         shown |= _draw_run(ax, run, colours, longest)
@@ -252,7 +252,7 @@ def plot(report: Report, path: str | Path) -> None:
 
 
 def _places(runs: Sequence[Sequence[Record]], columns: int) -> list[tuple[int, int]]:
-    """Row and column of each panel: without a choice of runtimes in reading order, else a row for each base."""
+    """Row and column of each panel: in reading order for one runtime; for several, a row for each base."""
     runtimes = list(dict.fromkeys(run[0].runtime for run in runs))
     if len(runtimes) == 1:
         return [divmod(i, columns) for i in range(len(runs))]
@@ -265,7 +265,7 @@ def _longest(run: Sequence[Record]) -> float:
 
 
 def _draw_run(ax: Any, run: Sequence[Record], colours: dict[str, str], longest: float) -> dict[str, Any]:
-    """One panel; returns what the legend shows."""
+    """Draws one panel; returns the legend's entries."""
     first = run[0]
     unit, scale = ("s", 1e-3) if longest >= 2000 else ("ms", 1.0)
     shown = {"dense": ax.barh(0, scale * first.dense_ms, color=_DENSE, height=0.78)}
@@ -288,7 +288,7 @@ def _draw_run(ax: Any, run: Sequence[Record], colours: dict[str, str], longest: 
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
             )
             ticks.append(y)
-            names.append(f"{r.density:.0%}" if _unlike_others(r, same) else r.mask)
+            names.append(f"{r.density:.0%}" if _has_own_density(r, same) else r.mask)
         y += 0.5
     ax.axvline(scale * first.dense_ms, color=_DENSE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     ax.set_yticks(ticks, names, fontsize=8)
@@ -303,8 +303,8 @@ def _draw_run(ax: Any, run: Sequence[Record], colours: dict[str, str], longest: 
     return shown
 
 
-def _unlike_others(record: Record, others: Sequence[Record]) -> bool:
-    """No other record has this density, as it is written."""
+def _has_own_density(record: Record, others: Sequence[Record]) -> bool:
+    """Whether no other record has the same density, rounded as it is printed."""
     return sum(f"{record.density:.0%}" == f"{other.density:.0%}" for other in others) == 1
 
 
@@ -321,7 +321,7 @@ def _caption(report: Report, width: float) -> str:
 
 
 def _short(name: str, longest: int = 28) -> str:
-    """Names of files may be long; their end tells most."""
+    """Shortens a long name; of a file's name, the end says most."""
     return name if len(name) <= longest else f"...{name[-longest + 3 :]}"
 
 
@@ -330,13 +330,13 @@ def _figure_class() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "a plot needs matplotlib, not installed here; `pip install 'sparserefine[plot]'` brings it"
+            "a plot needs matplotlib, which is not installed; `pip install 'sparserefine[plot]'`"
         ) from error
-    return Figure  # drawn without pyplot: nothing global is touched, and no window system is needed
+    return Figure  # without pyplot: it changes no global state and needs no window system
 
 
 def _by_run(records: Sequence[Record]) -> list[list[Record]]:
-    """Records of each base (at its coarse size) and runtime."""
+    """Records grouped by base, coarse size and runtime."""
     return [list(group) for _, group in groupby(records, key=lambda r: (r.model, r.coarse_size, r.runtime))]
 
 
@@ -365,7 +365,7 @@ def _number(value: float | None) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], words: int) -> list[str]:
-    """Columns, the first ``words`` of them left, the others right."""
+    """Lines of aligned columns: the first ``words`` columns left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
