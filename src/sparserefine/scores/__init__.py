@@ -1,1 +1,1 @@
-"""Scores of label maps: pure functions."""
+"""Scores of label maps: pure functions, and the counts that they are computed from."""

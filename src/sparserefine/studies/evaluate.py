@@ -19,48 +19,18 @@ from sparserefine.images.upsampling import Upsampling
 from sparserefine.machine.memory import PeakMemory
 from sparserefine.machine.timing import now_ms
 from sparserefine.refiner import SparseRefiner
-from sparserefine.scores.boundary import band_overlap, boundary_bands
-from sparserefine.scores.confusion import accuracy, confusion, dice, foreground, iou
+from sparserefine.scores.boundary import boundary_bands
+from sparserefine.scores.counts import Counts
 from sparserefine.sparse import Engine
 from sparserefine.stages.refinement import Refinement
-
-
-@dataclass
-class Scores:
-    """Counts that scores are computed from, accumulated over images.
-
-    Attributes:
-        matrix: confusion matrix, ``int64 [K, K]``.
-        boundary: intersection and union of the boundary bands of each class, ``int64 [2, K]``.
-    """
-
-    matrix: Tensor
-    boundary: Tensor
-
-    @classmethod
-    def of(cls, classes: int) -> Scores:
-        """Zero counts for K = ``classes``."""
-        return cls(torch.zeros(classes, classes, dtype=torch.int64), torch.zeros(2, classes, dtype=torch.int64))
-
-    def figures(self, classes: Classes) -> dict[str, Any]:
-        """The scores by name, over all images together."""
-        per_class = iou(self.matrix)
-        return {
-            "dice": foreground(dice(self.matrix)),
-            "iou": foreground(per_class),
-            "boundary_iou": foreground(self.boundary[0].double() / self.boundary[1].double()),
-            "miou": float(per_class.nanmean()),
-            "accuracy": accuracy(self.matrix),
-            "class_iou": dict(zip(classes.names, per_class.tolist(), strict=True)),
-        }
 
 
 @dataclass
 class Row:
     """Scores and costs of one kind of prediction, accumulated over images."""
 
-    everywhere: Scores
-    at_sites: Scores
+    everywhere: Counts
+    at_sites: Counts
     ms: list[float] = field(default_factory=list)
     macs: list[int | None] = field(default_factory=list)
     peak_mb: list[float] = field(default_factory=list)
@@ -78,11 +48,9 @@ class Row:
             boundary_px: width of the bands [px].
         """
         k = len(self.everywhere.matrix)
-        self.everywhere.matrix += confusion(labels, truth, k)
-        self.at_sites.matrix += confusion(labels[sites], truth[sites], k)
-        predicted = boundary_bands(labels, truth != IGNORE, k, boundary_px)
-        self.everywhere.boundary += band_overlap(predicted, bands, k)
-        self.at_sites.boundary += band_overlap(predicted, bands, k, where=sites)
+        both = boundary_bands(labels, truth != IGNORE, k, boundary_px), bands
+        self.everywhere += Counts.of(labels, truth, k, bands=both)
+        self.at_sites += Counts.of(labels, truth, k, bands=both, where=sites)
 
     def cost(self, ms: float, macs: int | None, peak_mb: float) -> None:
         """Adds the cost of one image; ``macs`` is ``None`` if they cannot be counted."""
@@ -92,13 +60,25 @@ class Row:
 
     def summary(self, classes: Classes) -> dict[str, Any]:
         """Figures for tables and JSON. Over images: the median ``ms``, mean ``gmacs`` and largest ``peak_mb``."""
-        figures = {**self.everywhere.figures(classes), "at_sites": self.at_sites.figures(classes)}
+        figures = {**_figures(self.everywhere, classes), "at_sites": _figures(self.at_sites, classes)}
         if self.ms:
             counted = [m for m in self.macs if m is not None]
             figures["ms"] = statistics.median(self.ms)
             figures["gmacs"] = sum(counted) / len(counted) / 1e9 if counted else None
             figures["peak_mb"] = max(self.peak_mb)
         return {key: _without_nan(value) for key, value in figures.items()}
+
+
+def _figures(counts: Counts, classes: Classes) -> dict[str, Any]:
+    """The scores by name."""
+    return {
+        "dice": counts.dice(),
+        "iou": counts.iou(),
+        "boundary_iou": counts.boundary_iou(),
+        "miou": counts.mean_iou(),
+        "accuracy": counts.accuracy(),
+        "class_iou": dict(zip(classes.names, counts.class_iou(), strict=True)),
+    }
 
 
 def _without_nan(value: Any) -> Any:
@@ -229,7 +209,7 @@ def evaluate(
     watch = Stopwatch(device, repeats)
     engine, k = refiner.engine.on(device), refiner.base.num_classes
     names = ("coarse", "sparse", "refined", "oracle", *(("dense",) if dense else ()))
-    rows = {name: Row(Scores.of(k), Scores.of(k)) for name in names}
+    rows = {name: Row(Counts.zero(k), Counts.zero(k)) for name in names}
     densities: list[float] = []
     stages: dict[str, list[float]] = {}
     wrong = selected = count = 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparserefine.data.crops import CropBatch
 from sparserefine.refiner import SparseRefiner
-from sparserefine.scores.confusion import confusion, dice, foreground, iou
+from sparserefine.scores.counts import Counts
 from sparserefine.training.config import Config
 from sparserefine.training.losses import refinement_loss
 
@@ -37,7 +37,7 @@ class RefinerModule(L.LightningModule):
         self.strict_loading = False  # checkpoints do not contain the base
         self.best_score = -math.inf
         k = refiner.base.num_classes
-        self._matrices = {name: torch.zeros(k, k, dtype=torch.int64) for name in ("coarse", "refined")}
+        self._counts = {name: Counts.zero(k) for name in ("coarse", "refined")}
         self._density: list[float] = []
         self._losses: list[Tensor] = []
 
@@ -56,15 +56,15 @@ class RefinerModule(L.LightningModule):
         image, label, logits = item
         result = self.refiner.refine(image[None], logits[None])
         k = self.refiner.base.num_classes
-        self._matrices["coarse"] += confusion(result.coarse_labels[0], label, k).cpu()
-        self._matrices["refined"] += confusion(result.labels()[0], label, k).cpu()
+        self._counts["coarse"] += Counts.of(result.coarse_labels[0], label, k)
+        self._counts["refined"] += Counts.of(result.labels()[0], label, k)
         self._density.append(result.density)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the scores, and saves the refiner if it is the best so far."""
         if not self.trainer.sanity_checking:
-            score_of = dice if self.refiner.base.num_classes == 2 else iou
-            scores = {name: foreground(score_of(matrix)) for name, matrix in self._matrices.items()}
+            two = self.refiner.base.num_classes == 2
+            scores = {name: counts.dice() if two else counts.iou() for name, counts in self._counts.items()}
             self.log("val_score", scores["refined"], prog_bar=True)
             line = {
                 "step": self.global_step,
@@ -79,8 +79,7 @@ class RefinerModule(L.LightningModule):
             if score > self.best_score:
                 self.best_score = score
                 self.refiner.save_pretrained(Path(self.config.out) / "best")
-        for matrix in self._matrices.values():
-            matrix.zero_()
+        self._counts = {name: Counts.zero(self.refiner.base.num_classes) for name in self._counts}
         self._density.clear()
         self._losses.clear()
 
