@@ -44,6 +44,7 @@ def check_types(record: dict, kind: type) -> None:
         assert isinstance(record[field.name], allowed), field.name
 
 
+@pytest.mark.slow
 def test_the_network_is_timed_and_reported(sparse_unet, mask, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sparse_unet, "sgemm_gflops", lambda threads: 100.0)  # by itself: a worker, and seconds
     report = tmp_path / "report.json"
@@ -67,6 +68,7 @@ def test_the_matrix_product_is_timed(sparse_unet):
     assert importlib.import_module("benchmarks.common").Sgemm().round()["gflops"] > 0
 
 
+@pytest.mark.slow
 def test_uncertainty_is_timed_and_agrees(uncertainty, tmp_path, capsys):
     report = tmp_path / "report.json"
     options = ["--cases", "tiny", "--engines", "plain,torch", "--rounds", "1", "--threads", "1"]
