@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import platform
 import sys
 import time
 import types
@@ -18,7 +19,7 @@ from sparserefine.bases.families.unet import UNet, save_unet
 from sparserefine.bases.loaded import LoadedModel
 from sparserefine.commands.main import main
 from sparserefine.engines.choose import get_engine
-from sparserefine.studies.benchmark import inputs
+from sparserefine.studies.benchmark import clock, inputs
 from sparserefine.studies.benchmark import measure as module
 from sparserefine.studies.benchmark.inputs import RANDOM_MODELS, GivenSites, random_model, read_mask, synthetic_mask
 from sparserefine.studies.benchmark.measure import benchmark
@@ -354,6 +355,20 @@ def test_memory_of_refinement_has_all_features(engine, buffers):
         assert most.packed_mb == least.packed_mb >= 4 * weights / 1e6
     else:
         assert most.packed_mb is None
+
+
+def test_spare_memory_is_given_back_before_it_is_measured(monkeypatch):
+    """By the function of GNU's C library; others have none."""
+    asked = []
+    library = types.SimpleNamespace(malloc_trim=asked.append)
+    monkeypatch.setattr(clock.ctypes, "CDLL", lambda name: library)
+    clock.trim()
+    assert asked == [0]
+    del library.malloc_trim
+    clock.trim()
+    if platform.libc_ver()[0] == "glibc":
+        monkeypatch.undo()
+        assert clock.ctypes.CDLL(None).malloc_trim(0) in (0, 1)
 
 
 def test_masks_and_densities_together(tmp_path):

@@ -248,8 +248,10 @@ def test_a_refiner_that_changed_is_refused(device: torch.device, change: object)
     ],
 )
 def test_bad_arguments(device: torch.device, arguments: dict, words: str) -> None:
+    refiner = refiner_of(device).train()
     with pytest.raises(ValueError, match=words):
-        refiner_of(device).capture(pixels(device), **arguments)
+        refiner.capture(pixels(device), **arguments)
+    assert refiner.training  # nothing was captured, so nothing has changed
 
 
 def test_coarse_logits_for_other_images(device: torch.device) -> None:

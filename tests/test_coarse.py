@@ -50,7 +50,7 @@ def test_values_are_not_looked_at() -> None:
 
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "integers": ((IMAGE.int(), SIZE), "logits are torch.int32 on cpu, expected floating point"),
+    "integers": ((IMAGE.int(), SIZE), "logits are torch.int32, expected floating-point logits, not labels"),
     "one image": ((IMAGE[0], SIZE), r"logits are \(3, 8, 9\), expected \[B, K, h, w\], or B times \[K, h, w\]"),
     "images with a batch": (([IMAGE, IMAGE], SIZE), r"\(2, 3, 8, 9\), expected \[K, h, w\]"),
     "no image": ((IMAGE[:0], SIZE), "of no image"),
@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "too many classes": ((torch.zeros(1, MAX_CLASSES + 1, 1, 1), SIZE), "32767"),
     "classes that differ": (([IMAGE[0], IMAGE[0, :2]], SIZE), r"\(2, 8, 9\), expected .* the same K"),
     "an integer among them": (([IMAGE[0], IMAGE[0].int()], SIZE), "torch.int32"),
-    "devices that differ": (([IMAGE[0], IMAGE[0].to("meta")], SIZE), "on meta, expected floating point on cpu"),
+    "devices that differ": (([IMAGE[0], IMAGE[0].to("meta")], SIZE), "are on meta, those of the first image on cpu"),
     "no pixel": ((IMAGE, (0, 9)), r"size = \(0, 9\)"),
     "three sizes": ((IMAGE, (3, 8, 9)), r"size = \(3, 8, 9\)"),
     "windows missing": ((IMAGE, SIZE, Upsampling(), [Window((8, 9))]), "1 windows .* 2 images"),

@@ -634,6 +634,15 @@ def test_interrupted_storing_is_recognised(stored: tuple[SparseRefiner, Path], m
         SparseRefiner.from_pretrained(folder)
 
 
+def test_a_base_of_ones_own_needs_no_stored_base(stored: tuple[SparseRefiner, Path]) -> None:
+    """So a base that this version cannot read is no obstacle."""
+    refiner, folder = stored
+    changed(base__name="hologram:x", base__depth=3)(folder)
+    assert SparseRefiner.from_pretrained(folder, base=refiner.base).base is refiner.base
+    with pytest.raises(ValueError, match=r"config\.json: base: unknown key 'depth'"):
+        SparseRefiner.from_pretrained(folder)
+
+
 def changed(**changes: Any) -> Callable[[Path], None]:
     """Changes entries of config.json; a dotted one lies inside another."""
 

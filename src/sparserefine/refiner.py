@@ -284,8 +284,13 @@ class SparseRefiner(nn.Module):
             trained,
             changed,
         )
+        training = self.training
         self.eval()
-        return capture(recipe, image_list or [], logits, headroom, capacities)
+        try:
+            return capture(recipe, image_list or [], logits, headroom, capacities)
+        except BaseException:  # nothing was captured, so nothing has changed
+            self.train(training)
+            raise
 
     def quantize(self, images: Iterable[Tensor]) -> int:
         """Measures the range of activations on a few typical images, for 8-bit inference by engine ``cpu-int8``.

@@ -40,13 +40,13 @@ class StoredRefiner:
         folder: the folder; for a hub id, its local copy in the cache.
         config: settings of the refiner.
         classes: names and colours.
-        base: name and input settings of the base.
+        base: name and input settings of the base, as stored; :meth:`load_base` checks them.
     """
 
     folder: Path
     config: RefinerConfig
     classes: Classes
-    base: BaseConfig
+    base: Any
 
     def load_base(
         self, *, trust_base: bool = False, runtime: Literal["onnxruntime", "openvino"] | None = None
@@ -58,12 +58,13 @@ class StoredRefiner:
             runtime: runtime of the base; see :class:`BaseConfig`.
 
         Raises:
-            ValueError: no base is named, or it cannot be loaded.
+            ValueError: no base is named, its settings are wrong, or it cannot be loaded.
         """
-        if not self.base.name:
-            where = self.folder / CONFIG
+        where = self.folder / CONFIG
+        stored = _parse(BaseConfig, self.base, f"{where}: base")
+        if not stored.name:
             raise ValueError(f"{where}: names no base (it was built in Python); pass it as base=FrozenBase(...)")
-        config = replace(self.base, runtime=runtime)
+        config = replace(stored, runtime=runtime)
         return load_base(config, self.classes, folder=self.folder, trust_base=trust_base)
 
 
@@ -151,7 +152,7 @@ def read_refiner(name: str | Path) -> StoredRefiner:
         config.selector.check(len(classes))
     except ValueError as error:
         raise ValueError(f"{where}: selector: {error}") from error
-    return StoredRefiner(folder, config, classes, _parse(BaseConfig, values["base"], f"{where}: base"))
+    return StoredRefiner(folder, config, classes, values["base"])
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:

@@ -92,11 +92,10 @@ def _check_logits(logits: Tensor | Sequence[Tensor]) -> None:
                 f"logits of an image are {tuple(image.shape)}, expected [K, h, w] with the same K of 1..{MAX_CLASSES} "
                 "for all images, and h and w of at least 1"
             )
-        if not image.dtype.is_floating_point or image.device != first.device:
-            raise ValueError(
-                f"logits are {image.dtype} on {image.device}, expected floating point on {first.device}, "
-                "like those of the first image"
-            )
+        if not image.dtype.is_floating_point:
+            raise ValueError(f"logits are {image.dtype}, expected floating-point logits, not labels")
+        if image.device != first.device:
+            raise ValueError(f"logits of an image are on {image.device}, those of the first image on {first.device}")
 
 
 def _check_windows(windows: Sequence[Window] | None, batch: int) -> None:

@@ -61,4 +61,4 @@ def trim() -> None:
     """Frees garbage and the C library's spare memory, which the next run would reuse without growing the process."""
     gc.collect()
     with suppress(AttributeError, OSError, TypeError):  # another C library than GNU's
-        ctypes.CDLL(None).malloctrim(0)
+        ctypes.CDLL(None).malloc_trim(0)
