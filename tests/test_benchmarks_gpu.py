@@ -62,7 +62,7 @@ def test_rehearsal_takes_every_step(gpu: ModuleType, tmp_path: Path, monkeypatch
     printed = out.getvalue()
     assert "WRONG" not in printed
     assert "left out" not in printed
-    steps, figures = printed.split("REHEARSAL: interpreted on the CPU, each step once. No figure below means anything.")
+    steps, figures = printed.split("REHEARSAL: interpreted on the CPU, each step once. The figures below mean nothing.")
     for line in (
         "triton eager, slim, tiny",
         "triton graph, slim, tiny",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine.stages.ensembler import Ensembler, EnsemblerConfig, GatedEnsembler, build_ensembler
-from support import assert_close
+from support import assert_close, engine_of
 
 CONFIGS = [
     EnsemblerConfig(),
@@ -164,3 +164,16 @@ def test_wrong_logits(coarse: tuple[int, ...], sparse: tuple[int, ...], words: s
     """Refused before an engine sees them."""
     with pytest.raises(ValueError, match=words):
         GatedEnsembler(K)(torch.zeros(coarse), torch.zeros(sparse))
+
+
+@pytest.mark.parametrize("engine", ["torch", "cpu-generic", "triton"])
+def test_other_modules_must_have_the_shapes_of_ours(engine):
+    """Kernels read the weights by them: a narrower matrix would be read past its end."""
+    ensembler, logits = GatedEnsembler(3), torch.randn(2, 5, 3)
+    ensembler.gate = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 1))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"first weight of the gate is \(64, 6\), expected \[64, 8\]"):
+        ensembler(*logits, engine_of(engine))
+    ensembler.gate = GatedEnsembler(3).gate
+    ensembler.fuser[2] = nn.Linear(64, 4)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"last weight of the fuser is \(4, 64\), expected \[3, 64\]"):
+        ensembler(*logits, engine_of(engine))

@@ -134,6 +134,20 @@ def test_entropy_is_that_of_the_logits(selector: Selector) -> None:
     assert_close(result.entropy(), -(log_p.exp() * log_p).sum(1), torch.float32)
 
 
+def test_a_changed_refinement_must_fit_its_sites() -> None:
+    """Engines write labels at the sites without further checks."""
+    with torch.no_grad():
+        result = refiner_of()(pixels())
+    for name, value, words in (
+        ("coarse_labels", result.coarse_labels[:, ::2, ::2].contiguous(), r"coarse_labels are \(1, 5, 7\), expected"),
+        ("coarse_entropy", result.coarse_entropy[0], r"coarse_entropy are \(9, 14\), expected"),
+        ("coarse_labels", result.coarse_labels.long(), r"coarse_labels are torch.int64, expected torch.uint8"),
+        ("refined_logits", result.refined_logits[1:], r"refined_logits are .* expected \[N, K\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            replace(result, **{name: value})
+
+
 def test_asking_changes_nothing() -> None:
     result = refiner_of()(pixels())
     before = result.coarse_labels.clone(), result.coarse_entropy.clone(), result.coarse.logits.clone()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparserefine.sparse.layers import ResidualBlock, SparseBatchNorm, SparseConv
-from sparserefine.sparse.plan import DownKind, Plan, PlanSpec, Stencil
+from sparserefine.sparse.plan import DownKind, PaddedPlan, Plan, PlanSpec, Stencil
 
 
 class SparseUNet(nn.Module):
@@ -65,9 +65,9 @@ class SparseUNet(nn.Module):
         logits: Tensor = self.head(F.relu(self.head_norm(x), inplace=True))
         return logits
 
-    def macs(self, plan: Plan) -> int:
+    def macs(self, plan: Plan | PaddedPlan) -> int:
         """Multiply-accumulates of one forward pass. Missing neighbours count too: they are multiplied as zero rows."""
-        return self.macs_of([len(level.sites) for level in plan.levels])
+        return self.macs_of(plan.rows)
 
     def macs_of(self, sites: Sequence[int]) -> int:
         """Like :meth:`macs`, from the number of sites at each level, full size first."""

@@ -71,7 +71,7 @@ class GatedEnsembler(Ensembler):
         """Refined logits ``[N, K]``, computed by the engine's kernel if it has one.
 
         Raises:
-            ValueError: the logits are not both ``[N, K]``.
+            ValueError: the logits are not both ``[N, K]``, or an MLP has other inputs or outputs than it was made with.
         """
         if coarse.dim() != 2 or coarse.shape != sparse.shape or coarse.shape[1] != self.num_classes:
             raise ValueError(
@@ -79,7 +79,10 @@ class GatedEnsembler(Ensembler):
                 f"expected [N, {self.num_classes}] of both"
             )
         if engine is not None:
-            refined = engine.gated(coarse, sparse, _perceptron(self.gate), _perceptron(self.fuser), self.residual)
+            gate, fuser = _perceptron(self.gate), _perceptron(self.fuser)
+            _check_perceptron("gate", gate, 2 * (self.num_classes + 1), 1)
+            _check_perceptron("fuser", fuser, self.num_classes, self.num_classes)
+            refined = engine.gated(coarse, sparse, gate, fuser, self.residual)
             if refined is not None:
                 return refined
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -118,6 +121,17 @@ class MeanEnsembler(Ensembler):
 def _perceptron(network: nn.Sequential) -> Perceptron:
     weight1, bias1, weight2, bias2 = network.parameters()
     return weight1, bias1, weight2, bias2
+
+
+def _check_perceptron(name: str, mlp: Perceptron, inputs: int, outputs: int) -> None:
+    """Engines read the weights by these shapes, whatever modules have been put in place of ours."""
+    hidden = len(mlp[1])
+    expected = ((hidden, inputs), (hidden,), (outputs, hidden), (outputs,))
+    for part, tensor, shape in zip(
+        ("first weight", "first bias", "last weight", "last bias"), mlp, expected, strict=True
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{part} of the {name} is {tuple(tensor.shape)}, expected {list(shape)}")
 
 
 def build_ensembler(config: EnsemblerConfig, num_classes: int) -> Ensembler:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sparserefine.bases.base import FrozenBase
 from sparserefine.images.coarse import Coarse
-from sparserefine.images.uncertainty import dense, entropy
+from sparserefine.images.uncertainty import dense, entropy, label_dtype
 from sparserefine.machine.timing import StageTimer
 from sparserefine.sparse import Engine, Sites
 
@@ -27,7 +28,8 @@ class Refinement:
         refined_logits: the ensembler's logits at the sites, ``[N, K]``.
 
     Raises:
-        ValueError: logits at the sites are not of shape ``[N, K]``.
+        ValueError: logits at the sites are not of shape ``[N, K]``, labels or entropy are not of the sites' images, or
+            the labels cannot hold K classes. Engines write labels at the sites without further checks.
     """
 
     coarse: Coarse
@@ -48,6 +50,14 @@ class Refinement:
             shape = tuple(getattr(self, name).shape)
             if shape != expected:
                 raise ValueError(f"{name} are {shape}, expected [N, K] = {list(expected)}")
+        size = (self.sites.batch_size, self.sites.height, self.sites.width)
+        for name in ("coarse_labels", "coarse_entropy"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != size:
+                raise ValueError(f"{name} are {shape}, expected those of the sites' images, [B, H, W] = {list(size)}")
+        dtype, wanted = self.coarse_labels.dtype, label_dtype(self.coarse.num_classes)
+        if dtype not in (wanted, torch.int16):
+            raise ValueError(f"coarse_labels are {dtype}, expected {wanted} for {self.coarse.num_classes} classes")
 
     def labels(self) -> Tensor:
         """Refined labels, ``uint8 [B, H, W]`` (int16 above 255 classes)."""

@@ -20,6 +20,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _COLUMNS = 128  # per program: one for each thread
 _ROWS = (1, 2, 4)  # choices per program; one thread handles all rows of a column
 _SITES = 128
+_MOST_IMAGES = 65535  # of one launch
 _CLASSES, _CHANNELS = 16, 4  # that a program reads at once
 
 
@@ -146,7 +147,7 @@ def write_labels(labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> 
 
 def _launches(coarse: Coarse) -> Iterator[tuple[slice, Tensor, _Taps, _Taps]]:
     """Images with equal taps: their slice of the batch, logits ``[n, K, h, w]``, taps of rows and of columns."""
-    if isinstance(coarse.logits, Tensor) and coarse.windows is None:
+    if isinstance(coarse.logits, Tensor) and coarse.windows is None and coarse.batch <= _MOST_IMAGES:
         yield slice(0, coarse.batch), _as_supported(coarse.logits), *_taps(coarse, 0)
         return
     for b in range(coarse.batch):
