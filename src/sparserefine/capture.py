@@ -97,7 +97,7 @@ class Graph:
         capacities: Sequence[int],
     ) -> None:
         assert isinstance(coarse.logits, Tensor)
-        self._recipe, self._engine, self._packed, self._capacities = recipe, engine, packed, tuple(capacities)
+        self._recipe, self._engine, self._packed, self.capacities = recipe, engine, packed, tuple(capacities)
         self.image = image.clone()
         self.logits = coarse.logits.detach().clone(memory_format=torch.preserve_format)
         self._coarse = replace(coarse, logits=self.logits)
@@ -128,7 +128,7 @@ class Graph:
         plans: list[PaddedPlan] = []
 
         def plan_of(mask: Tensor) -> PaddedPlan:
-            plans.append(self._engine.padded_plan(mask, self._recipe.extractor.spec, self._capacities))
+            plans.append(self._engine.padded_plan(mask, self._recipe.extractor.spec, self.capacities))
             return plans[0]
 
         self.result = self._recipe.step(self.image, self._coarse, plan_of=plan_of)
@@ -191,21 +191,12 @@ class CapturedRefiner:
         overflows: how many of these calls had more sites than ``capacities``.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        engine: TritonEngine,
-        packed: object,
-        image: Tensor,
-        coarse: Coarse,
-        capacities: Sequence[int],
-    ) -> None:
-        self.capacities, self.calls, self.overflows = tuple(capacities), 0, 0
-        self._recipe, self._state = recipe, _versions(recipe.trained)
-        kind = image.device.type
+    def __init__(self, recipe: Recipe, graph: Graph) -> None:
+        self.capacities, self.calls, self.overflows = graph.capacities, 0, 0
+        self._recipe, self._graph, self._state = recipe, graph, _versions(recipe.trained)
+        kind = graph.image.device.type
         half, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self._autocast: dict[str, Any] = {"enabled": half, "dtype": dtype}
-        self._graph = Graph(recipe, engine, packed, image, coarse, self.capacities)
 
     def __call__(self, image: Tensor) -> Refinement:
         """Runs the base and refines its prediction, like :meth:`SparseRefiner.forward`.
@@ -342,7 +333,8 @@ def capture(
     levels = recipe.extractor.spec.levels
     if len(capacities) != levels or min(capacities) < 1:
         raise ValueError(f"capacities = {list(capacities)}, expected {levels} numbers of sites, one per level, above 0")
-    return CapturedRefiner(recipe, cast("TritonEngine", engine), packed, first, coarse[0], capacities)
+    graph = Graph(recipe, cast("TritonEngine", engine), packed, first, coarse[0], capacities)
+    return CapturedRefiner(recipe, graph)
 
 
 def _capacities(
