@@ -16,7 +16,8 @@ ENGINES = ("torch", "cpu", "cpu-int8", "triton")
 class EngineChoice:
     """The engine for each kind of device. Engines are made on first use and kept, because they own packed weights.
 
-    Copies and pickles hold only the name, because the machine that reads them may have no GPU.
+    Copies and pickles hold only the name. With ``auto`` they work on any machine, with or without a GPU; with the
+    name of an engine, only where that engine does.
 
     Args:
         name: ``auto`` picks the fastest engine that works on a device. A name of ``ENGINES`` picks that engine; on
