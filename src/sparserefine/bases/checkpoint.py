@@ -215,11 +215,6 @@ def load_renamed(
             own[name].copy_(value)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type if there is no message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 

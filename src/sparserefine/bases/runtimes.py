@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparserefine.bases.checkpoint import first_line
 from sparserefine.bases.families.onnx import OnnxModel, open_session
 from sparserefine.bases.loaded import tensor_of
+from sparserefine.files.errors import first_line
 
 _log = logging.getLogger(__name__)
 

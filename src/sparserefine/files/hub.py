@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparserefine.files.errors import first_line
+
 
 def hub_snapshot(name: str | Path, *patterns: str) -> Path:
     """Downloads files of a hub repository, unless they are in the local cache already.
@@ -31,7 +33,6 @@ def hub_snapshot(name: str | Path, *patterns: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FileNotFoundError(
-            f"{name}: no such folder, and downloading it from the hub failed ({first_line})"
+            f"{name}: no such folder, and downloading it from the hub failed ({first_line(error)})"
         ) from error

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparserefine.bases.checkpoint import first_line
 from sparserefine.bases.families.hf_model import MASKS, HfModel
 from sparserefine.bases.loaded import LoadedModel
+from sparserefine.files.errors import first_line
 from sparserefine.files.hub import hub_snapshot
 from sparserefine.files.json import read_json
 from sparserefine.images.classes import CITYSCAPES, Classes, wheel

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparserefine.bases.checkpoint import first_line
 from sparserefine.bases.loaded import LoadedModel
+from sparserefine.files.errors import first_line
 
 _log = logging.getLogger(__name__)
 
