@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparserefine.bases.families.onnx import OnnxModel, open_session
 from sparserefine.bases.loaded import tensor_of
-from sparserefine.files.errors import first_line
+from sparserefine.files.text import first_line
 
 _log = logging.getLogger(__name__)
 

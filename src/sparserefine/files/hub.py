@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparserefine.files.errors import first_line
+from sparserefine.files.text import first_line
 
 
 def hub_snapshot(name: str | Path, *patterns: str) -> Path:

@@ -1,29 +1,179 @@
-"""Files that are written completely or not at all."""
+"""Files and folders that are written completely or not at all. Everything that this package writes goes through here."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-import tempfile
+import re
+import secrets
+import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
+NEXT = ".sparserefine-next"
+"""Folder in which :func:`folder_written_whole` keeps complete files until all have their final names."""
+_OLD_S = 86_400
+"""Age [s] from which a temporary file of another machine counts as left behind."""
+
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path next to ``path``. On success syncs the file to disk and renames it, else removes it."""
+def written_whole(path: str | Path, *, keep: str | Path | None = None) -> Iterator[Path]:
+    """Yields a temporary path in the folder of ``path``; if the block succeeds, the file there becomes ``path``.
+
+    The file is synced to disk before the rename and the folder after it, so a killed process or a power cut leaves the
+    old file or the new one. If the block fails, ``path`` stays as it was. A missing folder is made.
+
+    Args:
+        path: the file to write.
+        keep: name for the file that ``path`` held before; default: it is replaced.
+
+    Raises:
+        OSError: the file cannot be written; the message names ``path`` and the cure.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / _temporary_name()
+        temporary.open("xb").close()
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner can read
-        temporary.replace(path)
+        with _explained(path, temporary):
+            yield temporary
+            _sync(temporary)
+            if keep is not None and path.exists():
+                path.replace(keep)
+            temporary.replace(path)
+            _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_whole(folder: str | Path, last: str) -> Iterator[Path]:
+    """Yields an empty folder; if the block succeeds, the files in it replace those of the same names in ``folder``.
+
+    A killed process never leaves a mixture: the complete files are first renamed together to ``folder/NEXT`` and then
+    moved one by one, ``last`` as the last one. A reader that finds ``NEXT`` takes each file from there or else from
+    ``folder``: these are the new files. Other files in ``folder`` are left alone.
+
+    Args:
+        folder: made if missing.
+        last: name of the file that is moved last: once it is in place, all are.
+
+    Raises:
+        OSError: a file cannot be written; ``folder`` then has its old files.
+    """
+    folder = Path(folder)
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        _move_from_next(folder, last)  # an earlier write that was interrupted here
+        temporary = folder / _temporary_name()
+        temporary.mkdir()
+    try:
+        with _explained(folder, temporary):
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+            _sync_folder(temporary)
+            temporary.replace(folder / NEXT)
+            _sync_folder(folder)
+            _move_from_next(folder, last)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_from_next(folder: Path, last: str) -> None:
+    staged = folder / NEXT
+    if not staged.is_dir():
+        return
+    for file in sorted(staged.iterdir(), key=lambda file: file.name == last):
+        if file.name == last:
+            _sync_folder(folder)  # the other files' new names reach the disk first
+        file.replace(folder / file.name)
+    staged.rmdir()
+    _sync_folder(folder)
+
+
+def sweep(folder: str | Path) -> None:
+    """Removes temporary files that killed processes left in ``folder``; those of running processes stay."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    for path in list(folder.iterdir()):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or not _left_behind(path, host=match[1], process=int(match[2])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+_TEMPORARY = re.compile(r"\.sparserefine-([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.tmp")
+
+
+def _temporary_name() -> str:
+    """A new hidden name, short enough beside any name that a file system allows; it tells whose it is."""
+    return f".sparserefine-{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _left_behind(path: Path, host: str, process: int) -> bool:
+    """Whether the process that made this temporary file has ended."""
+    try:
+        made = path.lstat().st_mtime
+    except OSError:  # gone in the meantime
+        return False
+    if host != _host():
+        return time.time() - made > _OLD_S
+    try:
+        # A younger process of that number is another one. A second of tolerance for coarse clocks.
+        return psutil.Process(process).create_time() > made + 1
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
+@contextmanager
+def _explained(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Errors of writing name ``path``, not the temporary file, and say what to do. Errors of other files pass."""
+    try:
+        yield
+    except OSError as error:
+        about = None if error.filename is None else Path(str(error.filename))
+        mine = (path, path.parent, temporary)
+        if about is not None and about not in mine and (temporary is None or temporary not in about.parents):
+            raise
+        reason = error.strerror or str(error)
+        explained = type(error)(
+            f"{path}: cannot be written ({reason}); free space or choose another place, then repeat"
+        )
+        explained.errno = error.errno
+        raise explained from error
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Syncs the names in a folder to disk, where the system can (Windows cannot)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems cannot
+        pass
+    finally:
+        os.close(descriptor)

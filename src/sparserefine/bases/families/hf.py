@@ -16,7 +16,7 @@ from torch import nn
 
 from sparserefine.bases.families.hf_model import MASKS, HfModel
 from sparserefine.bases.loaded import LoadedModel
-from sparserefine.files.errors import first_line
+from sparserefine.files.text import first_line
 from sparserefine.files.hub import hub_snapshot
 from sparserefine.files.json import read_json
 from sparserefine.images.classes import CITYSCAPES, Classes, wheel

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sparserefine.bases.checkpoint import load_renamed, read_checkpoint
 from sparserefine.bases.loaded import LoadedModel, tensor_of
-from sparserefine.files.errors import first_line
+from sparserefine.files.text import first_line
 from sparserefine.images.classes import Classes, wheel
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, check_normalisation
 

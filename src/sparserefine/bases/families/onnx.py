@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparserefine.bases.loaded import LoadedModel
-from sparserefine.files.errors import first_line
+from sparserefine.files.text import first_line
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,110 @@
+"""A lock on an output folder, so that two runs do not write into it at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+NAME = ".sparserefine.lock"
+_JUST_MADE_S = 10
+"""A lock file of unreadable content counts as held for so long [s]: its owner may be writing it."""
+
+
+class LockedError(ValueError):
+    """Another run writes into the folder."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The run that holds a lock.
+
+    Attributes:
+        host: name of its machine.
+        process: number of its process.
+        started: start time of its process [s since 1970]; tells it from a later process with the same number.
+        what: the run, in a word: ``train``, ``predict``.
+    """
+
+    host: str
+    process: int
+    started: float
+    what: str
+
+    @classmethod
+    def this_process(cls, what: str) -> Holder:
+        """This process, doing ``what``."""
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), what)
+
+    def has_ended(self) -> bool:
+        """Whether its process has ended, as far as this machine can tell."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            return abs(psutil.Process(self.process).create_time() - self.started) > 1
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return False
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
+        return f"{self.what} (process {self.process} on {self.host}, started {since})"
+
+
+@contextmanager
+def locked(folder: str | Path, what: str) -> Iterator[None]:
+    """Holds the lock of an output folder while the block runs. A lock whose process has ended is taken over.
+
+    Args:
+        folder: made if missing.
+        what: this run, in a word, for the message that another run gets.
+
+    Raises:
+        LockedError: another run holds the lock, or one on another machine did and its end cannot be seen from here.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, mine = folder / NAME, Holder.this_process(what)
+    while not _created(path, mine):
+        holder = _holder_of(path)
+        if holder is not None and not holder.has_ended():
+            raise LockedError(
+                f"{folder}: {holder} writes there; wait for it or choose another folder. If it has ended, delete {path}"
+            )
+        if holder is None and path.exists() and time.time() - path.stat().st_mtime < _JUST_MADE_S:
+            raise LockedError(f"{folder}: another run is starting there; wait for it or choose another folder")
+        path.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        if _holder_of(path) == mine:
+            path.unlink(missing_ok=True)
+
+
+def _created(path: Path, holder: Holder) -> bool:
+    """Makes the lock file; false if there is one."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(asdict(holder), file)
+    return True
+
+
+def _holder_of(path: Path) -> Holder | None:
+    """Who holds the lock; ``None`` if the file is missing or holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Holder(str(values["host"]), int(values["process"]), float(values["started"]), str(values["what"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

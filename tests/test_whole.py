@@ -1,0 +1,176 @@
+"""Files, folders and locks that survive kills, full disks and other runs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sparserefine.files import whole
+from sparserefine.files.lock import NAME, Holder, LockedError, locked
+from sparserefine.files.text import printable
+from sparserefine.files.whole import NEXT, folder_written_whole, sweep, written_whole
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole_and_nothing_else_stays(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with written_whole(path) as temporary:
+        assert temporary.parent == path.parent  # a rename inside one file system
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new" and names(path.parent) == ["a.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="stop"), written_whole(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("stop")
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_the_former_file_can_be_kept(tmp_path):
+    for text in ("1", "2", "3"):
+        with written_whole(tmp_path / "a", keep=tmp_path / "before") as temporary:
+            temporary.write_text(text)
+    assert (tmp_path / "a").read_text() == "3" and (tmp_path / "before").read_text() == "2"
+
+
+def test_the_longest_name_of_a_file_system_works(tmp_path):
+    path = tmp_path / ("x" * 251 + ".png")
+    with written_whole(path) as temporary:
+        temporary.write_text("1")
+    assert path.read_text() == "1"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_names_the_final_file_and_the_cure(tmp_path, number):
+    with pytest.raises(OSError, match=r"a\.txt: cannot be written \(.*\); free space") as caught:
+        with written_whole(tmp_path / "a.txt"):
+            raise OSError(number, os.strerror(number))
+    assert caught.value.errno == number and ".tmp" not in str(caught.value)
+    assert names(tmp_path) == []
+
+
+def test_errors_about_other_files_pass(tmp_path):
+    with pytest.raises(FileNotFoundError, match="other") as caught, written_whole(tmp_path / "a.txt"):
+        open("/no/other")  # noqa: PTH123, SIM115
+    assert "cannot be written" not in str(caught.value)
+
+
+def write_pair(folder: Path, text: str) -> None:
+    with folder_written_whole(folder, "last") as staged:
+        for name in ("first", "second", "last"):
+            (staged / name).write_text(text)
+
+
+def read_pair(folder: Path) -> set[str]:
+    """What a reader finds, as the docstring of ``folder_written_whole`` describes."""
+    staged = folder / NEXT
+    found = [staged / name if (staged / name).exists() else folder / name for name in ("first", "second", "last")]
+    return {path.read_text() for path in found}
+
+
+def test_a_folder_is_replaced_as_one_and_other_files_stay(tmp_path):
+    write_pair(tmp_path, "1")
+    (tmp_path / "README.md").write_text("mine")
+    write_pair(tmp_path, "2")
+    assert read_pair(tmp_path) == {"2"}
+    assert names(tmp_path) == ["README.md", "first", "last", "second"]
+
+
+def test_a_reader_never_sees_a_mixture_whichever_rename_was_the_last(tmp_path, monkeypatch):
+    renames = Path.replace
+    for allowed in range(6):
+        folder = tmp_path / str(allowed)
+        write_pair(folder, "old")
+        left = [allowed]
+
+        def replace(path, target, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return renames(path, target)
+
+        monkeypatch.setattr(Path, "replace", replace)
+        done = True
+        try:
+            write_pair(folder, "new")
+        except KeyboardInterrupt:
+            done = False
+        monkeypatch.setattr(Path, "replace", renames)
+        assert done == (allowed >= 4), "four renames: the folder and three files"
+        assert read_pair(folder) == ({"new"} if allowed else {"old"})
+        write_pair(folder, "newer")  # finishes what was interrupted
+        assert read_pair(folder) == {"newer"} and names(folder) == ["first", "last", "second"]
+
+
+def test_leftovers_of_ended_processes_are_swept_and_those_of_running_ones_stay(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = whole._host()
+    left = tmp_path / f".sparserefine-{host}-{ended.pid}-00000000.tmp"
+    folder = tmp_path / f".sparserefine-{host}-{ended.pid}-00000001.tmp"
+    mine = tmp_path / f".sparserefine-{host}-{os.getpid()}-00000002.tmp"
+    elsewhere = tmp_path / f".sparserefine-{'0' * 8}-{ended.pid}-00000003.tmp"
+    old = tmp_path / f".sparserefine-{'0' * 8}-{ended.pid}-00000004.tmp"
+    other = tmp_path / ".sparserefine-notes.txt"
+    for path in (left, mine, elsewhere, old, other):
+        path.write_text("x")
+    folder.mkdir()
+    (folder / "a").write_text("x")
+    os.utime(old, (0, 0))
+    sweep(tmp_path)
+    assert names(tmp_path) == sorted(path.name for path in (mine, elsewhere, other))
+
+
+def test_a_second_run_is_refused_and_told_who_is_there(tmp_path):
+    with locked(tmp_path / "out", "train"):
+        with pytest.raises(LockedError, match=rf"train \(process {os.getpid()} on .*, started .*\) writes there"):
+            with locked(tmp_path / "out", "predict"):
+                pass
+        assert (tmp_path / "out" / NAME).exists()
+    assert names(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("change", ["ended", "other process of that number", "cut short"])
+def test_a_stale_lock_is_taken_over(tmp_path, change):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    holder = Holder.this_process("train")
+    process, started = {
+        "ended": (ended.pid, psutil.Process().create_time()),
+        "other process of that number": (os.getpid(), holder.started - 1000),
+        "cut short": (os.getpid(), holder.started),
+    }[change]
+    text = json.dumps({"host": holder.host, "process": process, "started": started, "what": "train"})
+    path = tmp_path / NAME
+    path.write_text(text[:20] if change == "cut short" else text)
+    os.utime(path, (0, 0))
+    with locked(tmp_path, "predict"):
+        assert json.loads(path.read_text())["what"] == "predict"
+    assert names(tmp_path) == []
+
+
+def test_a_lock_of_another_machine_is_respected_with_the_cure(tmp_path):
+    path = tmp_path / NAME
+    path.write_text(json.dumps({"host": "elsewhere", "process": 1, "started": 0.0, "what": "train"}))
+    with pytest.raises(LockedError, match=f"on elsewhere.*delete {path}"), locked(tmp_path, "train"):
+        pass
+    assert path.exists()
+
+
+def test_printable_escapes_what_changes_a_terminal_or_fakes_a_line():
+    assert printable("é 日本 \u202f.png") == "é 日本 \u202f.png"
+    assert printable("a\x1b[2J\nb\r\u202e\udc80\x9b\u2028") == r"a\x1b[2J\nb\r\u202e\udc80\x9b\u2028"
