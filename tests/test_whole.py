@@ -28,7 +28,8 @@ def test_a_file_appears_whole_and_nothing_else_stays(tmp_path):
         assert temporary.parent == path.parent  # a rename inside one file system
         temporary.write_text("new")
         assert not path.exists()
-    assert path.read_text() == "new" and names(path.parent) == ["a.txt"]
+    assert path.read_text() == "new"
+    assert names(path.parent) == ["a.txt"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -37,14 +38,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError, match="stop"), written_whole(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError("stop")
-    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
 
 
 def test_the_former_file_can_be_kept(tmp_path):
     for text in ("1", "2", "3"):
         with written_whole(tmp_path / "a", keep=tmp_path / "before") as temporary:
             temporary.write_text(text)
-    assert (tmp_path / "a").read_text() == "3" and (tmp_path / "before").read_text() == "2"
+    assert (tmp_path / "a").read_text() == "3"
+    assert (tmp_path / "before").read_text() == "2"
 
 
 def test_the_longest_name_of_a_file_system_works(tmp_path):
@@ -59,7 +62,8 @@ def test_a_full_disk_names_the_final_file_and_the_cure(tmp_path, number):
     with pytest.raises(OSError, match=r"a\.txt: cannot be written \(.*\); free space") as caught:
         with written_whole(tmp_path / "a.txt"):
             raise OSError(number, os.strerror(number))
-    assert caught.value.errno == number and ".tmp" not in str(caught.value)
+    assert caught.value.errno == number
+    assert ".tmp" not in str(caught.value)
     assert names(tmp_path) == []
 
 
@@ -113,7 +117,8 @@ def test_a_reader_never_sees_a_mixture_whichever_rename_was_the_last(tmp_path, m
         assert done == (allowed >= 4), "four renames: the folder and three files"
         assert read_pair(folder) == ({"new"} if allowed else {"old"})
         write_pair(folder, "newer")  # finishes what was interrupted
-        assert read_pair(folder) == {"newer"} and names(folder) == ["first", "last", "second"]
+        assert read_pair(folder) == {"newer"}
+        assert names(folder) == ["first", "last", "second"]
 
 
 def test_leftovers_of_ended_processes_are_swept_and_those_of_running_ones_stay(tmp_path):

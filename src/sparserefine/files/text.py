@@ -11,7 +11,7 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: object) -> str:
-    """Text on one line, with control characters escaped.
+    r"""Text on one line, with control characters escaped.
 
     File names, class names and values of configurations may contain anything: a line feed fakes lines of output, an
     escape sequence changes a terminal.

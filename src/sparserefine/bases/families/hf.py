@@ -16,9 +16,9 @@ from torch import nn
 
 from sparserefine.bases.families.hf_model import MASKS, HfModel
 from sparserefine.bases.loaded import LoadedModel
-from sparserefine.files.text import first_line
 from sparserefine.files.hub import hub_snapshot
 from sparserefine.files.json import read_json
+from sparserefine.files.text import first_line
 from sparserefine.images.classes import CITYSCAPES, Classes, wheel
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
