@@ -32,12 +32,22 @@ def test_a_file_appears_whole_and_nothing_else_stays(tmp_path):
     assert names(path.parent) == ["a.txt"]
 
 
+def write_from(path: Path, source: Path) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text("half")
+        temporary.write_text(source.read_text())
+
+
+def fail_to_write(path: Path, error: OSError) -> None:
+    with written_whole(path):
+        raise error
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="stop"), written_whole(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("stop")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        write_from(path, tmp_path / "missing")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
 
@@ -60,16 +70,15 @@ def test_the_longest_name_of_a_file_system_works(tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_full_disk_names_the_final_file_and_the_cure(tmp_path, number):
     with pytest.raises(OSError, match=r"a\.txt: cannot be written \(.*\); free space") as caught:
-        with written_whole(tmp_path / "a.txt"):
-            raise OSError(number, os.strerror(number))
+        fail_to_write(tmp_path / "a.txt", OSError(number, os.strerror(number)))
     assert caught.value.errno == number
     assert ".tmp" not in str(caught.value)
     assert names(tmp_path) == []
 
 
 def test_errors_about_other_files_pass(tmp_path):
-    with pytest.raises(FileNotFoundError, match="other") as caught, written_whole(tmp_path / "a.txt"):
-        open("/no/other")  # noqa: PTH123, SIM115
+    with pytest.raises(FileNotFoundError, match="other") as caught:
+        write_from(tmp_path / "a.txt", tmp_path / "other")
     assert "cannot be written" not in str(caught.value)
 
 
@@ -142,9 +151,9 @@ def test_leftovers_of_ended_processes_are_swept_and_those_of_running_ones_stay(t
 
 def test_a_second_run_is_refused_and_told_who_is_there(tmp_path):
     with locked(tmp_path / "out", "train"):
-        with pytest.raises(LockedError, match=rf"train \(process {os.getpid()} on .*, started .*\) writes there"):
-            with locked(tmp_path / "out", "predict"):
-                pass
+        holder = rf"train \(process {os.getpid()} on .*, started .*\) writes there"
+        with pytest.raises(LockedError, match=holder), locked(tmp_path / "out", "predict"):
+            pass
         assert (tmp_path / "out" / NAME).exists()
     assert names(tmp_path / "out") == []
 

@@ -1,4 +1,4 @@
-"""Files and folders that are written completely or not at all. Everything that this package writes goes through here."""
+"""Files and folders that are written completely or not at all. Everything this package writes goes through here."""
 
 from __future__ import annotations
 
