@@ -98,7 +98,8 @@ class _StrictLoader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        mark, before = self.peek_event().start_mark, self._values
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # the stubs say no types here
+        before = self._values
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if node not in self._sizes:
