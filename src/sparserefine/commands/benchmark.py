@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from sparserefine.commands.arguments import EXIT_FAILED, add_device, add_engine
+from sparserefine.commands.output import print_error
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -72,7 +72,7 @@ def run(arguments: Namespace) -> int:
         if arguments.json:
             write_records(arguments.json, report.records)
 
-    report = benchmark(settings, seen=seen, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    report = benchmark(settings, seen=seen, tell=print_error)
     print(summary(report))
     if arguments.plot and report.records:
         plot(report, arguments.plot)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Output folder, device."""
-    parser.add_argument("--out", default="demo", help="output folder for the pictures and demo.json")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="output folder for the pictures and demo.json")
     add_device(parser)
 
 
@@ -22,5 +22,5 @@ def run(arguments: Namespace) -> int:
     from sparserefine.machine.device import device_named
     from sparserefine.studies.demo import demo
 
-    print(demo(Path(arguments.out), device=device_named(arguments.device)))
+    print(demo(arguments.out, device=device_named(arguments.device)))
     return 0
