@@ -81,6 +81,12 @@ def test_values_on_the_command_line_are_strict_too(train: Parser, config: Path) 
     assert train.parse_args(["--config", str(config), "--training", "{steps: 7}"]).training.steps == 7
 
 
+def test_a_list_of_entries(train: Parser, config: Path) -> None:
+    config.write_text(CONFIG + "logits: {crossfit: [{split: train, base: 'unet:other.safetensors'}]}\n")
+    (fold,) = train.parse_args(["--config", str(config)]).logits.crossfit
+    assert (fold.split, fold.base) == ("train", "unet:other.safetensors")
+
+
 @pytest.mark.parametrize(
     "entry",
     [

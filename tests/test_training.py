@@ -162,7 +162,7 @@ def test_resumed_run_equals_an_uninterrupted_one(project, monkeypatch):
 
     from sparserefine.training.module import RefinerModule
 
-    class Stop(Exception):
+    class Stop(BaseException):  # the command line catches an Exception
         pass
 
     original = RefinerModule.training_step
@@ -257,8 +257,7 @@ def test_run_that_died_early_can_be_started_again(project, monkeypatch):
     short = ["train", "config.yaml", "--logits.source", "live", "--training.steps", "2", "--training.val_every", "2"]
     with monkeypatch.context() as patch:
         patch.setattr(RefinerModule, "training_step", dying)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            main(short)
+        assert main(short) == 1
     assert main(short) == 0
 
 
@@ -342,7 +341,7 @@ def test_training_loads_its_base_once(project, monkeypatch):
 
 @pytest.mark.parametrize(("dense", "mean"), [("unet:other.safetensors", 0.1), ("python:dense_peer:build", 0.485)])
 def test_a_dense_peer_of_another_kind_has_its_own_normalisation(dense, mean, project, monkeypatch):
-    class Seen(Exception):
+    class Seen(BaseException):  # the command line catches an Exception
         pass
 
     def caught(*arguments, dense, **options):

@@ -22,7 +22,8 @@ def _load(text: str) -> Any:
 
 
 set_loader(_MODE, _load, (ValueError,))
-set_parsing_settings(import_path_denylist=["*"])  # else `data: some.module` in a configuration would run that module
+# Else `data: some.module` in a configuration would run that module. Our own classes are looked up in the same way.
+set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["sparserefine.training.config"])
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -33,7 +34,7 @@ class Parser(jsonargparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(exit_on_error=False, parser_mode=_MODE, **options)
+        super().__init__(**{"exit_on_error": False, "parser_mode": _MODE, **options})
 
     def parse_args(self, args: Sequence[str], **options: Any) -> Namespace:  # type: ignore[override]  # args are given
         """The arguments, checked."""
