@@ -47,29 +47,6 @@ def test_refinement_loss_is_the_sum():
     torch.testing.assert_close(refinement_loss(sparse, refined, truth, dice=0.3), ce + 0.3 * both)
 
 
-def test_stored_logits_refuse_what_is_not_theirs(tmp_path):
-    store = StoredLogits(tmp_path)
-    logits = torch.randn(3, 4, 5) * 1e6  # more than half precision holds
-    store.write("a/b", logits, base="UNet:1", image_size=(8, 10))
-    read = store.read("a/b", base="UNet:1", image_size=(8, 10))
-    assert read.dtype == torch.float16
-    assert read.isfinite().all()
-    assert torch.equal(read.argmax(0)[logits.abs().amax(0) < 65504], logits.argmax(0)[logits.abs().amax(0) < 65504])
-    with pytest.raises(ValueError, match=r"UNet:1.*UNet:2"):
-        store.read("a/b", base="UNet:2", image_size=(8, 10))
-    with pytest.raises(ValueError, match=r"8x10.*9x10"):
-        store.read("a/b", base="UNet:1", image_size=(9, 10))
-    with pytest.raises(ValueError, match="sparserefine logits"):
-        store.read("none", base="UNet:1", image_size=(8, 10))
-    store.write("bad", logits.where(logits > 0, torch.nan), base="UNet:1", image_size=(8, 10))
-    bad = int((logits <= 0).sum())
-    with pytest.raises(ValueError, match=rf"bad.*: {bad} of 60 coarse logits of base UNet:1 are NaN or infinite"):
-        store.read("bad", base="UNet:1", image_size=(8, 10))
-    store.path("cut").write_bytes(store.path("a/b").read_bytes()[:50])
-    with pytest.raises(ValueError, match="cut"):
-        store.read("cut", base="UNet:1", image_size=(8, 10))
-
-
 def lines_image(path, seed, size=(72, 88)):
     """Bright lines on noise, and their label: something a few steps can learn."""
     generator = np.random.default_rng(seed)
@@ -201,7 +178,7 @@ def test_crossfit_takes_each_image_from_its_own_base(project):
     config["logits"]["crossfit"] = fold
     (project / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["logits", "config.yaml"]) == 0
-    bases = {name: StoredLogits(project / "logits").base_of(name) for name in "012"}
+    bases = {name: StoredLogits(project / "logits").header(name)["base"] for name in "012"}
     assert bases["0"] == bases["1"] != bases["2"]
 
 
