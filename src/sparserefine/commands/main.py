@@ -111,7 +111,8 @@ def _run(name: str, arguments: list[str]) -> int:
     command = command_named(name)
     for option in (argument.partition("=")[0] for argument in arguments):
         if option in getattr(command, "RENAMED", {}):
-            raise ArgumentError(None, f"option {option} is called {command.RENAMED[option]} now")
+            print_error(f"sparserefine {name}: option {option} is called {command.RENAMED[option]} now")
+            return EXIT_USAGE
     parser = parser_of(name)
     parsed = parser.parse_args(_config_as_option(parser, arguments))
     return int(command.run(parser.instantiate(parsed)))
