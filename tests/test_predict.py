@@ -20,7 +20,7 @@ from sparserefine import (
 )
 from sparserefine.bases.families.unet import UNet
 from sparserefine.commands.info import info, info_text
-from sparserefine.files.images import write_png
+
 from sparserefine.inference.predict import Failure, predict
 
 CLASSES = Classes(("background", "road", "car"), ((0, 0, 0), (128, 64, 128), (0, 0, 142)))
