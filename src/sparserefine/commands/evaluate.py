@@ -46,12 +46,12 @@ def run(arguments: Namespace) -> int:
     from sparserefine.machine.device import check_precision, device_named, gpu_precision
     from sparserefine.studies.evaluate import evaluate
 
-    config, device = config_of(arguments), device_named(arguments.device)
     results = None if arguments.json is None else given_path(arguments.json, "--json")
     if results is not None:
         if results.is_dir():
             raise ValueError(f"--json {results}: is a folder, expected the name of a file")
         sweep(results.parent)
+    config, device = config_of(arguments), device_named(arguments.device)
     check_precision(arguments.precision, device)
     data = config.data.read(getattr(config.data, arguments.split))
     refiner = refiner_of(arguments, base=load_base(config.base, data.classes))
