@@ -154,6 +154,19 @@ def test_tiff_whose_strip_lies_outside_the_file(tmp_path: Path) -> None:
     assert "number 1 of its 1 strips is cut short or missing" in refused(tmp_path / "a.tif", data)
 
 
+@pytest.mark.parametrize("boxes", [True, False], ids=["jp2", "j2k"])
+def test_jpeg_2000_with_fewer_tiles_than_claimed(boxes: bool, tmp_path: Path) -> None:
+    data = encoded("JPEG2000", tile_size=(16, 16), no_jp2=not boxes)
+    (tmp_path / "whole.jp2").write_bytes(data)
+    assert torch.equal(read_image(tmp_path / "whole.jp2"), torch.from_numpy(PIXELS).permute(2, 0, 1))
+    size = data.find(b"\xff\x51")
+    data[size + 10 : size + 14] = struct.pack(">I", CLAIMED)
+    if boxes:
+        header = data.find(b"ihdr")
+        data[header + 4 : header + 8] = struct.pack(">I", CLAIMED)
+    assert "claims 76 tiles, holds 4 of them" in refused(tmp_path / "a.jp2", data)
+
+
 # ---- PNG: rows of zeros are rows, and so are interlaced ones
 
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -207,11 +220,11 @@ def test_pillows_own_limit_plays_no_part(
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "JPEG", "JPEG2000", "PPM"])
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "JPEG", "JPEG2000", "PPM", "WEBP"])
 def test_claims_beyond_any_file_of_that_length_take_no_memory(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, side = encoded(kind), 30_000
+    data, side = encoded(kind, **({"lossless": True} if kind == "WEBP" else {})), 30_000
     if kind == "PNG":
         data[16:24] = struct.pack(">II", side, side)
         data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -223,6 +236,9 @@ def test_claims_beyond_any_file_of_that_length_take_no_memory(
     elif kind == "JPEG2000":
         header = data.find(b"ihdr")
         data[header + 4 : header + 12] = struct.pack(">II", side, side)
+    elif kind == "WEBP":
+        side, header = 16_383, data.find(b"VP8L") + 9  # 14 bits for each side, less one
+        data[header : header + 4] = struct.pack("<I", (side - 1) | (side - 1) << 14)
     else:
         data = data.replace(b"50 16", b"%d %d" % (side, side), 1)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))

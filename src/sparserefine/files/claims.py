@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import zlib
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ _PIXELS_A_BYTE = {
     "MPO": 1024,
     "PNG": 10_000,
     "JPEG2000": 50_000,
+    "WEBP": 30_000,
     "raw": 8,
     "packbits": 1024,
     "jpeg": 1024,
@@ -28,8 +30,9 @@ _PIXELS_A_BYTE = {
     "tiff_adobe_deflate": 10_000,
 }
 """More pixels than a byte of a file can describe, by format or TIFF compression. Deflate: 1032 bytes of 8 one-bit
-pixels. LZW: the longest string, for 12 bits. JPEG: 64 pixels take 1 bit or more. JPEG 2000 has no such limit; the
-number allows for an empty image of 10 megapixels. The others have none, or (WebP) sizes that do no harm."""
+pixels. LZW: the longest string, for 12 bits. JPEG: 64 pixels take 1 bit or more. JPEG 2000 and
+WebP have no such limit: their numbers allow for an empty image of 10 megapixels and of the largest size. The other
+compressions of TIFF have none."""
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """Passes of an interlaced PNG: first column, first row, step of columns, step of rows."""
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
@@ -113,6 +116,43 @@ def _jpeg_rows(file: BinaryIO, offset: int) -> int:
             return int.from_bytes(file.read(3)[1:], "big")
         file.seek(int.from_bytes(head[2:], "big") - 2, os.SEEK_CUR)
     return 0
+
+
+def check_jpeg_2000(path: Path) -> None:
+    """Checks, before it is loaded, that the file has every tile.
+
+    Raises:
+        ClaimError: some are missing.
+    """
+    wanted, held = 0, set()
+    with path.open("rb") as file:
+        _seek_codestream(file)
+        while len(head := file.read(4)) == 4 and head[:2] != b"\xff\xd9":
+            length = int.from_bytes(head[2:], "big")
+            if head[:2] == b"\xff\x51":  # SIZ: sizes of image and tiles, and where the first tile begins
+                right, bottom, _, _, columns, rows, left, top = struct.unpack(">8I", file.read(length - 2)[2:34])
+                wanted = -(-(right - left) // columns) * -(-(bottom - top) // rows)
+            elif head[:2] == b"\xff\x90":  # SOT: a tile's number, and the length of this part of it
+                number, length = struct.unpack(">HI", file.read(6))
+                held.add(number)
+                if length < 14:  # 0: the rest of the file
+                    break
+                file.seek(length - 10, os.SEEK_CUR)
+            else:
+                file.seek(length - 2, os.SEEK_CUR)
+    if len(held) < wanted:
+        raise ClaimError(f"claims {wanted} tiles, holds {len(held)} of them; it is cut short or damaged")
+
+
+def _seek_codestream(file: BinaryIO) -> None:
+    """To behind the first marker of the data, which may lie in a box of a file of boxes."""
+    if file.read(2) == b"\xff\x4f":
+        return
+    file.seek(0)
+    while len(head := file.read(8)) == 8 and head[4:] != b"jp2c":
+        length = int.from_bytes(head[:4], "big")
+        file.seek(int.from_bytes(file.read(8), "big") - 16 if length == 1 else length - 8, os.SEEK_CUR)
+    file.seek(10 if head[:4] == b"\0\0\0\1" else 2, os.SEEK_CUR)  # a long box has 8 bytes of length
 
 
 def check_png(image: Image.Image, path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from sparserefine.files.claims import ClaimError, check_png, check_size, check_tiff
+from sparserefine.files.claims import ClaimError, check_jpeg_2000, check_png, check_size, check_tiff
 from sparserefine.files.regular import regular_file
 from sparserefine.files.text import first_line, printable
 from sparserefine.files.whole import written_whole
@@ -81,6 +81,8 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
             check_size(image, path, MAX_PIXELS)
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 check_tiff(image, path)
+            elif image.format == "JPEG2000":
+                check_jpeg_2000(path)
             image.load()
             if image.format == "PNG":
                 check_png(image, path)
