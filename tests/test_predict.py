@@ -367,7 +367,9 @@ def test_an_image_gets_all_of_its_outputs_or_none(tmp_path, refiner, monkeypatch
     when(monkeypatch, error)
     path = photo(tmp_path / "in" / "a.png")
     if isinstance(error, OSError):
-        assert "Input/output error" in only(predict([path], refiner, tmp_path / "out", overlay=True)).reason
+        reason = only(predict([path], refiner, tmp_path / "out", overlay=True)).reason
+        assert "(Input/output error)" in reason
+        assert reason.count("cannot be written") == 1
     else:
         with pytest.raises(KeyboardInterrupt):
             predict([path], refiner, tmp_path / "out", overlay=True)
