@@ -151,6 +151,8 @@ def _explained(path: Path, temporary: Path | None = None) -> Iterator[None]:
     except OSError as error:
         about = None if error.filename is None else Path(str(error.filename))
         mine = (path, path.parent, temporary)
+        if isinstance(error.__cause__, OSError):  # explained already, by a file written inside this block
+            raise
         if about is not None and about not in mine and (temporary is None or temporary not in about.parents):
             raise
         reason = error.strerror or str(error)
