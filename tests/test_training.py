@@ -218,8 +218,8 @@ def test_training_loads_its_base_once(project, monkeypatch):
 
 @pytest.mark.parametrize(("dense", "mean"), [("unet:other.safetensors", 0.1), ("python:dense_peer:build", 0.485)])
 def test_a_dense_peer_of_another_kind_has_its_own_normalisation(dense, mean, project, monkeypatch):
-    class Seen(Exception):
-        pass
+    class Seen(BaseException):
+        """The command line makes a line of any other exception."""
 
     def caught(*arguments, dense, **options):
         raise Seen(dense.mean[0])
