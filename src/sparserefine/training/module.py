@@ -116,7 +116,7 @@ class RefinerModule(L.LightningModule):
         two = self.refiner.base.num_classes == 2
         scores = {name: counts.dice() if two else counts.iou() for name, counts in self._counts.items()}
         self.log("val_score", scores["refined"], prog_bar=True)
-        self.learnt += sum(int(count) for count in self._labelled)
+        self.learnt += int(torch.stack(self._labelled).sum()) if self._labelled else 0
         self.record.scores(
             self.global_step,
             {
