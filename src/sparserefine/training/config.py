@@ -88,8 +88,8 @@ class TrainingConfig:
         precision: one of Lightning's names ``32-true``, ``bf16-mixed``, ``16-mixed``.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         cache_gb: maximum size of the cache of decoded images [GB].
-        slurm_requeue: under SLURM, write a checkpoint into ``out`` when the job is about to end, and put the job into
-            the queue again.
+        slurm_requeue: in a SLURM job that is about to end (SIGUSR1 or SIGTERM), put it into the queue again; there it
+            goes on from the last checkpoint in ``out``, so ``val_every`` should be well within a job's time.
         pictures: number of validation images of which each validation stores a picture in ``out/pictures``.
     """
 
