@@ -65,7 +65,7 @@ def folder_written_whole(folder: str | Path, last: str) -> Iterator[Path]:
         last: name of the file that is moved last: once it is in place, all are.
 
     Raises:
-        OSError: a file cannot be written; ``folder`` then has its old files.
+        OSError: a file cannot be written; a reader finds the old files, or the new ones if ``NEXT`` is complete.
     """
     folder = Path(folder)
     with _explained(folder):
