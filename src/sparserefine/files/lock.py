@@ -13,6 +13,11 @@ from pathlib import Path
 
 import psutil
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from sparserefine.files.text import printable
 
 NAME = ".sparserefine.lock"
@@ -118,6 +123,18 @@ def _created(path: Path, holder: Holder) -> bool:
         path.unlink(missing_ok=True)
         raise _unwritable(path.parent, error) from error
     return True
+
+
+def _remove_stale(path: Path, holder: Holder | None) -> None:
+    """Removes the lock of a run that has ended, unless a third run has removed it and holds a new one by now."""
+    try:
+        with path.open("rb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)  # held by one remover at a time, and only while it looks and removes
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()) and _holder_of(path) == holder:
+                path.unlink()
+    except FileNotFoundError:
+        pass
 
 
 def _unwritable(folder: Path, error: OSError) -> OSError:
