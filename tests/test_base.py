@@ -411,7 +411,7 @@ def test_other_files_are_refused_by_name(kind: str, tmp_path: Path) -> None:
 
 
 def test_missing_weights(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors: no such weights file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors: no such file, expected a safetensors file"):
         load_unet(tmp_path / "nowhere.safetensors")
 
 

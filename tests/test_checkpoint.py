@@ -247,10 +247,21 @@ def test_other_content(tmp_path: Path, content: Any, words: str) -> None:
         read_checkpoint(saved(tmp_path / "file.pth", content))
 
 
-@pytest.mark.parametrize("name", ["none.pth", "none.safetensors", "."])
+@pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
 def test_no_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(FileNotFoundError, match="no such weights file"):
+    with pytest.raises(FileNotFoundError, match="no such file, expected a weights file"):
         read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_is_no_file(tmp_path: Path, suffix: str) -> None:
+    """Opening a FIFO would wait for ever."""
+    folder, fifo = tmp_path / f"folder.{suffix}", tmp_path / f"fifo.{suffix}"
+    folder.mkdir()
+    os.mkfifo(fifo)
+    for path, kind in ((folder, "a folder"), (fifo, "a FIFO")):
+        with pytest.raises(ValueError, match=f"is {kind}.*, expected a weights file"):
+            read_checkpoint(path)
 
 
 # ---- names

@@ -665,7 +665,7 @@ def test_smp_weights_of_another_model(fake_smp: list[Any], tmp_path: Path) -> No
 @pytest.mark.parametrize("text", ["{", "[]", '{"classes": 3}'])
 def test_smp_configuration_of_another_library(text: str, fake_smp: list[Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json (is not JSON|has no _model_class)"):
+    with pytest.raises(ValueError, match=r"config\.json(: not readable as JSON|: holds list| has no _model_class)"):
         libraries.smp(tmp_path)
 
 
