@@ -363,7 +363,7 @@ def test_a_prediction_looks_at_the_values_when_it_has_waited_anyway(triton: Engi
             logits = refiner(image).coarse.logits
         assert reads.seen == expected
         with Reads() as reads:
-            refiner.refine(image, [*logits])
+            refiner.refine(image / 255, [*logits])  # looks at the pixels too
         assert reads.seen == expected
 
 
@@ -373,6 +373,20 @@ def test_bad_logits_of_the_base_are_refused(training: bool) -> None:
     base = FrozenBase(lambda x: x[:, :K] / 0, K, BaseConfig("broken", ratio=0.5))
     with pytest.raises(ValueError, match="base broken: 168 of 168 coarse logits are NaN or infinite"):
         refiner_of(base=base).train(training)(pixels(2, (8, 14)))
+
+
+def test_pixels_outside_0_to_1_are_refused() -> None:
+    """But not in training, which makes them itself and does not wait for their values."""
+    refiner, image, logits = refiner_of(), pixels(2).float(), torch.randn(2, K, 5, 7)
+    refiner(image / 255)
+    refiner.refine(image / 255, logits)
+    words = r"image holds 0\.\.255, expected 0\.\.1 for floating point"
+    with pytest.raises(ValueError, match=words):
+        refiner(image)
+    for given in (logits, [*logits]):
+        with pytest.raises(ValueError, match=words):
+            refiner.refine(image, given)
+    refiner.train().refine(image, logits)
 
 
 def test_bad_logits_of_several_sizes_are_counted_together() -> None:

@@ -153,7 +153,8 @@ def _is_plain(value: Any) -> bool:
     """Whether this is a tensor whose values lie in memory, one after the other."""
     if not isinstance(value, Tensor):
         return False
-    return value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+    plain = value.layout is torch.strided and not value.is_quantized and not value.is_nested
+    return plain and value.device.type == "cpu"
 
 
 def _kind(value: Any) -> str:

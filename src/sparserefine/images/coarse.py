@@ -15,8 +15,8 @@ from sparserefine.images.upsampling import Axis, Upsampling, Window
 
 MAX_CLASSES = 32767
 """Labels are int16 at most."""
-LARGEST_LOGIT = 1e30
-"""Largest absolute value of a coarse logit in float32.
+LARGEST_LOGIT = 2.0**100
+"""Largest absolute value of a coarse logit in float32, about 1e30.
 
 Upsampling and entropy subtract two logits, which overflows from 1.7e38 on, and a sum over all classes is the larger the
 more classes there are. The ensembler multiplies by the weights of two layers, which leaves them a factor of 1e8.
@@ -98,7 +98,7 @@ def bad_logits(logits: Sequence[Tensor]) -> str:
         )
     largest = max(float(one.abs().max()) for one in values)
     return (
-        f"coarse logits reach {largest:.4g}, expected at most {LARGEST_LOGIT:g}; check its weights, and mark classes "
+        f"coarse logits reach {largest:.4g}, expected at most {LARGEST_LOGIT:.0e}; check its weights, and mark classes "
         "that cannot be with -1e4 instead"
     )
 

@@ -39,9 +39,7 @@ class ExtractorConfig:
             )
         PlanSpec(len(self.planes), self.down)  # refuses unknown kinds
         if not _is_count(self.blocks, _MOST_BLOCKS):
-            raise ValueError(
-                f"blocks = {shown(self.blocks)}, expected a whole number, at least 1, at most {_MOST_BLOCKS}"
-            )
+            raise ValueError(f"blocks = {shown(self.blocks)}, expected a whole number, 1 to {_MOST_BLOCKS}")
         # Of each level, encoder and decoder have `blocks` blocks of two 3x3 convolutions; the rest is small.
         weights = 36 * self.blocks * sum(c * c for c in self.planes)
         if weights > _MOST_WEIGHTS:

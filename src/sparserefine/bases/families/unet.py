@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparserefine.files.tensors import check_finite, check_weights, read_header, read_tensors, write_tensors
 from sparserefine.files.text import first_line
-from sparserefine.files.typed import from_json
+from sparserefine.files.typed import from_json, shown
 from sparserefine.files.whole import written_whole
 from sparserefine.images.coarse import MAX_CLASSES
 
@@ -121,7 +121,7 @@ class _Architecture:
             raise ValueError(f"num_classes = {self.num_classes}, expected 1 to {MAX_CLASSES}")
         if not 1 <= len(self.planes) <= _MOST_LEVELS or not all(1 <= c <= _MOST_CHANNELS for c in self.planes):
             raise ValueError(
-                f"planes = {self.planes}, expected 1 to {_MOST_LEVELS} numbers of channels, each 1 to {_MOST_CHANNELS}"
+                f"planes = {shown(self.planes)}, expected 1 to {_MOST_LEVELS} numbers of channels, each 1 to {_MOST_CHANNELS}"
             )
 
 
