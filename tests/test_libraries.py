@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import sys
@@ -659,6 +660,23 @@ def test_smp_weights_of_another_model(fake_smp: list[Any], tmp_path: Path) -> No
     with pytest.raises(
         ValueError, match=r"smp:.*cannot be loaded \(RuntimeError: .*: size mismatch for conv.*save_pretrained"
     ):
+        libraries.smp(tmp_path / "m")
+
+
+def test_smp_weights_that_are_not_finite(fake_smp: list[Any], tmp_path: Path) -> None:
+    state = saved_smp(tmp_path / "m", classes=K).state_dict()
+    name = next(iter(state))
+    state[name] = torch.full_like(state[name], torch.inf)
+    save_file(state, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"base smp:.* values of {re.escape(name)} are NaN or infinite"):
+        libraries.smp(tmp_path / "m")
+
+
+def test_smp_folder_with_what_is_no_file(fake_smp: list[Any], tmp_path: Path) -> None:
+    saved_smp(tmp_path / "m", classes=K)
+    (tmp_path / "m" / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: is a FIFO"):
         libraries.smp(tmp_path / "m")
 
 

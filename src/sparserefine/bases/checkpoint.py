@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine.files.regular import regular_file
-from sparserefine.files.tensors import read_tensors
+from sparserefine.files.tensors import not_finite, read_tensors
 from sparserefine.files.text import first_line, printable
 from sparserefine.images.classes import Classes, wheel
 
@@ -237,17 +237,12 @@ def load_renamed(
     if any(faults.values()):
         listed = "; ".join(f"{len(keys)} {fault}: {_listed(keys)}" for fault, keys in faults.items() if keys)
         raise ValueError(f"{source}: does not fit {type(model).__name__}, nothing is loaded; {listed}")
-    bad = [f"{name} ({count})" for name, value in given.items() if (count := _not_finite(value, own[name].dtype))]
+    bad = [f"{name} ({count})" for name, value in given.items() if (count := not_finite(value.to(own[name].dtype)))]
     if bad:
         raise ValueError(f"{source}: {len(bad)} tensors hold values that are NaN or infinite: {_listed(bad)}")
     with torch.no_grad():
         for name, value in given.items():
             own[name].copy_(value)
-
-
-def _not_finite(value: Tensor, dtype: torch.dtype) -> int:
-    """How many values are NaN or infinite in that dtype."""
-    return 0 if bool(value.to(dtype).isfinite().all()) else int((~value.to(dtype).isfinite()).sum())
 
 
 def check_files(folder: Path) -> None:

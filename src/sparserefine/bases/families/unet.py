@@ -121,7 +121,8 @@ class _Architecture:
             raise ValueError(f"num_classes = {self.num_classes}, expected 1 to {MAX_CLASSES}")
         if not 1 <= len(self.planes) <= _MOST_LEVELS or not all(1 <= c <= _MOST_CHANNELS for c in self.planes):
             raise ValueError(
-                f"planes = {shown(self.planes)}, expected 1 to {_MOST_LEVELS} numbers of channels, each 1 to {_MOST_CHANNELS}"
+                f"planes = {shown(self.planes)}, expected 1 to {_MOST_LEVELS} numbers of channels, each of 1 to "
+                f"{_MOST_CHANNELS}"
             )
 
 
