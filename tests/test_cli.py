@@ -217,8 +217,7 @@ def test_interruptions(capsys, runs, monkeypatch, stop, code, word, how):
 def lightnings_answer():
     """What Lightning makes of an interruption."""
     try:
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.pause()
+        signal.raise_signal(signal.SIGTERM)
     except KeyboardInterrupt:
         sys.exit(1)
 

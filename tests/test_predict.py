@@ -568,7 +568,7 @@ def test_a_command_on_a_full_disk_fails_and_says_how_to_go_on(tmp_path, monkeypa
 def test_a_command_with_an_unset_variable_is_refused(tmp_path, monkeypatch, capsys, command):
     photo(tmp_path / "a.jpg")
     monkeypatch.chdir(tmp_path)
-    assert command("", "--out", "out") == 1
+    assert command("", "--out", "out") == 2
     assert "is a shell variable unset?" in capsys.readouterr().err
     assert names(tmp_path) == ["a.jpg"]
 

@@ -110,20 +110,21 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def sending(number: int) -> Callable[[object], None]:
-    return lambda _: os.kill(os.getpid(), number)
+    return lambda _: signal.raise_signal(number)  # to this thread, now
 
 
 @pytest.fixture
 def terminating() -> Iterator[None]:
-    """SIGTERM raises ``Terminated``, as on the command line."""
+    """SIGTERM raises ``Terminated``, as on the command line; Ctrl-C is Python's own, whoever runs the tests."""
 
     def handler(number, _):
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, handler)
+    before = signal.signal(signal.SIGTERM, handler), signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGTERM) is handler  # as it was
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, before[0])
+    signal.signal(signal.SIGINT, before[1])
 
 
 def train_by_function(*options: str, out: str = "run", resume: bool = False) -> Path:
