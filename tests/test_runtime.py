@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -340,3 +341,28 @@ def test_frozen_base_end_to_end(model: nn.Module) -> None:
     assert_same(twin(image), plain(image))
     with pytest.raises(ValueError, match=r"got torch.float16 on cpu; leave base\.runtime out"):
         twin.half()(image)
+
+
+CTRL_C = """
+import signal, torch
+from sparserefine.bases.runtimes import Runtime
+
+runtimes = [Runtime("openvino", torch.nn.Conv2d(3, 2, 3).eval()) for _ in range(2)]
+for runtime in runtimes:
+    runtime(torch.rand(1, 3, 8, 8))
+runtimes.pop(0)
+del runtime
+runtimes.pop(0)
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_after_openvino_is_no_crash():
+    """OpenVINO's cores leave a stack for signal handlers behind that is freed, if there are several."""
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", CTRL_C], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr

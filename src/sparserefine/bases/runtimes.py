@@ -10,6 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,11 +140,20 @@ class _SingleOutput(nn.Module):
         return tensor_of(self.model(x), self.label)
 
 
+@cache
+def _openvino_core() -> Any:
+    """One for the whole process. OpenVINO (2026.4) sets a stack for signal handlers when a core is made; when several
+    cores end in another order than they began, the stack is freed memory, and Ctrl-C ends the process with a crash.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def _compiled_openvino(model: nn.Module | OnnxModel, x: Tensor) -> _Program:
     import openvino
 
-    core = openvino.Core()
-    output = 0
+    core, output = _openvino_core(), 0
     if isinstance(model, OnnxModel):
         graph, output = core.read_model(model.path), model.output_index
         graph.reshape(list(x.shape))
