@@ -73,8 +73,8 @@ def test_bad_output_folders_are_refused_at_the_start(tmp_path):
 
 
 def test_the_command_refuses_an_unset_variable(capsys):
-    assert main(["demo", "--out", "", "--device", "cpu"]) == 1
-    assert "an empty path" in capsys.readouterr().err
+    assert main(["demo", "--out", "", "--device", "cpu"]) == 2
+    assert "--out is empty; is a shell variable unset?" in capsys.readouterr().err
 
 
 def test_embedded_files_are_small():

@@ -311,8 +311,8 @@ def test_command_that_cannot_measure_stores_nothing(
 def test_command_takes_no_empty_path(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a variable of the shell that is not set gives it; it would be the current folder."""
     for inputs, name, out in (("", "demo", "out"), (pictures, "", "out"), (pictures, "demo", "")):
-        assert quantize(inputs, "--refiner", name, "--out", out) == 1
-        assert "is empty, expected a path" in capsys.readouterr().err
+        assert quantize(inputs, "--refiner", name, "--out", out) == 2
+        assert "is empty; is a shell variable unset?" in capsys.readouterr().err
 
 
 def test_command_does_not_write_beside_another(
