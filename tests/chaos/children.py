@@ -156,7 +156,7 @@ def preload(work: Callable[[], object], folder: Path) -> None:
         if name.partition(".")[0] not in _LEFT_OUT and not name.startswith("__"):
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
-    if threading.active_count() != 1 or len(os.listdir("/proc/self/task")) != 1:
+    if threading.active_count() != 1 or len(list(Path("/proc/self/task").iterdir())) != 1:
         raise RuntimeError("importing started a thread; forked children could wait for its locks for ever")
 
 

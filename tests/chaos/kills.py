@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from chaos import attacks, children, project
-from chaos.attacks import COMMANDS, Attack, Scene
+from chaos import attacks, children, scenes
+from chaos.scenes import COMMANDS, Attack, Scene
 
 RANDOM = 12
 """Random moments of each command and signal when every place is tried."""
@@ -53,12 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     print(f"chaos: seed {given.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        scene = attacks.prepare(Path(folder))
+        scene = scenes.prepare(Path(folder))
         chosen = [a for a in _attacks(scene, random.Random(given.seed)) if f"{a}/".startswith(_prefix(given.only))]
         deadline = started + given.seconds if given.seconds and not given.only else None
         ready = time.monotonic() - started
         print(f"chaos: {len(chosen)} attacks on {', '.join(scene.expected)}; ready after {ready:.0f} s", flush=True)
-        results = [Result("undisturbed", "ended", scene.faults, 0.0), *_attacked(scene, chosen, deadline, given.workers)]
+        results = [
+            Result("undisturbed", "ended", scene.faults, 0.0),
+            *_attacked(scene, chosen, deadline, given.workers),
+        ]
     return _report(results, len(chosen), time.monotonic() - started, given.seed)
 
 
@@ -96,7 +99,7 @@ def _attacks(scene: Scene, generator: random.Random) -> list[Attack]:
 
 def _sizes(scene: Scene, command: str, generator: random.Random) -> list[int]:
     """Bytes at which a disk is full: from none to what the command writes."""
-    most = max(4096, attacks.written_by(scene, command))
+    most = max(4096, scenes.written_by(scene, command))
     return sorted({0, *(int(most * generator.random() ** 2) for _ in range(RANDOM))})
 
 
@@ -144,7 +147,7 @@ def _stage(scene: Scene, attack: Attack) -> Iterator[Path]:
     try:
         yield stage
     finally:
-        attacks.unmount_below(stage)
+        scenes.unmount_below(stage)
         shutil.rmtree(stage, ignore_errors=True)
 
 
