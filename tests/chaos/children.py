@@ -112,6 +112,9 @@ def _run(work: Callable[[], int], folder: Path, output: list[Path], environment:
             descriptor = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT, 0o600)
             os.dup2(descriptor, number)
             os.close(descriptor)
+        # A test runner may have put objects of its own in the place of these.
+        sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         code = work()

@@ -49,6 +49,8 @@ def _load(path: Path) -> None:
         case ".png":
             with Image.open(path, formats=("PNG",)) as image:
                 image.load()
+            if not path.read_bytes().endswith(b"IEND\xaeB`\x82"):  # Pillow does not miss it
+                raise ValueError("the end is missing")
         case ".safetensors":
             load_file(path)
         case ".json":

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"chaos: seed {given.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         scene = scenes.prepare(Path(folder))
-        chosen = [a for a in _attacks(scene, random.Random(given.seed)) if f"{a}/".startswith(_prefix(given.only))]
+        chosen = _chosen(_attacks(scene, random.Random(given.seed)), given.only)
         deadline = started + given.seconds if given.seconds and not given.only else None
         ready = time.monotonic() - started
         print(f"chaos: {len(chosen)} attacks on {', '.join(scene.expected)}; ready after {ready:.0f} s", flush=True)
@@ -65,8 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _report(results, len(chosen), time.monotonic() - started, given.seed)
 
 
-def _prefix(name: str) -> str:
-    return f"{name.rstrip('/')}/" if name else ""
+def _chosen(planned: list[Attack], only: str) -> list[Attack]:
+    """Those whose name starts with ``only``; a whole name is an attack also if it is not planned."""
+    if only.count("/") == 2:
+        return [Attack(*only.split("/"))]
+    return [attack for attack in planned if not only or f"{attack}/".startswith(f"{only.rstrip('/')}/")]
 
 
 def _attacks(scene: Scene, generator: random.Random) -> list[Attack]:
