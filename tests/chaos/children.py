@@ -61,14 +61,17 @@ class Child:
     """
 
     def __init__(self, work: Callable[[], int], folder: Path, environment: Mapping[str, str] | None = None) -> None:
-        self._output = tempfile.TemporaryDirectory(prefix="chaos-output-")
-        paths = [Path(self._output.name, name) for name in ("stdout", "stderr")]
         sys.stdout.flush()
         sys.stderr.flush()
+        self._pipes = [os.pipe(), os.pipe()]  # no files: a child may be forbidden to write any
+        self._output = [b"", b""]
         self._started = time.monotonic()
         self.pid = os.fork()
         if not self.pid:
-            _run(work, folder, paths, environment or {})  # does not return
+            _run(work, folder, [write for _, write in self._pipes], environment or {})  # does not return
+        for read, write in self._pipes:
+            os.close(write)
+            os.set_blocking(read, False)
 
     def signal(self, number: int) -> None:
         """Sends a signal, unless the child has ended."""
@@ -86,6 +89,7 @@ class Child:
         while True:
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             seconds = time.monotonic() - self._started
+            self._read()
             if pid:
                 break
             if at is not None and seconds >= at[0]:
@@ -97,21 +101,27 @@ class Child:
             time.sleep(0.002)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # what it started
-        texts = [Path(self._output.name, name).read_text(errors="replace") for name in ("stdout", "stderr")]
-        self._output.cleanup()
-        return Outcome(os.waitstatus_to_exitcode(status), *texts, seconds, usage.ru_maxrss / 1024, timed_out)
+        for read, _ in self._pipes:
+            os.close(read)
+        stdout, stderr = (text.decode(errors="replace") for text in self._output)
+        return Outcome(os.waitstatus_to_exitcode(status), stdout, stderr, seconds, usage.ru_maxrss / 1024, timed_out)
+
+    def _read(self) -> None:
+        """Takes what the child has printed."""
+        for index, (read, _) in enumerate(self._pipes):
+            with contextlib.suppress(BlockingIOError):
+                while part := os.read(read, 1 << 16):
+                    self._output[index] += part
 
 
-def _run(work: Callable[[], int], folder: Path, output: list[Path], environment: Mapping[str, str]) -> None:
+def _run(work: Callable[[], int], folder: Path, output: list[int], environment: Mapping[str, str]) -> None:
     code = 1
     try:
         os.setsid()
         os.chdir(folder)
         os.environ.update(environment)
-        for number, path in enumerate((Path(os.devnull), *output)):
-            descriptor = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT, 0o600)
+        for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), *output)):
             os.dup2(descriptor, number)
-            os.close(descriptor)
         # A test runner may have put objects of its own in the place of these.
         sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
