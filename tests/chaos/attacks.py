@@ -154,7 +154,7 @@ def carry_out(scene: Scene, attack: Attack, stage: Path) -> tuple[str, list[str]
             outcome = children.run(_killed_at(work, stage, attack.kind, int(value)), stage)
             return _after_signal(scene, attack, stage, outcome, signal.SIGKILL)
         case "KILL" | "TERM" | "INT":
-            seconds = max(0.03, float(value) * typical)
+            seconds = max(0.02, float(value) * typical)
             return _signalled(scene, attack, stage, signal.Signals[f"SIG{attack.kind}"], seconds)
         case "cut":
             outcome = children.run(_limited(work, int(value), dies=True), stage)

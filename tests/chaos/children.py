@@ -65,10 +65,15 @@ class Child:
         sys.stderr.flush()
         self._pipes = [os.pipe(), os.pipe()]  # no files: a child may be forbidden to write any
         self._output = [b"", b""]
+        ready, told = os.pipe()
         self._started = time.monotonic()
         self.pid = os.fork()
         if not self.pid:
-            _run(work, folder, [write for _, write in self._pipes], environment or {})  # does not return
+            _run(work, folder, [write for _, write in self._pipes], told, environment or {})  # does not return
+        os.close(told)
+        os.read(ready, 1)
+        os.close(ready)
+        self._ready = time.monotonic() - self._started
         for read, write in self._pipes:
             os.close(write)
             os.set_blocking(read, False)
@@ -83,7 +88,7 @@ class Child:
 
         Args:
             timeout: seconds since the start after which the child is killed.
-            at: seconds since the start, and the signal to send then.
+            at: seconds since ``work`` began, and the signal to send then.
         """
         timed_out = False
         while True:
@@ -92,7 +97,7 @@ class Child:
             self._read()
             if pid:
                 break
-            if at is not None and seconds >= at[0]:
+            if at is not None and seconds >= self._ready + at[0]:
                 self.signal(at[1])
                 at = None
             if seconds > timeout and not timed_out:
@@ -114,7 +119,7 @@ class Child:
                     self._output[index] += part
 
 
-def _run(work: Callable[[], int], folder: Path, output: list[int], environment: Mapping[str, str]) -> None:
+def _run(work: Callable[[], int], folder: Path, output: list[int], told: int, environment: Mapping[str, str]) -> None:
     code = 1
     try:
         os.setsid()
@@ -127,6 +132,8 @@ def _run(work: Callable[[], int], folder: Path, output: list[int], environment: 
         sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.write(told, b".")
+        os.close(told)
         code = work()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
