@@ -18,8 +18,12 @@ from torch import Tensor, nn
 from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.unet import UNet, load_unet, save_unet
 from sparserefine.bases.load import load_base
+from sparserefine.images.coarse import LARGEST_LOGIT
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from sparserefine.images.resize import resize
+from sparserefine.refiner import SparseRefiner
+from sparserefine.stages.config import RefinerConfig
+from sparserefine.stages.selector import Selector
 from support import assert_close
 
 K = 3
@@ -175,6 +179,45 @@ def test_bad_output_is_refused(output: Tensor, words: str) -> None:
         base(pixels())
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "words"),
+    [
+        (1e300, torch.float64, "2 of 72 coarse logits are NaN or infinite in float32"),
+        (float("nan"), torch.float64, "2 of 72 coarse logits are NaN or infinite;"),
+        (3.4e38, torch.float32, r"coarse logits reach 3\.4e\+38, expected at most 1e\+30"),
+        (-3.4e38, torch.float32, r"coarse logits reach 3\.4e\+38, expected at most 1e\+30"),
+        (1e31, torch.bfloat16, r"coarse logits reach 9\.983e\+30, expected at most 1e\+30"),
+    ],
+)
+@pytest.mark.parametrize("outputs", ["logits", "scores"])
+def test_logits_are_judged_as_they_are_used(value: float, dtype: torch.dtype, words: str, outputs: str) -> None:
+    """In float32, and by what upsampling and softmax survive."""
+    output = with_bad_values((2, K, 3, 4), 0, 0).to(dtype)
+    output[1, 0, :1, :2] = value
+    config = BaseConfig("my model", ratio=1.0, outputs=outputs)
+    base = FrozenBase(lambda x: output, K, config)
+    with pytest.raises(ValueError, match=f"base my model: {words}"):
+        base(pixels())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_large_logits_are_fine(dtype: torch.dtype) -> None:
+    output = with_bad_values((2, K, 3, 4), 6e4, -6e4).to(dtype)
+    assert FrozenBase(lambda x: output, K, BaseConfig(ratio=1.0))(pixels()) is output
+
+
+def test_the_largest_logits_survive_what_is_done_with_them() -> None:
+    """Two neighbours of opposite sign, upsampled, their entropy taken, and blended by large weights."""
+    corner = LARGEST_LOGIT * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    refiner = SparseRefiner(FrozenBase(identity, K, PLAIN), RefinerConfig(selector=Selector(budget=99)))
+    with torch.no_grad():
+        for parameter in refiner.ensembler.parameters():
+            parameter.fill_(10.0)
+        result = refiner.eval().refine(pixels(1), torch.stack([corner, -corner, 0 * corner])[None])
+    for values in (result.coarse_entropy, result.refined_logits, result.logits(), result.entropy()):
+        assert bool(values.isfinite().all())
+
+
 def test_integers_are_no_logits() -> None:
     base = FrozenBase(lambda x: (x > 0.5).long(), K, BaseConfig("my model", ratio=1.0))
     with pytest.raises(ValueError, match=r"base my model: .*int64"):
@@ -205,6 +248,37 @@ def test_negative_scores_are_refused() -> None:
 def test_bad_image_is_refused(image: Tensor, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         FrozenBase(identity, K, PLAIN)(image)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0, 255, r"image holds 0\.\.255, expected 0\.\.1 for floating point; divide it by 255, or pass uint8"),
+        (-2.1, 2.6, r"image holds -2\.1\.\.2\.6"),
+        (-0.5, 0.5, r"image holds -0\.5\.\.0\.5"),
+        (0, float("inf"), r"image holds 0\.\.inf"),
+        (0, float("nan"), "image holds NaN"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_pixels_outside_0_to_1_are_refused(low: float, high: float, words: str, dtype: torch.dtype) -> None:
+    image = torch.full((2, 3, 6, 8), 0.5, dtype=torch.float64)
+    image[1, 2, 3, 4:6] = torch.tensor([low, high])
+    base = FrozenBase(identity, K, PLAIN)
+    words = words if dtype in (torch.float32, torch.float64) else words.split("..")[0][:12]  # halves round
+    with pytest.raises(ValueError, match=words):
+        base(image.to(dtype))
+    output, check = base.begin(image.to(dtype))
+    assert output.shape == (2, 3, 6, 8)
+    with pytest.raises(ValueError, match=words):
+        check()
+
+
+def test_pixels_that_rounding_moved_are_fine() -> None:
+    """As resizing does it."""
+    image = torch.full((1, 3, 6, 8), 1 + 1e-6)
+    image[0, 0, 0, 0] = -1e-6
+    FrozenBase(identity, K, PLAIN)(image)
 
 
 # ---- frozen
@@ -388,6 +462,11 @@ def foreign(path: Path, kind: str) -> None:
     elif kind == "tensors of other shapes":
         tensors = UNet(K, (5, 8)).state_dict()
         save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"unet": architecture})
+    else:
+        wrong = {"classes": (10**9, [4, 8]), "channels": (K, [4, 10**9]), "levels": (K, [4] * 10**5), "text": (K, "48")}
+        classes, planes = wrong[kind.removeprefix("architecture of too many ").removeprefix("architecture of ")]
+        header = {"unet": json.dumps({"num_classes": classes, "planes": planes})}
+        save_file({"weight": torch.zeros(2)}, path, metadata=header)
 
 
 @pytest.mark.parametrize(
@@ -401,17 +480,49 @@ def foreign(path: Path, kind: str) -> None:
         "unknown architecture",
         "tensors missing",
         "tensors of other shapes",
+        "architecture of too many classes",
+        "architecture of too many channels",
+        "architecture of too many levels",
+        "architecture of text",
     ],
 )
 def test_other_files_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     foreign(path, kind)
-    with pytest.raises(ValueError, match=r"weights\.safetensors"):
+    with pytest.raises(ValueError, match=r"weights\.safetensors") as error:
         load_unet(path)
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 500
+
+
+def test_a_unet_larger_than_its_file_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, devices = tmp_path / "weights.safetensors", set()
+    header = {"unet": json.dumps({"num_classes": K, "planes": [4, 60_000]})}
+    save_file({"weight": torch.zeros(2)}, path, metadata=header)
+    make = UNet.__init__
+
+    def noted(self: UNet, *arguments: Any) -> None:
+        make(self, *arguments)
+        devices.update(parameter.device.type for parameter in self.parameters())
+
+    monkeypatch.setattr(UNet, "__init__", noted)
+    with pytest.raises(ValueError, match="does not fit"):
+        load_unet(path)
+    assert devices == {"meta"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+def test_a_unet_that_is_not_finite_is_not_stored(value: float, tmp_path: Path) -> None:
+    model = unet()
+    with torch.no_grad():
+        model.head.bias[0] = value  # the last is more than half precision holds
+    with pytest.raises(ValueError, match=r"1 of 3 values of head\.bias are NaN or infinite"):
+        save_unet(model, tmp_path / "unet.safetensors", dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_weights(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors: no such weights file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors: no such file, expected a safetensors file"):
         load_unet(tmp_path / "nowhere.safetensors")
 
 

@@ -652,6 +652,12 @@ def test_a_plot_without_matplotlib_is_refused_at_once(monkeypatch, tmp_path):
     check_outputs(tmp_path / "a.json", None)
 
 
+def test_empty_names_of_outputs_are_refused_at_once():
+    for outputs in (("", None), (None, "")):
+        with pytest.raises(ValueError, match="an empty path; is a shell variable unset"):
+            check_outputs(*outputs)
+
+
 # --- what is written ---
 
 
@@ -665,6 +671,17 @@ def test_json_round_trip(report, tmp_path):
         *("dense_gmacs", "coarse_gmacs", "refine_gmacs", "dense_peak_mb", "coarse_peak_mb", "refine_peak_mb"),
         *("packed_mb", "rounds", "machine", "mode"),
     }
+
+
+def test_names_are_printed_on_one_line(report, tmp_path):
+    bad = "unet:a\n\x1b[31mb"
+    records = [dataclasses.replace(record, model=bad, mask="m\r") for record in report.records]
+    named = Report(report.settings, report.machine, tuple(records), (f"{bad} is left out: why\x07",))
+    for text in (model_table(records), summary(named), summary(Report(named.settings, "", (), named.left_out))):
+        assert all(line.isprintable() for line in text.split("\n"))
+        assert r"unet:a\n\x1b[31mb" in text
+    write_records(tmp_path / "report.json", records)
+    assert json.loads((tmp_path / "report.json").read_text())[0]["model"] == bad
 
 
 def test_tables_say_what_was_measured(report):

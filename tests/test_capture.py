@@ -178,6 +178,31 @@ def test_values_that_are_not_finite_are_refused(device: torch.device) -> None:
         captured.refine(image, coarse)
 
 
+@pytest.mark.parametrize("value", [1e300, -1e300, 1e31])
+def test_logits_are_judged_as_they_become_in_float32(device: torch.device, value: float) -> None:
+    refiner = refiner_of(device)
+    coarse = eager(refiner, pixels(device)).coarse.logits.double()
+    captured, image = refiner.capture(pixels(device), coarse), pixels(device, 1)
+    captured.refine(image, coarse)
+    coarse[0, 1, 2, 3] = value
+    with pytest.raises(ValueError, match=r"coarse logits (are NaN or infinite in float32|reach 1e\+31)"):
+        captured.refine(image, coarse)
+
+
+def test_pixels_outside_0_to_1_are_refused(device: torch.device) -> None:
+    """By the graph itself: the host waits once, for all that it has to know."""
+    refiner, image = refiner_of(device), pixels(device) / 255
+    captured = refiner.capture(image)
+    coarse = captured(image).coarse.logits
+    for bad, words in ((255 * image, r"image holds 0\.\.25"), (image * torch.nan, "image holds NaN")):
+        for call in (captured, captured.labels, lambda given: captured.refine(given, coarse)):
+            with pytest.raises(ValueError, match=words):
+                call(bad)
+        with pytest.raises(ValueError, match=words):
+            refiner.capture(bad)
+    assert_same(captured(image), eager(refiner, image))
+
+
 def test_negative_scores_are_refused(device: torch.device) -> None:
     base = FrozenBase(UNet(K, (4, 8)), K, BaseConfig(ratio=0.5, outputs="scores"))
     base.model.head = torch.nn.Sequential(base.model.head, torch.nn.Softplus())
@@ -243,6 +268,7 @@ def test_a_refiner_that_changed_is_refused(device: torch.device, change: object)
     [
         ({"headroom": 0.5}, "headroom = 0.5, expected at least 1"),
         ({"headroom": float("nan")}, "headroom = nan"),
+        ({"headroom": float("inf")}, "headroom = inf"),
         ({"capacities": [100]}, r"capacities = \[100\], expected 2 numbers"),
         ({"capacities": [100, 0]}, "above 0"),
     ],

@@ -229,6 +229,56 @@ def test_archive_without_weights(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "file.pth")
 
 
+def repacked(source: Path, target: Path, compression: int, change: Callable[[str, bytes], bytes]) -> Path:
+    """Writes the archive anew, its parts changed."""
+    with zipfile.ZipFile(source) as read, zipfile.ZipFile(target, "w", compression) as write:
+        for name in read.namelist():
+            write.writestr(name, change(name, read.read(name)))
+    return target
+
+
+def test_archives_take_no_more_memory_than_they_have_bytes(tmp_path: Path) -> None:
+    """torch would unpack them."""
+    source, target = saved(tmp_path / "a.pth", TENSORS), tmp_path / "b.pth"
+    assert_same(read_checkpoint(repacked(source, target, zipfile.ZIP_STORED, lambda _, part: part)), TENSORS)
+    repacked(source, target, zipfile.ZIP_DEFLATED, lambda name, part: part + bytes(10**7 * name.endswith("pkl")))
+    assert target.stat().st_size < 10**5
+    with pytest.raises(ValueError, match=r"b.pth: not a torch weights file, or cut short \(it is compressed\)"):
+        read_checkpoint(target)
+    content = bytearray(source.read_bytes())
+    entry = content.index(b"PK\x01\x02")  # of the table of contents: sizes at 20 and 24
+    content[entry + 20 : entry + 28] = 2 * (2**31 - 1).to_bytes(4, "little")
+    target.write_bytes(content)
+    with pytest.raises(ValueError, match=r"b.pth: .*its parts claim to be larger than the file"):
+        read_checkpoint(target)
+
+
+def test_shapes_that_the_file_does_not_hold(tmp_path: Path) -> None:
+    source = saved(tmp_path / "a.pth", {"a": torch.ones(2, 2)})
+    small, large = b"K\x02K\x02\x86", b"J\x60\xea\0\0J\x60\xea\0\0\x86"  # (2, 2) and (60000, 60000)
+
+    def change(name: str, part: bytes) -> bytes:
+        assert not name.endswith("pkl") or small in part
+        return part.replace(small, large, 1)
+
+    with pytest.raises(ValueError, match=r"b.pth: not a torch weights file, or cut short \(.*storage"):
+        read_checkpoint(repacked(source, tmp_path / "b.pth", zipfile.ZIP_STORED, change))
+
+
+OTHER_KINDS = {
+    "sparse": lambda: torch.eye(2).to_sparse(),
+    "meta": lambda: torch.zeros(2, 2, device="meta"),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_tensors_of_another_kind(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ValueError, match=r"expected names and tensors.*'a' \(a torch.* tensor\)"):
+        read_checkpoint(saved(tmp_path / "file.pth", {"a": OTHER_KINDS[kind](), "b": torch.zeros(2)}))
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -247,10 +297,21 @@ def test_other_content(tmp_path: Path, content: Any, words: str) -> None:
         read_checkpoint(saved(tmp_path / "file.pth", content))
 
 
-@pytest.mark.parametrize("name", ["none.pth", "none.safetensors", "."])
+@pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
 def test_no_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(FileNotFoundError, match="no such weights file"):
+    with pytest.raises(FileNotFoundError, match="no such file, expected a weights file"):
         read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_is_no_file(tmp_path: Path, suffix: str) -> None:
+    """Opening a FIFO would wait for ever."""
+    folder, fifo = tmp_path / f"folder.{suffix}", tmp_path / f"fifo.{suffix}"
+    folder.mkdir()
+    os.mkfifo(fifo)
+    for path, kind in ((folder, "a folder"), (fifo, "a FIFO")):
+        with pytest.raises(ValueError, match=f"is {kind}.*, expected a weights file"):
+            read_checkpoint(path)
 
 
 # ---- names
@@ -308,7 +369,26 @@ def test_dropped_parts() -> None:
     load(model(), {**theirs(), "auxiliary_head.conv.weight": torch.ones(3), "teacher.a": torch.ones(2)})
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(float("nan"), torch.float32), (float("inf"), torch.float16), (1e300, torch.float64), (-1e300, torch.float64)],
+)
+def test_values_that_are_not_finite(value: float, dtype: torch.dtype) -> None:
+    """Also those that become so in the model's dtype; nothing is loaded then."""
+    tensors, loaded = theirs(), model()
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    tensors["net.conv0.bias"] = torch.full_like(tensors["net.conv0.bias"], value, dtype=dtype)
+    count = tensors["net.conv0.bias"].numel()
+    with pytest.raises(ValueError, match=rf"1 tensors hold values that are NaN or infinite: 0\.bias \({count}\)"):
+        load(loaded, tensors)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+
+
 FAULTS = {
+    "8-bit floats": (
+        {"net.bn.bias": torch.ones(2).to(torch.float8_e5m2)},
+        r"bias is torch\.float8_e5m2, expected torch\.float32",
+    ),
     "missing": ({"net.conv0.bias": None}, r"1 missing: 0\.bias"),
     "extra": ({"other.weight": torch.ones(2)}, r"1 unexpected: other\.weight"),
     "extra for a later rule": ({"net.other": torch.ones(2)}, r"1 unexpected: net\.other"),

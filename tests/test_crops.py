@@ -108,6 +108,7 @@ def test_crops_are_numbered(dataset):
     for index in (0, 7, 100):
         assert torch.equal(first[index].image, second[index].image)
         assert first[index].window == second[index].window
+        assert first[index].name == str(int(first[index].logits[0, 0, 0]))  # of the sample that it is cut from
     assert {float(first[i].logits[0, 0, 0]) for i in range(3)} == {0.0, 1.0, 2.0}
     sampler = EpochSampler(4)
     sampler.set_epoch(2)
@@ -126,6 +127,8 @@ def test_batch_keeps_logits_of_differing_sizes(dataset):
     batch = CropBatch.collate([crops[i] for i in range(3)])
     assert batch.image.shape == (3, 3, 32, 32)
     assert {item.shape[1] for item in batch.logits} == {5, 6, 7}
+    assert sorted(batch.names) == ["0", "1", "2"]
+    assert batch.to(torch.device("cpu")).names == batch.names
     assert dense(Coarse(batch.logits[0][None], (8, 8))).shape == (1, 2, 8, 8)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sparserefine.commands.main import main
 from sparserefine.refiner import SparseRefiner
 from sparserefine.studies import demo as module
 from sparserefine.studies.demo import ASSETS, demo, demo_refiner_folder
@@ -62,6 +63,18 @@ def test_pictures(report):
             picture.load()
             assert picture.size[0] >= (1000 if shown == "whole" else 320)
     assert sorted(out.glob("*.json")) == [out / "demo.json"]
+
+
+def test_bad_output_folders_are_refused_at_the_start(tmp_path):
+    (tmp_path / "file").touch()
+    for out, words in (("", "out: an empty path; is a shell variable unset"), (tmp_path / "file", "is a file")):
+        with pytest.raises(ValueError, match=words):
+            demo(out, device=torch.device("cpu"))
+
+
+def test_the_command_refuses_an_unset_variable(capsys):
+    assert main(["demo", "--out", "", "--device", "cpu"]) == 1
+    assert "an empty path" in capsys.readouterr().err
 
 
 def test_embedded_files_are_small():

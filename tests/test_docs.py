@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 from torch import nn
 
 import sparserefine
 from sparserefine import SparseRefiner
 from sparserefine.bases.load import BASE_NAMES
-from sparserefine.commands.main import command_named
+from sparserefine.commands import arguments
+from sparserefine.commands.main import parser_of
 from sparserefine.files.images import write_png
 from sparserefine.studies.demo import demo_refiner_folder
 
@@ -61,9 +61,7 @@ def test_commands_and_options_exist(page: Path) -> None:
     for line in lines:
         if re.match(r"sparserefine [a-z]", line):
             _, name, *arguments = shlex.split(line, comments=True)
-            parser = ArgumentParser()
-            command_named(name).add_arguments(parser)
-            known = {option for action in parser._actions for option in action.option_strings}
+            known = {option for action in parser_of(name)._actions for option in action.option_strings}
             used = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
             assert used <= known, line
 
@@ -144,3 +142,15 @@ def test_models_page_names_every_kind() -> None:
 def test_yaml_is_yaml(page: Path) -> None:
     for block in blocks(page, "yaml"):
         assert isinstance(yaml.safe_load(block), dict)
+
+
+def test_exit_codes_are_documented() -> None:
+    text = (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
+    codes = {value for name, value in vars(arguments).items() if name.startswith("EXIT_")}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)} == {0, *codes}
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {name for name in pages if f"]({name})" in index} == pages

@@ -1,12 +1,17 @@
 """Evaluation: rows against scores computed by hand from the refinement itself."""
 
+import json
 import math
+from argparse import Namespace
 
 import pytest
 import torch
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.unet import UNet
+from sparserefine.commands.evaluate import run
+from sparserefine.files.results import write_results
+from sparserefine.images.classes import Classes
 from sparserefine.refiner import SparseRefiner
 from sparserefine.scores.confusion import confusion, dice
 from sparserefine.stages.config import RefinerConfig
@@ -147,3 +152,38 @@ def test_class_that_never_occurs_is_null(refiner, images):
 def test_no_image(refiner):
     with pytest.raises(ValueError, match="no image"):
         evaluate(refiner, [])
+
+
+def test_nothing_to_score(refiner, images):
+    labels = [(image, torch.full_like(label, 255)) for image, label in images]
+    with pytest.raises(ValueError, match="nothing to score: every pixel of the 2 label images is ignored"):
+        evaluate(refiner, labels)
+
+
+def test_class_names_are_printed_on_one_line_and_stored_as_they_are(refiner, images, tmp_path):
+    names = ("road\n\x1b[31m", "car", "sky")
+    torch.manual_seed(0)
+    base = FrozenBase(UNet(3, (4, 8)), 3, BaseConfig(ratio=0.5))
+    config = RefinerConfig(selector=Selector(budget=300), extractor=ExtractorConfig((4, 8)))
+    named = SparseRefiner(base, config, classes=Classes(names, ((0, 0, 0),) * 3)).eval()
+    result = evaluate(named, images)
+    assert all(line.isprintable() for line in result.table().split("\n"))
+    assert r"road\n\x1b[31m" in result.table()
+    write_results(tmp_path / "a.json", result.rows)
+    assert list(json.loads((tmp_path / "a.json").read_text())["coarse"]["class_iou"]) == list(names)
+
+
+def test_results_are_strict_json(tmp_path):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    values = {"a": [1.5, math.nan, {"b": math.inf}], "c": (-math.inf, None, "NaN", 3)}
+    write_results(tmp_path / "a.json", values)
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
+    assert found == {"a": [1.5, None, {"b": None}], "c": [None, None, "NaN", 3]}
+
+
+@pytest.mark.parametrize(("given", "words"), [("", "--json: an empty path"), (".", "is a folder")], ids=str)
+def test_a_file_that_cannot_be_written_is_refused_at_the_start(given, words):
+    with pytest.raises(ValueError, match=words):
+        run(Namespace(json=given))

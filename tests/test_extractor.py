@@ -224,7 +224,13 @@ def test_a_plan_of_other_sites_is_refused() -> None:
     [
         ({"planes": ()}, r"planes = \(\)"),
         ({"planes": (4, 0)}, r"planes = \(4, 0\)"),
+        ({"planes": (10**9,)}, r"planes = \(1000000000,\), expected whole numbers of channels, 1 to 65536"),
+        ({"planes": (4,) * 40}, "planes = .*at most 16 levels"),
+        ({"planes": (True, 4)}, "planes = "),
+        ({"planes": (8192, 8192)}, "about 5e.09 weights, expected at most 1e.09; choose fewer channels or blocks"),
         ({"blocks": 0}, "blocks = 0"),
+        ({"blocks": 10**9}, "blocks = 1000000000, expected a whole number, 1 to 100"),
+        ({"features": ("rgb", "rgb")}, "features = .*each once"),
         ({"features": ()}, r"features = \(\)"),
         ({"features": ("rgb", "depth")}, "depth.*rgb.*coords.*probabilities.*entropy"),
         ({"down": "mean"}, "down = 'mean'"),
@@ -234,6 +240,14 @@ def test_a_plan_of_other_sites_is_refused() -> None:
 def test_bad_configuration(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ExtractorConfig(**changes)
+
+
+def test_the_estimate_of_weights_is_about_right() -> None:
+    """It is what bounds them; the published network has 79.3 million."""
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in PRESETS["paper"].build(19).parameters())
+    config = PRESETS["paper"]
+    assert 0.7 < weights / (36 * config.blocks * sum(c * c for c in config.planes)) < 1.3
 
 
 def test_input_channels() -> None:

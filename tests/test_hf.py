@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -509,6 +510,24 @@ def test_half_precision_is_read_as_float32(folder: Path) -> None:
     found = run(hf(folder).model, noise(1, 3, SIDE, SIDE))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
+
+
+def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
+    model = T.SegformerForSemanticSegmentation.from_pretrained(folder)
+    with torch.no_grad():
+        model.decode_head.classifier.bias[1] = torch.nan
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"1 of \d+ values of decode_head\.classifier\.bias are NaN or infinite"):
+        hf(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json", "generation_config.json"])
+def test_what_is_no_file_is_not_opened(name: str, folder: Path) -> None:
+    """By whichever library: opening a FIFO would wait for ever."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f"{name}: is a FIFO"):
+        hf(folder)
 
 
 # ---- classes

@@ -134,5 +134,5 @@ def test_a_narrower_hrnet_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such weights file"):
+    with pytest.raises(FileNotFoundError, match="no such file, expected a weights file"):
         load_hrnet_w48(tmp_path / "none.pth")

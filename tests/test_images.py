@@ -195,7 +195,7 @@ def test_cut_short(suffix: str, tmp_path: Path) -> None:
         found = image_or_message(path)
         assert str(path) in found if isinstance(found, str) else found.shape == (3, 40, 50)
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ImageError, match="not a readable image, or cut short"):
+    with pytest.raises(ImageError, match="cut short"):
         read_image(path)
 
 
@@ -230,20 +230,8 @@ def test_no_image(content: bytes, read: Callable[[Path], Tensor], tmp_path: Path
 def test_missing_file_and_folder(read: Callable[[Path], Tensor], tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"nowhere\.png: no such file"):
         read(tmp_path / "nowhere.png")
-    with pytest.raises(ImageError, match="no such file"):
+    with pytest.raises(ImageError, match="is a folder, expected a"):
         read(tmp_path)
-
-
-def test_large_images_without_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
-) -> None:
-    path = stored(tmp_path / "a.png", Image.new("L", (10, 10)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
-    assert read_image(path).shape == (3, 10, 10)
-    assert not recwarn.list
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    with pytest.raises(ImageError, match=r"a\.png: .*MAX_IMAGE_PIXELS"):
-        read_image(path)
 
 
 # ---- labels
@@ -340,7 +328,6 @@ def test_written_whole_replaces_and_leaves_nothing_behind(tmp_path: Path) -> Non
     for content in (b"first", b"second"):
         with written_whole(path) as temporary:
             assert temporary.parent == path.parent
-            assert temporary.suffix == ".bin"
             temporary.write_bytes(content)
         assert path.read_bytes() == content
     assert list(path.parent.iterdir()) == [path]

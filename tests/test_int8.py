@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from sparserefine.commands.main import main
 from sparserefine.engines.choose import EngineChoice, engine_report, get_engine
 from sparserefine.engines.cpu.kernels import Kernels
+from sparserefine.files.lock import locked
 from sparserefine.refiner import SparseRefiner
 from sparserefine.sparse import Sites, SparseBatchNorm, SparseConv, SparseUNet, calibrating
 from sparserefine.sparse.epilogue import Activation, Epilogue
@@ -234,6 +237,18 @@ def test_calibration_needs_sites() -> None:
     assert not stored.training
 
 
+def test_calibration_refuses_what_is_not_finite(tmp_path: Path) -> None:
+    stored = refiner()
+    stored.quantize([photograph()])
+    before = {name: value.clone() for name, value in stored.state_dict().items() if "input_max" in name}
+    assert before
+    with torch.no_grad():
+        stored.extractor.stem.weight[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="activations that are NaN or infinite"):
+        stored.quantize([photograph()])
+    assert all(torch.equal(stored.state_dict()[name], value) for name, value in before.items())
+
+
 def test_calibrate_is_called_quantize_now() -> None:
     with pytest.raises(AttributeError, match=r"called SparseRefiner\.quantize now"):
         refiner().calibrate([photograph()])
@@ -265,6 +280,48 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main(["quantize", str(tmp_path / "empty"), "--refiner", "demo", "--out", out + "2"]) == 1
     assert "no image in" in capsys.readouterr().err
+
+
+def quantize(*arguments: object) -> int:
+    return main(["quantize", *map(str, arguments)])
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(photograph(96).permute(1, 2, 0).numpy()).save(tmp_path / "in" / "a.png")
+    return tmp_path / "in"
+
+
+def test_command_that_cannot_measure_stores_nothing(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert quantize(pictures, "--refiner", "demo", "--out", out, "--budget", 0) == 1
+    assert "saw no site" in capsys.readouterr().err
+    assert not out.exists() or list(out.iterdir()) == []
+    os.mkfifo(pictures / "b.png")
+    assert quantize(pictures, "--refiner", "demo", "--out", out) == 1
+    assert "b.png: is a FIFO" in capsys.readouterr().err
+    assert quantize(pictures / "nowhere.png", "--refiner", "demo", "--out", out) == 1
+    assert "nowhere.png: no such file, expected an image" in capsys.readouterr().err
+    assert not out.exists() or list(out.iterdir()) == []
+
+
+def test_command_takes_no_empty_path(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a variable of the shell that is not set gives it; it would be the current folder."""
+    for inputs, name, out in (("", "demo", "out"), (pictures, "", "out"), (pictures, "demo", "")):
+        assert quantize(inputs, "--refiner", name, "--out", out) == 1
+        assert "is empty, expected a path" in capsys.readouterr().err
+
+
+def test_command_does_not_write_beside_another(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path / "out", "train"):
+        assert quantize(pictures, "--refiner", "demo", "--out", tmp_path / "out") == 1
+    assert re.search(r"out: train \(process \d+ .* writes there", capsys.readouterr().err)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_auto_does_not_round() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import sys
@@ -662,10 +663,27 @@ def test_smp_weights_of_another_model(fake_smp: list[Any], tmp_path: Path) -> No
         libraries.smp(tmp_path / "m")
 
 
+def test_smp_weights_that_are_not_finite(fake_smp: list[Any], tmp_path: Path) -> None:
+    state = saved_smp(tmp_path / "m", classes=K).state_dict()
+    name = next(iter(state))
+    state[name] = torch.full_like(state[name], torch.inf)
+    save_file(state, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"base smp:.* values of {re.escape(name)} are NaN or infinite"):
+        libraries.smp(tmp_path / "m")
+
+
+def test_smp_folder_with_what_is_no_file(fake_smp: list[Any], tmp_path: Path) -> None:
+    saved_smp(tmp_path / "m", classes=K)
+    (tmp_path / "m" / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: is a FIFO"):
+        libraries.smp(tmp_path / "m")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"classes": 3}'])
 def test_smp_configuration_of_another_library(text: str, fake_smp: list[Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json (is not JSON|has no _model_class)"):
+    with pytest.raises(ValueError, match=r"config\.json(: not readable as JSON|: holds list| has no _model_class)"):
         libraries.smp(tmp_path)
 
 

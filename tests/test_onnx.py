@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import os
 import pickle
 import sys
 from collections.abc import Sequence
@@ -255,12 +256,39 @@ def test_a_broken_file_is_named_in_one_line(tmp_path: Path, kept: int) -> None:
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.onnx: no such ONNX file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.onnx: no such file, expected an ONNX file"):
         OnnxModel(tmp_path / "none.onnx")
     path = written(tmp_path / "m.onnx", external="m.weights")
     (tmp_path / "m.weights").unlink()
     with pytest.raises(FileNotFoundError, match=r"m\.onnx: its weights are in m\.weights, which is not there"):
         OnnxModel(path)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    """Opening a FIFO would wait for ever; the weights beside a file are opened too."""
+    path = written(tmp_path / "m.onnx", external="m.weights")
+    (tmp_path / "m.weights").unlink()
+    os.mkfifo(tmp_path / "m.weights")
+    with pytest.raises(ValueError, match=r"m\.weights: is a FIFO.*, expected weights of .*m\.onnx"):
+        OnnxModel(path)
+    with pytest.raises(ValueError, match=r"is a folder, expected an ONNX file"):
+        OnnxModel(tmp_path)
+
+
+def test_weights_outside_the_folder_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    path = written(tmp_path / "folder" / "m.onnx", external="m.weights")
+    (tmp_path / "folder" / "m.weights").rename(tmp_path / "m.weights")
+    model = onnxlib.load(path, load_external_data=False)
+    for place in ("../m.weights", str(tmp_path / "m.weights")):
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = place
+        onnxlib.save(model, path)
+        with pytest.raises(ValueError, match=r"m\.onnx: not an ONNX file that can be run") as error:
+            OnnxModel(path)
+        assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("location", ["Berlin", "/dev/zero", "../other", "", "b" * 300, "\0"], ids=ascii)

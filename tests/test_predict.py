@@ -1,5 +1,9 @@
+import errno
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +24,11 @@ from sparserefine import (
 )
 from sparserefine.bases.families.unet import UNet
 from sparserefine.commands.info import info, info_text
-from sparserefine.files.images import write_png
+from sparserefine.commands.main import main
+from sparserefine.commands.predict import HOW_TO_GO_ON
+from sparserefine.files.images import save_png
+from sparserefine.files.lock import LockedError, locked
+from sparserefine.files.whole import _temporary_name
 from sparserefine.inference.predict import Failure, predict
 
 CLASSES = Classes(("background", "road", "car"), ((0, 0, 0), (128, 64, 128), (0, 0, 142)))
@@ -324,22 +332,245 @@ def test_logits_that_are_not_finite_are_failures(tmp_path):
 def test_interrupting_interrupts_and_leaves_whole_files_only(tmp_path):
     for name, width in (("a.png", 32), ("b.png", 64)):
         photo(tmp_path / "in" / name, 24, width)
-    refiner = tiny_refiner(Moody(KeyboardInterrupt()))
+    refiner, done = tiny_refiner(Moody(KeyboardInterrupt())), []
     with pytest.raises(KeyboardInterrupt):
-        predict([tmp_path / "in"], refiner, tmp_path / "out")
+        predict([tmp_path / "in"], refiner, tmp_path / "out", seen=done.append)
     assert names(tmp_path / "out") == ["a.png"]
+    assert [image.image.name for image in done] == ["a.png"]
 
 
-def test_a_failed_write_leaves_neither_of_both_outputs(tmp_path, refiner, monkeypatch):
-    def full_disk(path, *arguments):
-        if path.name.endswith("_overlay.png"):
-            raise OSError(28, "No space left on device")
-        write_png(path, *arguments)
+def fail_at_overlay(monkeypatch, error):
+    def save(file, pixels, palette):
+        if pixels.dim() == 3:  # the labels are complete then
+            raise error
+        save_png(file, pixels, palette)
 
-    monkeypatch.setattr("sparserefine.inference.predict.write_png", full_disk)
-    failure = only(predict([photo(tmp_path / "in" / "a.png")], refiner, tmp_path / "out", overlay=True))
-    assert "No space left" in failure.reason
-    assert names(tmp_path / "out") == []
+    monkeypatch.setattr("sparserefine.inference.predict.save_png", save)
+
+
+def fail_at_second_rename(monkeypatch, error):
+    """The overlay has its name then, the labels have not."""
+    renames, replace = [], Path.replace
+
+    def failing(path, target):
+        renames.append(target)
+        if len(renames) == 2:
+            raise error
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+
+
+@pytest.mark.parametrize("when", [fail_at_overlay, fail_at_second_rename])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=["failure", "Ctrl-C"])
+def test_an_image_gets_all_of_its_outputs_or_none(tmp_path, refiner, monkeypatch, error, when):
+    when(monkeypatch, error)
+    path = photo(tmp_path / "in" / "a.png")
+    if isinstance(error, OSError):
+        reason = only(predict([path], refiner, tmp_path / "out", overlay=True)).reason
+        assert "(Input/output error)" in reason
+        assert reason.count("cannot be written") == 1
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            predict([path], refiner, tmp_path / "out", overlay=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("when", [fail_at_overlay, fail_at_second_rename])
+def test_a_failure_while_overwriting_never_leaves_outputs_of_two_runs(tmp_path, refiner, monkeypatch, when):
+    path = photo(tmp_path / "in" / "a.png")
+    predict([path], refiner, tmp_path / "out", overlay=True)
+    before = contents(tmp_path / "out")
+    photo(path, seed=1)
+    with monkeypatch.context() as patch:
+        when(patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            predict([path], refiner, tmp_path / "out", overlay=True, overwrite=True)
+    after = contents(tmp_path / "out")
+    assert after.items() <= before.items()
+    assert tmp_path / "out" / "a.png" in after
+    report = predict([path], refiner, tmp_path / "out", overlay=True, skip_existing=True)
+    assert len(report.images) == (after != before)
+
+
+# ---- going on, two at once, full disks, what other processes do
+
+
+def test_what_exists_is_kept_and_counted(tmp_path, refiner):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        photo(tmp_path / "in" / name)
+    out = tmp_path / "out"
+    predict([tmp_path / "in"], refiner, out, overlay=True)
+    (out / "b_overlay.png").unlink()  # as after a kill between the two
+    (out / "a.png").write_bytes(b"mine")
+    (out / "b.png").write_bytes(b"half")
+    report = predict([tmp_path / "in"], refiner, out, overlay=True, skip_existing=True)
+    assert [image.image.name for image in report.images] == ["b.jpg"]
+    assert [image.name for image in report.present] == ["a.jpg", "c.jpg"]
+    assert not report.failures
+    assert (out / "a.png").read_bytes() == b"mine"
+    assert read_label(out / "b.png").shape == (24, 32)
+    assert report.summary().startswith("1 image predicted (")
+    assert report.summary().endswith(", 2 present already")
+
+
+def test_an_input_is_not_taken_for_its_own_output(tmp_path, refiner):
+    path = photo(tmp_path / "a.png")
+    assert "never overwritten" in only(predict([path], refiner, tmp_path, skip_existing=True)).reason
+
+
+def test_overwriting_and_keeping_contradict_each_other(tmp_path, refiner):
+    with pytest.raises(ValueError, match="contradict"):
+        predict([photo(tmp_path / "a.png")], refiner, tmp_path / "out", overwrite=True, skip_existing=True)
+
+
+def test_a_second_prediction_into_a_folder_is_refused_and_touches_nothing(tmp_path, refiner):
+    path, out = photo(tmp_path / "in" / "a.png"), tmp_path / "out"
+    with locked(out, "predict"):
+        before = contents(tmp_path)
+        with pytest.raises(LockedError, match=r"predict .* writes there"):
+            predict([path], refiner, out, overwrite=True)
+        assert contents(tmp_path) == before
+    assert not predict([path], refiner, out).failures
+    assert names(out) == ["a.png"]
+
+
+def test_a_prediction_holds_the_lock(tmp_path, refiner):
+    path, refusals = photo(tmp_path / "in" / "a.png"), []
+
+    def second(_):
+        with pytest.raises(LockedError) as caught:
+            predict([path], refiner, tmp_path / "out", overwrite=True)
+        refusals.append(caught.value)
+
+    predict([path], refiner, tmp_path / "out", seen=second)
+    assert len(refusals) == 1
+
+
+def test_leftovers_of_killed_runs_are_swept_where_it_writes(tmp_path, refiner):
+    photo(tmp_path / "in" / "a.png")
+    photo(tmp_path / "in" / "sub" / "b.png")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    name = re.sub(r"-[0-9]+-", f"-{ended.pid}-", _temporary_name())
+    out = tmp_path / "out"
+    for folder in (out, out / "sub", out / "other"):
+        folder.mkdir()
+        (folder / name).touch()
+    predict([tmp_path / "in"], refiner, out)
+    assert names(out) == ["a.png", f"other/{name}", "sub/b.png"]
+
+
+def test_outputs_that_vanish_are_failures(tmp_path, refiner):
+    for name in ("a.jpg", "b.jpg"):
+        photo(tmp_path / "in" / name)
+    out = tmp_path / "out"
+    report = predict([tmp_path / "in"], refiner, out, seen=lambda done: (out / "a.png").unlink(missing_ok=True))
+    assert report.written == (out / "b.png",)
+    assert only(report).name.endswith("a.jpg")
+    assert "gone" in only(report).reason
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_ends_the_run(tmp_path, refiner, monkeypatch, code):
+    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
+        photo(tmp_path / "in" / name)
+    written = []
+
+    def full(file, *arguments):
+        if written:
+            raise OSError(code, os.strerror(code), str(file))
+        save_png(file, *arguments)
+        written.append(file)
+
+    monkeypatch.setattr("sparserefine.inference.predict.save_png", full)
+    report = predict([tmp_path / "in"], refiner, tmp_path / "out")
+    assert names(tmp_path / "out") == ["a.png"]
+    assert only(report).name.endswith("b.jpg")
+    assert f"b.png: cannot be written ({os.strerror(code)})" in only(report).reason
+    assert [path.name for path in report.not_tried] == ["c.jpg", "d.jpg"]
+    assert report.summary().endswith(", 1 failure, 2 not tried")
+
+
+@pytest.mark.parametrize("inputs", ["", [""], ["a.png", ""]], ids=str)
+def test_empty_paths_are_refused(tmp_path, refiner, monkeypatch, inputs):
+    photo(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="inputs: an empty path; is a shell variable unset"):
+        predict(inputs, refiner, "out")
+    with pytest.raises(ValueError, match="out: an empty path"):
+        predict("a.png", refiner, "")
+    assert names(tmp_path) == ["a.png"]
+
+
+def test_what_is_no_file_is_a_failure_that_says_so(tmp_path, refiner):
+    root = tmp_path / "in"
+    photo(root / "a.png")
+    os.mkfifo(root / "fifo.png")
+    for inputs in ([root], [f"{root}/*"], [root / "a.png", root / "fifo.png"]):
+        report = predict(inputs, refiner, tmp_path / "out", overwrite=True)
+        assert len(report.images) == 1
+        assert only(report).name.endswith("fifo.png")
+        assert only(report).reason.startswith("is a FIFO")
+    assert "is a character device" in only(predict(["/dev/null"], refiner, tmp_path / "out")).reason
+
+
+def test_names_are_printed_on_one_line(tmp_path, refiner):
+    photo(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b\n\x1b[31m.png").write_bytes(b"")
+    failure = only(predict([tmp_path / "in"], refiner, tmp_path / "out"))
+    assert failure.name.endswith("b\n\x1b[31m.png")
+    assert failure.reason.startswith("not a readable image")
+    assert str(failure).isprintable()
+    assert r"b\n\x1b[31m.png: not" in str(failure)
+
+
+@pytest.fixture
+def command(monkeypatch, refiner):
+    """Runs ``sparserefine predict`` with the tiny refiner."""
+    monkeypatch.setattr("sparserefine.commands.predict.refiner_of", lambda *_, **options: refiner)
+    return lambda *arguments: main(["predict", *map(str, arguments), "--refiner", "demo", "--device", "cpu"])
+
+
+def test_an_interrupted_command_says_what_was_done(tmp_path, monkeypatch, capsys, command):
+    for name in ("a.jpg", "b.jpg"):
+        photo(tmp_path / "in" / name)
+
+    def interrupted(path):
+        if path.name == "b.jpg":
+            raise KeyboardInterrupt
+        return read_image(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparserefine.inference.predict.read_image", interrupted)
+        assert command(tmp_path / "in", "--out", tmp_path / "out") == 130
+    assert "1 image predicted before the interruption\n" in capsys.readouterr().err
+    assert "--skip_existing" in HOW_TO_GO_ON
+    assert command(tmp_path / "in", "--out", tmp_path / "out", "--skip_existing") == 0
+    assert capsys.readouterr().out.endswith(", 1 present already\n")
+
+
+def test_a_command_on_a_full_disk_fails_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, command):
+    for name in ("a.jpg", "b.jpg"):
+        photo(tmp_path / "in" / name)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sparserefine.inference.predict.save_png", full)
+    assert command(tmp_path / "in", "--out", tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    assert printed.out == "0 images predicted, 1 failure, 1 not tried\n"
+    assert printed.err.count("\n") == 2
+    assert "--skip_existing" in printed.err
+
+
+def test_a_command_with_an_unset_variable_is_refused(tmp_path, monkeypatch, capsys, command):
+    photo(tmp_path / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert command("", "--out", "out") == 2
+    assert "is a shell variable unset?" in capsys.readouterr().err
+    assert names(tmp_path) == ["a.jpg"]
 
 
 def test_the_overlay_shows_background_as_the_image_has_it(tmp_path, refiner):

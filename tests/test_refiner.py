@@ -1,12 +1,10 @@
-"""The whole method on a tiny random base, and a refiner on disk."""
+"""The whole method on a tiny random base."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
-from sparserefine.bases.families.unet import UNet, save_unet
+from sparserefine.bases.families.unet import UNet
 from sparserefine.images.classes import Classes
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from sparserefine.images.upsampling import Window
@@ -365,7 +363,7 @@ def test_a_prediction_looks_at_the_values_when_it_has_waited_anyway(triton: Engi
             logits = refiner(image).coarse.logits
         assert reads.seen == expected
         with Reads() as reads:
-            refiner.refine(image, [*logits])
+            refiner.refine(image / 255, [*logits])  # looks at the pixels too
         assert reads.seen == expected
 
 
@@ -375,6 +373,20 @@ def test_bad_logits_of_the_base_are_refused(training: bool) -> None:
     base = FrozenBase(lambda x: x[:, :K] / 0, K, BaseConfig("broken", ratio=0.5))
     with pytest.raises(ValueError, match="base broken: 168 of 168 coarse logits are NaN or infinite"):
         refiner_of(base=base).train(training)(pixels(2, (8, 14)))
+
+
+def test_pixels_outside_0_to_1_are_refused() -> None:
+    """But not in training, which makes them itself and does not wait for their values."""
+    refiner, image, logits = refiner_of(), pixels(2).float(), torch.randn(2, K, 5, 7)
+    refiner(image / 255)
+    refiner.refine(image / 255, logits)
+    words = r"image holds 0\.\.255, expected 0\.\.1 for floating point"
+    with pytest.raises(ValueError, match=words):
+        refiner(image)
+    for given in (logits, [*logits]):
+        with pytest.raises(ValueError, match=words):
+            refiner.refine(image, given)
+    refiner.train().refine(image, logits)
 
 
 def test_bad_logits_of_several_sizes_are_counted_together() -> None:
@@ -557,201 +569,3 @@ def test_the_selector_may_be_replaced() -> None:
     with pytest.raises(ValueError, match=r"threshold = 1.2 nats would select nothing"):
         refiner.selector = Selector(1.2)
     assert refiner.selector == Selector(budget=7)
-
-
-# ---- on disk
-
-
-@pytest.fixture
-def stored(tmp_path: Path) -> tuple[SparseRefiner, Path]:
-    """A refiner with nothing left at its default, and the folder that it was stored in, with its base."""
-    folder = tmp_path / "refiner"
-    base = base_of(BaseConfig("unet:base.safetensors", size=(6, 7), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)))
-    save_unet(base.model, folder / "base.safetensors")
-    refiner = SparseRefiner(
-        base,
-        RefinerConfig(
-            selector=Selector(0.01, 40),
-            extractor=ExtractorConfig((4, 6, 8), 2, "paper", ("rgb", "coords", "entropy")),
-            ensembler=EnsemblerConfig(fuser="paper"),
-            upsampling="nearest",
-            mean=(0.1, 0.2, 0.3),
-            std=(0.5, 0.6, 0.7),
-        ),
-        classes=Classes(("void", "road", "sky"), ((1, 2, 3), (4, 5, 6), (7, 8, 255))),
-    )
-    refiner.train()(pixels(2))  # moves the running statistics
-    refiner.eval().save_pretrained(folder)
-    return refiner, folder
-
-
-def test_read_back_exactly(stored: tuple[SparseRefiner, Path]) -> None:
-    refiner, folder = stored
-    found = SparseRefiner.from_pretrained(folder)
-    assert not found.training
-    assert found.classes == refiner.classes
-    assert found.config == refiner.config
-    assert found.base.config == refiner.base.config
-    assert found.base.identity == refiner.base.identity
-    state = found.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in refiner.state_dict().items())
-    image = pixels(2, (11, 13))
-    assert torch.equal(found(image).logits(), refiner(image).logits())
-    assert sorted(p.name for p in folder.iterdir()) == ["base.safetensors", "config.json", "model.safetensors"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_read_back_from_half_precision(dtype: torch.dtype, stored: tuple[SparseRefiner, Path]) -> None:
-    refiner, folder = stored
-    full = (folder / "model.safetensors").stat().st_size
-    refiner.save_pretrained(folder, dtype=dtype)
-    assert (folder / "model.safetensors").stat().st_size < 0.75 * full
-    # The same base: a rounded one selects other sites.
-    found = SparseRefiner.from_pretrained(folder, base=refiner.base)
-    assert all(p.dtype == torch.float32 for p in found.trained_parameters())
-    image = pixels(2, (11, 13))
-    assert_close(found(image).refined_logits, refiner(image).refined_logits, dtype)
-
-
-def test_base_may_be_given(stored: tuple[SparseRefiner, Path]) -> None:
-    refiner, folder = stored
-    (folder / "base.safetensors").unlink()
-    found = SparseRefiner.from_pretrained(str(folder), base=refiner.base)
-    image = pixels()
-    assert torch.equal(found(image).logits(), refiner(image).logits())
-    with pytest.raises(FileNotFoundError, match=r"base\.safetensors"):
-        SparseRefiner.from_pretrained(folder)
-    with pytest.raises(ValueError, match=r"config\.json: 3 classes, the base given has 4"):
-        SparseRefiner.from_pretrained(folder, base=base_of(num_classes=4))
-
-
-def test_storing_again_replaces(stored: tuple[SparseRefiner, Path]) -> None:
-    refiner, folder = stored
-    other = refiner_of(base=refiner.base)
-    other.save_pretrained(folder)
-    image = pixels()
-    assert torch.equal(SparseRefiner.from_pretrained(folder)(image).logits(), other(image).logits())
-
-
-def test_interrupted_storing_is_recognised(stored: tuple[SparseRefiner, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    refiner, folder = stored
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(json, "dumps", full)
-        with pytest.raises(OSError, match="no space"):
-            refiner_of(base=refiner.base).save_pretrained(folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["base.safetensors", "config.json", "model.safetensors"]
-    with pytest.raises(ValueError, match=r"model\.safetensors: missing, or not the file"):
-        SparseRefiner.from_pretrained(folder)
-
-
-def test_a_base_of_ones_own_needs_no_stored_base(stored: tuple[SparseRefiner, Path]) -> None:
-    """So a base that this version cannot read is no obstacle."""
-    refiner, folder = stored
-    changed(base__name="hologram:x", base__depth=3)(folder)
-    assert SparseRefiner.from_pretrained(folder, base=refiner.base).base is refiner.base
-    with pytest.raises(ValueError, match=r"config\.json: base: unknown key 'depth'"):
-        SparseRefiner.from_pretrained(folder)
-
-
-def changed(**changes: Any) -> Callable[[Path], None]:
-    """Changes entries of config.json; a dotted one lies inside another."""
-
-    def change(folder: Path) -> None:
-        path = folder / "config.json"
-        config = json.loads(path.read_text())
-        for key, value in changes.items():
-            place, _, inner = key.rpartition("__")
-            (config[place] if place else config)[inner] = value
-        path.write_text(json.dumps(config))
-
-    return change
-
-
-def without(key: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        del config[key]
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return change
-
-
-def flip_a_byte(folder: Path) -> None:
-    data = bytearray((folder / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(data)
-
-
-DAMAGE = {
-    "no configuration": (lambda f: (f / "config.json").unlink(), r"no config\.json in it"),
-    "empty configuration": (lambda f: (f / "config.json").write_text(""), "not readable as JSON"),
-    "binary configuration": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "not readable as JSON"),
-    "cut configuration": (lambda f: (f / "config.json").write_text('{"format_version": 1'), "not readable as JSON"),
-    "a list": (lambda f: (f / "config.json").write_text("[1]"), "holds list, expected an object"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: missing"),
-    "a flipped bit": (flip_a_byte, r"model\.safetensors: missing, or not the file"),
-    "newer format": (changed(format_version=2), "format_version 2, this sparserefine reads 1"),
-    "no format": (without("format_version"), "format_version None"),
-    "unknown key": (changed(colour="red"), "missing or unknown: colour"),
-    "missing key": (without("selector"), "missing or unknown: selector"),
-    "unknown key inside": (changed(selector__rate=3), "selector: unknown key 'rate', expected .*'threshold'"),
-    "bad value inside": (changed(selector__threshold=-1), "selector: threshold = -1"),
-    "wrong type inside": (changed(selector__threshold="high"), "selector: "),
-    "not an object inside": (changed(selector=5), "selector: "),
-    "another shape": (changed(extractor__planes=[4, 6, 9]), "does not fit"),
-    "another depth": (changed(extractor__planes=[4, 6]), "unexpected"),
-    "more blocks": (changed(extractor__blocks=3), "missing"),
-    "unknown down-sampling": (changed(extractor__down="mean"), "extractor: .*down = 'mean'"),
-    "planes not whole": (changed(extractor__planes=[4.5, 6, 8]), "extractor: "),
-    "blocks not whole": (changed(extractor__blocks=1.5), "extractor: blocks = 1.5, expected a whole number"),
-    "a threshold too high": (changed(selector__threshold=1.2), "selector: threshold = 1.2 nats would select nothing"),
-    "unknown upsampling": (changed(upsampling="bicubic"), "upsampling 'bicubic'"),
-    "no base": (changed(base__name=""), "names no base .*base=FrozenBase"),
-    "unknown base": (changed(base__name="resnet:x"), "'resnet:x' is not known"),
-    "base runs code": (changed(base__name="python:os:getcwd"), "pass trust_base=True"),
-    "base not an object": (changed(base=None), "base: "),
-    "fewer classes": (changed(classes=["a", "b"]), "2 class names, 3 colours"),
-    "classes not a list": (changed(classes=None), "classes"),
-    "mean not a list": (changed(mean=None), "refiner.mean = None"),
-    "mean of two channels": (changed(mean=[0.1, 0.2]), "refiner.mean = "),
-    "std of zero": (changed(std=[0.1, 0.0, 0.2]), "refiner.std = "),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_folder(damage: str, stored: tuple[SparseRefiner, Path]) -> None:
-    folder = stored[1]
-    change, words = DAMAGE[damage]
-    change(folder)
-    with pytest.raises(ValueError, match=words) as error:
-        SparseRefiner.from_pretrained(folder)
-    named = ("config.json", "model.safetensors", "resnet:x", "python:os:getcwd")
-    assert any(name in str(error.value) for name in named), f"says not where: {error.value}"
-
-
-@pytest.mark.parametrize(
-    "name", ["nowhere", "./nowhere", "/no/where/at/all", "~/nowhere", Path("user/refiner")], ids=str
-)
-def test_missing_folder(name: str | Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        SparseRefiner.from_pretrained(name)
-
-
-def test_hub_id_without_the_hub_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(FileNotFoundError, match=r"user/refiner: no such folder.*pip install huggingface_hub"):
-        SparseRefiner.from_pretrained("user/refiner")
-
-
-def test_weights_that_are_not_finite_are_stored_as_they_are(tmp_path: Path) -> None:
-    """So that a training that diverged can be looked at; the disk is not to blame."""
-    refiner = refiner_of()
-    with torch.no_grad():
-        refiner.extractor.head.bias[0] = float("nan")
-    refiner.save_pretrained(tmp_path / "refiner")
-    found = SparseRefiner.from_pretrained(tmp_path / "refiner", base=refiner.base)
-    assert found.extractor.head.bias[0].isnan()

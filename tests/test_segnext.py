@@ -267,5 +267,5 @@ def test_other_models(tmp_path: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such weights file"):
+    with pytest.raises(FileNotFoundError, match="no such file, expected a weights file"):
         load_segnext("t", tmp_path / "none.pth")

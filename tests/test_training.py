@@ -1,7 +1,6 @@
 """Losses, stored logits, and the road from a configuration to a prediction on generated images."""
 
 import json
-import math
 import sys
 
 import numpy as np
@@ -9,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from projects import write_project
 from sparserefine import PRESETS, BaseConfig, Config, EnsemblerConfig, ExtractorConfig, RefinerConfig, SparseRefiner
-from sparserefine.bases.families.unet import UNet, load_unet, save_unet
+from sparserefine.bases.families.unet import load_unet
 from sparserefine.bases.load import load_base
 from sparserefine.commands.main import main
 from sparserefine.data.readers.config import DataConfig
@@ -47,68 +47,10 @@ def test_refinement_loss_is_the_sum():
     torch.testing.assert_close(refinement_loss(sparse, refined, truth, dice=0.3), ce + 0.3 * both)
 
 
-def test_stored_logits_refuse_what_is_not_theirs(tmp_path):
-    store = StoredLogits(tmp_path)
-    logits = torch.randn(3, 4, 5) * 1e6  # more than half precision holds
-    store.write("a/b", logits, base="UNet:1", image_size=(8, 10))
-    read = store.read("a/b", base="UNet:1", image_size=(8, 10))
-    assert read.dtype == torch.float16
-    assert read.isfinite().all()
-    assert torch.equal(read.argmax(0)[logits.abs().amax(0) < 65504], logits.argmax(0)[logits.abs().amax(0) < 65504])
-    with pytest.raises(ValueError, match=r"UNet:1.*UNet:2"):
-        store.read("a/b", base="UNet:2", image_size=(8, 10))
-    with pytest.raises(ValueError, match=r"8x10.*9x10"):
-        store.read("a/b", base="UNet:1", image_size=(9, 10))
-    with pytest.raises(ValueError, match="sparserefine logits"):
-        store.read("none", base="UNet:1", image_size=(8, 10))
-    store.write("bad", logits.where(logits > 0, torch.nan), base="UNet:1", image_size=(8, 10))
-    bad = int((logits <= 0).sum())
-    with pytest.raises(ValueError, match=rf"bad.*: {bad} of 60 coarse logits of base UNet:1 are NaN or infinite"):
-        store.read("bad", base="UNet:1", image_size=(8, 10))
-    store.path("cut").write_bytes(store.path("a/b").read_bytes()[:50])
-    with pytest.raises(ValueError, match="cut"):
-        store.read("cut", base="UNet:1", image_size=(8, 10))
-
-
-def lines_image(path, seed, size=(72, 88)):
-    """Bright lines on noise, and their label: something a few steps can learn."""
-    generator = np.random.default_rng(seed)
-    label = Image.new("L", size[::-1])
-    draw = ImageDraw.Draw(label)
-    for _ in range(5):
-        draw.line([tuple(generator.integers(0, size[::-1]).tolist()) for _ in range(2)], fill=1, width=3)
-    mask = np.array(label)
-    noisy = np.stack([mask * 120 + 60] * 3, axis=-1) + generator.normal(0, 12, (*size, 3))
-    for folder, picture in (("images", Image.fromarray(noisy.clip(0, 255).astype(np.uint8))), ("labels", label)):
-        target = path / folder / f"{seed}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(target)
-
-
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder dataset, an untrained base and a configuration; the working directory is its folder."""
-    for seed in range(4):
-        lines_image(tmp_path / "data", seed, (72 + 4 * (seed % 2), 88))
-    (tmp_path / "data" / "train.txt").write_text("0 1")
-    (tmp_path / "data" / "val.txt").write_text("2")
-    (tmp_path / "data" / "test.txt").write_text("3")
-    (tmp_path / "data" / "classes.txt").write_text("ground\nline 255 0 0\n")
-    torch.manual_seed(1)
-    for name in ("base", "other"):
-        save_unet(UNet(2, (4, 8)), tmp_path / f"{name}.safetensors")
-    config = {
-        "data": {"name": "folder", "root": "data"},
-        "base": {"name": "unet:base.safetensors", "ratio": 0.25},
-        "out": "run",
-        "selector": {"threshold": 0.1},
-        "extractor": {"planes": [8, 16]},
-        "logits": {"source": "stored", "folder": "logits"},
-        "augment": {"crop": [48, 48], "max_class_share": 1.0},
-        "training": {"steps": 24, "val_every": 12, "batch": 2, "lr": 0.01, "device": "cpu"},
-        "boundary_px": 2,
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    """A small project; the working directory is its folder."""
+    write_project(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -153,38 +95,6 @@ def test_logits_train_evaluate_predict(project, capsys):
         assert set(np.unique(np.array(mask))) <= {0, 1}
 
 
-def test_resumed_run_equals_an_uninterrupted_one(project, monkeypatch):
-    """The second half of a run, resumed from its checkpoint, sees the same crops and ends at the same weights."""
-    from safetensors.torch import load_file
-
-    live = ["--logits.source", "live", "--training.val_every", "3"]
-    assert main(["train", "config.yaml", *live, "--training.steps", "6", "--out", "whole"]) == 0
-
-    from sparserefine.training.module import RefinerModule
-
-    class Stop(Exception):
-        pass
-
-    original = RefinerModule.training_step
-
-    def stopping(self, batch, index):
-        if self.global_step == 4:
-            raise Stop
-        return original(self, batch, index)
-
-    monkeypatch.setattr(RefinerModule, "training_step", stopping)
-    with pytest.raises(Stop):
-        main(["train", "config.yaml", *live, "--training.steps", "6", "--out", "halves"])
-    monkeypatch.setattr(RefinerModule, "training_step", original)
-    assert not (project / "halves" / "last").exists()
-    other = ["--training.lr", "0.5", "--training.steps", "6", "--out", "halves", "--resume"]
-    assert main(["train", "config.yaml", *live, *other]) == 1  # neither this run nor another
-    assert main(["train", "config.yaml", *live, "--training.steps", "6", "--out", "halves", "--resume"]) == 0
-    whole, halves = (load_file(project / name / "last" / "model.safetensors") for name in ("whole", "halves"))
-    for name, tensor in whole.items():
-        torch.testing.assert_close(halves[name], tensor, msg=name)
-
-
 def test_logits_of_another_base_are_refused(project, capsys):
     assert main(["logits", "config.yaml"]) == 0
     other = ["--base.name", "unet:other.safetensors"]
@@ -201,7 +111,7 @@ def test_crossfit_takes_each_image_from_its_own_base(project):
     config["logits"]["crossfit"] = fold
     (project / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["logits", "config.yaml"]) == 0
-    bases = {name: StoredLogits(project / "logits").base_of(name) for name in "012"}
+    bases = {name: StoredLogits(project / "logits").header(name)["base"] for name in "012"}
     assert bases["0"] == bases["1"] != bases["2"]
 
 
@@ -239,29 +149,6 @@ def test_unknown_key_in_the_file_is_named(project, capsys):
     assert "treshold" in capsys.readouterr().err
 
 
-def test_loss_is_finite_without_sites(project):
-    """A threshold that nothing exceeds: training goes on, with zero gradients."""
-    high = ["--selector.threshold", str(math.log(2) - 1e-6), "--training.steps", "2", "--training.val_every", "2"]
-    assert main(["train", "config.yaml", "--logits.source", "live", *high]) == 0
-    line = json.loads((project / "run" / "log.jsonl").read_text())
-    assert line["val_refined"] == line["val_coarse"]
-
-
-def test_run_that_died_early_can_be_started_again(project, monkeypatch):
-    """Before its first checkpoint a run leaves nothing to resume, so nothing stands in the way of a new one."""
-    from sparserefine.training.module import RefinerModule
-
-    def dying(self, batch, index):
-        raise RuntimeError("out of memory")
-
-    short = ["train", "config.yaml", "--logits.source", "live", "--training.steps", "2", "--training.val_every", "2"]
-    with monkeypatch.context() as patch:
-        patch.setattr(RefinerModule, "training_step", dying)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            main(short)
-    assert main(short) == 0
-
-
 def test_preset_by_name(project):
     """`preset: slim16` in the file, and no extractor."""
     config = yaml.safe_load((project / "config.yaml").read_text())
@@ -286,17 +173,6 @@ def test_normalisation_by_name(project):
     assert (refiner.config.mean, refiner.config.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
     assert main(["train", "config.yaml", "--std", "[0.5, 0, 0.5]", "--out", "other"]) != 0
     assert not (project / "other").exists()
-
-
-def test_a_run_that_was_started_before_a_field_was_there_is_resumed(project, capsys):
-    short = ["train", "config.yaml", "--logits.source", "live", "--training.steps", "2", "--training.val_every", "2"]
-    assert main(short) == 0
-    stored = json.loads((project / "run" / "config.json").read_text())
-    del stored["mean"], stored["std"]
-    (project / "run" / "config.json").write_text(json.dumps(stored))
-    assert main([*short, "--resume"]) == 0
-    assert main([*short, "--mean", "[0.1, 0.2, 0.3]", "--resume"]) == 1
-    assert "was made with mean = [0.485, 0.456, 0.406]" in capsys.readouterr().err
 
 
 def test_the_choices_of_a_refiner_are_those_of_the_configuration():
@@ -342,8 +218,8 @@ def test_training_loads_its_base_once(project, monkeypatch):
 
 @pytest.mark.parametrize(("dense", "mean"), [("unet:other.safetensors", 0.1), ("python:dense_peer:build", 0.485)])
 def test_a_dense_peer_of_another_kind_has_its_own_normalisation(dense, mean, project, monkeypatch):
-    class Seen(Exception):
-        pass
+    class Seen(BaseException):
+        """The command line makes a line of any other exception."""
 
     def caught(*arguments, dense, **options):
         raise Seen(dense.mean[0])

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -188,3 +189,41 @@ def test_a_lock_of_another_machine_is_respected_with_the_cure(tmp_path):
 def test_printable_escapes_what_changes_a_terminal_or_fakes_a_line():
     assert printable("é 日本 \u202f.png") == "é 日本 \u202f.png"
     assert printable("a\x1b[2J\nb\r\u202e\udc80\x9b\u2028") == r"a\x1b[2J\nb\r\u202e\udc80\x9b\u2028"
+
+
+def test_a_lock_that_cannot_be_written_is_explained_and_not_left(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(OSError, match=r"cannot be written \(No space.*free space"), locked(tmp_path, "train"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_the_output_folder_must_not_be_a_file(tmp_path):
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(ValueError, match="a: is a file, expected a folder"), locked(tmp_path / "a", "train"):
+        pass
+    assert (tmp_path / "a").read_text() == "mine"
+
+
+RACE = """
+import sys, time
+from sparserefine.files.lock import LockedError, locked
+time.sleep(max(0, float(sys.argv[2]) - time.time()))
+try:
+    with locked(sys.argv[1], "train"):
+        time.sleep(1)
+except LockedError:
+    sys.exit(3)
+"""
+
+
+def test_of_runs_that_find_a_stale_lock_at_once_one_takes_it(tmp_path):
+    holder = {"host": Holder.this_process("").host, "process": os.getpid(), "started": 0.0, "what": "train"}
+    (tmp_path / NAME).write_text(json.dumps(holder))
+    start = str(time.time() + 1.5)
+    runs = [subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path), start]) for _ in range(4)]
+    assert sorted(run.wait() for run in runs) == [0, 3, 3, 3]
+    assert names(tmp_path) == []

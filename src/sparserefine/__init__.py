@@ -1,12 +1,10 @@
 """High-resolution segmentation at low-resolution cost, for the model you already trained."""
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING
+import importlib  # nothing else: `python -m sparserefine` imports this file before it takes the current folder away
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sparserefine.bases.base import BaseConfig as BaseConfig
     from sparserefine.bases.base import FrozenBase as FrozenBase

@@ -5,6 +5,7 @@ The kernels start with one launch, the host does not wait in between, and every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -136,7 +137,7 @@ class Graph:
         self._sites = plan.levels[0].sites
         self.labels = self.result.coarse_labels.clone()
         self._engine.write_labels(self.labels, self.result.refined_logits, self._sites)
-        self._report = torch.cat([plan.totals, self._recipe.base.bad_values(self.logits)[None]])
+        self._report = torch.cat([plan.totals, self._recipe.base.bad_values(self.logits, self.image)[None]])
 
     def run(self, image: Tensor, logits: Tensor) -> None:
         """Queues one run on an image and its coarse logits. The host does not wait."""
@@ -148,7 +149,7 @@ class Graph:
             self._graph.replay()
 
     def report(self) -> tuple[list[int], int]:
-        """The last run's number of sites at each level, and of bad coarse logits (NaN, infinite). Waits for the GPU."""
+        """The last run's number of sites at each level, and whether logits or pixels were bad. Waits for the GPU."""
         counts: list[int]
         *counts, bad = self._report.tolist()
         return counts, bad
@@ -205,7 +206,8 @@ class CapturedRefiner:
             image: ``[B, 3, H, W]``, with the captured shape and dtype.
 
         Raises:
-            ValueError: the image or its coarse logits have another shape, dtype or device, or logits are NaN.
+            ValueError: the image or its coarse logits have another shape, dtype or device, or values that
+                :meth:`FrozenBase.look_at` refuses. The graph checks them; the host reads the result with the counts.
             RuntimeError: the refiner has changed since it was captured.
         """
         check_image(image)
@@ -266,7 +268,7 @@ class CapturedRefiner:
             raise RuntimeError(_CHANGED.format("has other weights"))
         counts, bad = self._graph.report()
         if bad:
-            self._recipe.base.checked(logits, len(image))  # raises, and says what is wrong
+            self._recipe.base.look_at(logits, image=image)()  # raises, and says what is wrong
         self.calls += 1
         if any(count > capacity for count, capacity in zip(counts, self.capacities, strict=True)):
             self.overflows += 1
@@ -303,7 +305,7 @@ def capture(
         raise ValueError("no image is given; pass one or several typical images, so that their sites can be counted")
     if logits is not None and len(logits) != len(images):
         raise ValueError(f"{len(logits)} coarse logits for {len(images)} images; expected one for each image")
-    if not headroom >= 1:
+    if not 1 <= headroom < math.inf:
         raise ValueError(f"headroom = {headroom}, expected at least 1, which is the room for the given images")
     for image in images:
         check_image(image)
@@ -319,7 +321,7 @@ def capture(
         if logits is None:
             logits = [recipe.base(image) for image in images]
         for image, given in zip(images, logits, strict=True):
-            recipe.base.checked(given, len(image))
+            recipe.base.checked(given, len(image), image)
             _check_like("coarse logits", given, logits[0])
         coarse = [recipe.coarse_of(given, (first.shape[2], first.shape[3])) for given in logits]
         packed = engine.prepare(recipe.extractor)

@@ -9,7 +9,7 @@ that computes: PyTorch, C++ on the CPU, or Triton on the GPU. Start with :meth:`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -20,19 +20,20 @@ from torch import Tensor, nn
 from sparserefine.bases.base import FrozenBase
 from sparserefine.capture import CapturedRefiner, Recipe, capture
 from sparserefine.engines.choose import EngineChoice
+from sparserefine.files.tensors import check_weights, read_tensors
 from sparserefine.images.classes import Classes
 from sparserefine.images.coarse import Coarse
 from sparserefine.images.normalisation import check_image, constant
 from sparserefine.images.uncertainty import entropy
 from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.machine.timing import StageTimer
-from sparserefine.sparse import Engine, PaddedPlan, Plan, Sites, calibrating
+from sparserefine.sparse import Engine, PaddedPlan, Plan, Sites, SparseConv, calibrating
 from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.ensembler import build_ensembler
 from sparserefine.stages.gather import pixels, sample
 from sparserefine.stages.refinement import Refinement
 from sparserefine.stages.selector import Selector
-from sparserefine.storage import CONFIG, WEIGHTS, read_refiner, read_weights, write_refiner
+from sparserefine.storage import CONFIG, read_refiner, weights_of, write_refiner
 
 
 class SparseRefiner(nn.Module):
@@ -93,7 +94,7 @@ class SparseRefiner(nn.Module):
             image: ``[B, 3, H, W]``, uint8, or floating point in 0..1, on the same device as the refiner.
 
         Raises:
-            ValueError: wrong shape or dtype of the image, or bad outputs of the base, such as NaN.
+            ValueError: wrong shape or dtype of the image, pixels outside 0..1, or bad outputs of the base, such as NaN.
         """
         check_image(image)
         timer = StageTimer(image.device)
@@ -112,8 +113,8 @@ class SparseRefiner(nn.Module):
     ) -> Refinement:
         """Refines given coarse logits, without running the base.
 
-        In training mode the logits are not checked for NaN, because the check makes the host wait for the GPU. Training
-        checks them earlier, when they are computed or read from disk.
+        In training mode the values of logits and pixels are not checked, because the check makes the host wait for the
+        GPU. Training checks logits earlier, when they are computed or read from disk, and makes the pixels itself.
 
         Args:
             image: ``[B, 3, H, W]``, uint8, or floating point in 0..1.
@@ -122,7 +123,8 @@ class SparseRefiner(nn.Module):
             valid: ``bool [B, H, W]``, false where the image is padding, which is never selected.
 
         Raises:
-            ValueError: shapes or dtypes do not fit, or (outside training) logits are NaN or infinite.
+            ValueError: shapes or dtypes do not fit, or (outside training) logits are NaN, infinite or too large, or
+                floating-point pixels are outside 0..1.
         """
         check_image(image)
         checked = self.coarse_of(coarse, (image.shape[2], image.shape[3]), windows)
@@ -130,7 +132,7 @@ class SparseRefiner(nn.Module):
         plan_of = None
         if not self.training:
             logits = [checked.logits] if isinstance(checked.logits, Tensor) else checked.logits
-            plan_of = self._plan_then(self.base.look_at(*logits), image.device)
+            plan_of = self._plan_then(self.base.look_at(*logits, image=image), image.device)
         return self.step(image, checked, valid, plan_of=plan_of, timer=StageTimer(image.device))
 
     def step(
@@ -210,7 +212,7 @@ class SparseRefiner(nn.Module):
         return {"extractor": self.extractor.macs_of(rows), "ensembler": self.ensembler.macs(rows[0])}
 
     def _plan_then(self, check_values: Callable[[], None], device: torch.device) -> Callable[[Tensor], Plan]:
-        """A function that makes the engine's plan and then calls ``check_values``, which raises on NaN logits.
+        """A function that makes the engine's plan and then calls ``check_values``, which raises on bad values.
 
         Both make the host wait for the GPU. In this order the second wait is free.
         """
@@ -305,7 +307,8 @@ class SparseRefiner(nn.Module):
             The number of images.
 
         Raises:
-            ValueError: no image is given, or no pixel of any image is selected.
+            ValueError: no image is given, no pixel of any image is selected, or an activation is NaN or infinite. What
+                was measured before stays as it was then.
         """
         training, count = self.training, 0
         try:
@@ -333,6 +336,10 @@ class SparseRefiner(nn.Module):
         Args:
             folder: created if missing; other files in it are left alone.
             dtype: dtype of the stored floating-point weights; loading converts them back to float32.
+
+        Raises:
+            ValueError: weights are NaN or infinite, or not within the range of ``dtype``; nothing is written.
+            OSError: a file cannot be written; ``folder`` then has its old files.
         """
         trained = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("base.")}
         write_refiner(folder, self.config, self.classes, self.base, trained, dtype=dtype)
@@ -357,7 +364,8 @@ class SparseRefiner(nn.Module):
             runtime: runtime for the base that ``config.json`` names; see :class:`BaseConfig`.
 
         Raises:
-            ValueError: the folder is incomplete, has another format version, or does not fit the base.
+            ValueError: the folder is incomplete, has another format version, or does not fit the base; a setting in
+                ``config.json`` is wrong; or weights are NaN, infinite, or of a foreign dtype.
             FileNotFoundError: ``name`` is neither a folder nor a hub id.
         """
         stored = read_refiner(name)
@@ -368,24 +376,34 @@ class SparseRefiner(nn.Module):
         elif base.num_classes != len(stored.classes):
             where, count = stored.folder / CONFIG, len(stored.classes)
             raise ValueError(f"{where}: {count} classes, the base given has {base.num_classes}")
+        weights = read_tensors(stored.weights)
+        with torch.device("meta"):  # shapes only: a configuration may claim any size, and the weights decide
+            cls(base, stored.config, classes=stored.classes, engine=engine)._check_weights(weights, stored.weights)
         refiner = cls(base, stored.config, classes=stored.classes, engine=engine)
-        refiner.load_weights(stored.folder)
+        refiner.load_state_dict(weights, strict=False)  # checked above
         return refiner.eval()
 
     def load_weights(self, folder: str | Path) -> None:
         """Loads the extractor and ensembler weights of a stored refiner of the same shape.
 
         Raises:
-            ValueError: the folder has no weights file, or the weights have other names or shapes.
+            ValueError: the folder has no weights file; the weights have other names, shapes or dtypes; or they are NaN
+                or infinite. No weight has changed then.
         """
-        weights, where = read_weights(folder), Path(folder) / WEIGHTS
-        try:
-            missing, unexpected = self.load_state_dict(weights, strict=False)
-        except RuntimeError as error:
-            raise ValueError(f"{where}: does not fit this refiner: {error}") from error
-        missing = [key for key in missing if not key.startswith("base.")]
-        if missing or unexpected:
-            raise ValueError(f"{where}: does not fit this refiner: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        file = weights_of(folder)
+        weights = read_tensors(file)
+        self._check_weights(weights, file)
+        self.load_state_dict(weights, strict=False)
+
+    def _check_weights(self, weights: Mapping[str, Tensor], file: Path) -> None:
+        """Raises ``ValueError`` unless these are weights for extractor and ensembler."""
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("base.")}
+        for name, module in self.extractor.named_modules(prefix="extractor"):
+            if isinstance(module, SparseConv):  # the range of its inputs is stored only if it was measured for 8 bits
+                own.pop(f"{name}.input_max", None)
+                if f"{name}.input_max" in weights:
+                    own[f"{name}.input_max"] = module.weight[0, :, 0]
+        check_weights(weights, own, file)
 
 
 def _check_batch(coarse: Coarse, batch: int, valid: Tensor | None) -> None:

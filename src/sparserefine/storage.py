@@ -5,48 +5,58 @@ This file reads and writes values and tensors; :class:`sparserefine.SparseRefine
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
-from sparserefine.bases.families.unet import UNet, save_unet
+from sparserefine.bases.families.unet import UNet, unet_tensors
 from sparserefine.bases.load import load_base
+from sparserefine.files.digest import sha256_of
 from sparserefine.files.hub import hub_snapshot
 from sparserefine.files.json import read_json
-from sparserefine.files.whole import written_whole
+from sparserefine.files.tensors import WEIGHT_DTYPES, check_finite, write_tensors
+from sparserefine.files.text import printable
+from sparserefine.files.typed import from_json, shown
+from sparserefine.files.whole import NEXT, folder_written_whole
 from sparserefine.images.classes import Classes
+from sparserefine.images.coarse import MAX_CLASSES
 from sparserefine.stages.config import RefinerConfig
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, BASE = "config.json", "model.safetensors", "base.safetensors"
 
-T = TypeVar("T")
+_OPTIONAL = ("class_map", "runtime")
+"""Keys of the base that files of the first weeks of version 0.1.0 lack."""
 
 
 @dataclass(frozen=True)
 class StoredRefiner:
-    """Contents of a folder's ``config.json``. The weights file beside it was checked to belong to it.
+    """Contents of a folder's ``config.json``. The weights file was checked to belong to it.
 
     Attributes:
         folder: the folder; for a hub id, its local copy in the cache.
+        weights: the weights file. After an interrupted save it may lie in a folder inside ``folder``.
         config: settings of the refiner.
         classes: names and colours.
         base: name and input settings of the base, as stored; :meth:`load_base` checks them.
+        base_folder: where relative names of the base's files are looked up.
+        base_sha256: digest of the base's weights, as stored; ``None``: they are not in the folder, or an older version
+            stored them.
     """
 
     folder: Path
+    weights: Path
     config: RefinerConfig
     classes: Classes
     base: Any
+    base_folder: Path
+    base_sha256: Any
 
     def load_base(
         self, *, trust_base: bool = False, runtime: Literal["onnxruntime", "openvino"] | None = None
@@ -58,14 +68,18 @@ class StoredRefiner:
             runtime: runtime of the base; see :class:`BaseConfig`.
 
         Raises:
-            ValueError: no base is named, its settings are wrong, or it cannot be loaded.
+            ValueError: no base is named, its settings are wrong, it cannot be loaded, or its stored weights are not
+                those that ``config.json`` was written with.
         """
         where = self.folder / CONFIG
-        stored = _parse(BaseConfig, self.base, f"{where}: base")
+        stored = from_json(BaseConfig, self.base, f"{where}", "base", optional=_OPTIONAL)
         if not stored.name:
             raise ValueError(f"{where}: names no base (it was built in Python); pass it as base=FrozenBase(...)")
+        file = self.base_folder / BASE
+        if self.base_sha256 is not None and file.exists() and sha256_of(file) != self.base_sha256:
+            raise ValueError(f"{file}: not the file that {CONFIG} was written with; save the refiner again")
         config = replace(stored, runtime=runtime)
-        return load_base(config, self.classes, folder=self.folder, trust_base=trust_base)
+        return load_base(config, self.classes, folder=self.base_folder, trust_base=trust_base)
 
 
 def write_refiner(
@@ -80,8 +94,8 @@ def write_refiner(
     """Writes a refiner to a folder.
 
     If the base is a :class:`UNet`, its weights are written too, so the folder works anywhere. Any other base is stored
-    by name only. A file gets its name only once it is complete. ``config.json`` is written last and holds the digest of
-    the weights, so :func:`read_refiner` detects an interrupted write.
+    by name only. The files of a former refiner there are replaced together: whenever this is interrupted,
+    :func:`read_refiner` finds the former refiner or the new one.
 
     Args:
         folder: created if missing; other files in it are left alone.
@@ -92,22 +106,22 @@ def write_refiner(
         dtype: dtype of the stored floating-point weights; loading converts them back to float32.
 
     Raises:
-        OSError: a file cannot be written, or the weights read back differ.
+        ValueError: weights are NaN or infinite, or not within the range of ``dtype``; nothing is written.
+        OSError: a file cannot be written, or the weights read back differ; ``folder`` then has its old files.
     """
+    if folder == "":
+        raise ValueError("the name of the folder is empty, expected one for the refiner")
     folder = Path(folder)
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype = {dtype}, expected {', '.join(map(str, WEIGHT_DTYPES))}")
     stored = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        for name, tensor in weights.items()
+        name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()
     }
-    with written_whole(folder / WEIGHTS) as temporary:
-        save_file(stored, temporary)
-        read = load_file(temporary)
-        # Compare bytes, since NaN != NaN.
-        if any(not torch.equal(_as_bytes(read[name]), _as_bytes(tensor)) for name, tensor in stored.items()):
-            raise OSError(f"{folder / WEIGHTS}: reads back differently; check the disk, then save again")
+    check_finite(stored, f"{folder}: not saved, in {dtype}")
     base_config = replace(base.config, runtime=None)  # belongs to the machine, not to the refiner
+    beside = None
     if isinstance(base.model, UNet):
-        save_unet(base.model, folder / BASE, dtype=dtype)
+        beside = unet_tensors(base.model, dtype)
         base_config = replace(base_config, name=f"unet:{BASE}")
     values = {
         "format_version": FORMAT_VERSION,
@@ -115,10 +129,14 @@ def write_refiner(
         "palette": [list(colour) for colour in classes.palette],
         **asdict(config),
         "base": asdict(base_config),
-        "weights_sha256": _digest(folder / WEIGHTS),
     }
-    with written_whole(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with folder_written_whole(folder, last=CONFIG) as temporary:
+        write_tensors(temporary / WEIGHTS, stored)
+        values["weights_sha256"] = sha256_of(temporary / WEIGHTS)
+        if beside is not None:
+            write_tensors(temporary / BASE, *beside)
+            values["base_sha256"] = sha256_of(temporary / BASE)
+        (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_refiner(name: str | Path) -> StoredRefiner:
@@ -128,52 +146,116 @@ def read_refiner(name: str | Path) -> StoredRefiner:
         name: a folder, or a hub id such as ``user/refiner`` (needs ``pip install huggingface_hub``).
 
     Raises:
-        ValueError: the folder is incomplete, or has another format version.
+        ValueError: the folder is incomplete, has another format version, or a setting is wrong; the message names it.
         FileNotFoundError: ``name`` is neither a folder nor a hub id.
     """
     folder = _local_folder(name)
-    values = read_json(folder / CONFIG)
-    where = f"{folder / CONFIG}"
-    if values.get("format_version") != FORMAT_VERSION:
+    files = _files_in(folder)
+    values = read_json(files.config)
+    where = f"{files.config}"
+    version = values.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
-            f"{where}: format_version {values.get('format_version')!r}, this sparserefine reads {FORMAT_VERSION}; "
+            f"{where}: format_version {shown(version)}, this sparserefine reads {FORMAT_VERSION}; "
             "update sparserefine, or save the refiner again with this version"
         )
-    config_keys = {field.name for field in fields(RefinerConfig)}
+    config_keys = [field.name for field in fields(RefinerConfig)]
     expected = {"format_version", "classes", "palette", *config_keys, "base", "weights_sha256"}
-    if set(values) != expected:
-        raise ValueError(f"{where}: keys missing or unknown: {', '.join(sorted(set(values) ^ expected))}")
-    weights = folder / WEIGHTS
-    if not weights.is_file() or _digest(weights) != values["weights_sha256"]:
-        raise ValueError(f"{weights}: missing, or not the file that {CONFIG} was written with; save the refiner again")
-    classes = _parse(Classes, {"names": values["classes"], "palette": values["palette"]}, f"{where}: classes, palette")
-    config = _parse(RefinerConfig, {name: values[name] for name in config_keys}, where)
+    if set(values) - {"base_sha256"} != expected:
+        wrong = sorted(set(values) - {"base_sha256"} ^ expected)
+        raise ValueError(f"{where}: keys missing or unknown: {', '.join(map(printable, wrong[:5]))}")
+    if not files.have_weights_of(values):
+        raise ValueError(
+            f"{files.weights}: missing, or not the file that {CONFIG} was written with; save the refiner again"
+        )
+    config = from_json(RefinerConfig, {name: values[name] for name in config_keys}, where)
+    classes = _classes(values, where)
     try:
         config.selector.check(len(classes))
     except ValueError as error:
         raise ValueError(f"{where}: selector: {error}") from error
-    return StoredRefiner(folder, config, classes, values["base"])
+    return StoredRefiner(
+        folder, files.weights, config, classes, values["base"], files.base.parent, values.get("base_sha256")
+    )
 
 
-def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """Weights of extractor and ensembler by name, on the CPU, from a folder that :func:`write_refiner` wrote.
+def weights_of(folder: str | Path) -> Path:
+    """The file with the weights of extractor and ensembler, in a folder that :func:`write_refiner` wrote.
 
     Raises:
-        ValueError: there is no weights file, or it is not a safetensors file.
+        ValueError: there is no such file.
     """
-    weights = Path(folder) / WEIGHTS
-    if not weights.is_file():
-        raise ValueError(f"{weights}: no such file; expected a folder written by save_pretrained")
+    file = _files_in(Path(folder)).weights
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; expected a folder written by save_pretrained")
+    return file
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where the files of a stored refiner lie."""
+
+    config: Path
+    weights: Path
+    base: Path
+
+    def have_weights_of(self, values: Mapping[str, Any]) -> bool:
+        """Whether the weights file is the one that a ``config.json`` was written with."""
+        return self.weights.is_file() and sha256_of(self.weights) == values.get("weights_sha256")
+
+    def are_whole(self) -> bool:
+        """Whether all of them were certainly written together."""
+        try:
+            values = read_json(self.config)
+        except ValueError:
+            return False
+        base = values.get("base")
+        stored = isinstance(base, Mapping) and base.get("name") == f"unet:{BASE}"
+        # Older files have no digest of the base, so a base that was written later cannot be told from theirs.
+        if stored and not (self.base.is_file() and sha256_of(self.base) == values.get("base_sha256")):
+            return False
+        return self.have_weights_of(values)
+
+
+def _files_in(folder: Path) -> _Files:
+    """The files of a refiner, also of one whose saving was interrupted while files got their final names."""
+    here, staged = folder, folder / NEXT
+    files = _Files(here / CONFIG, here / WEIGHTS, here / BASE)
+    if not staged.is_dir() or files.are_whole():
+        return files
+    newer = _Files(*(staged / name if (staged / name).is_file() else here / name for name in (CONFIG, WEIGHTS, BASE)))
+    return newer if newer.are_whole() else files
+
+
+@dataclass(frozen=True)
+class _ClassList:
+    """Two keys of ``config.json``."""
+
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.classes) <= MAX_CLASSES:
+            raise ValueError(f"classes: {len(self.classes)} names, expected 2 to {MAX_CLASSES}")
+        bad = next((colour for colour in self.palette if not all(0 <= value <= 255 for value in colour)), None)
+        if bad is not None:
+            raise ValueError(f"palette: {shown(list(bad))}, expected red, green and blue of 0 to 255")
+
+
+def _classes(values: Mapping[str, Any], where: str) -> Classes:
+    found = from_json(_ClassList, {name: values[name] for name in ("classes", "palette")}, where)
     try:
-        return load_file(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{weights}: not a safetensors file, or cut short ({error})") from error
+        return Classes(found.classes, found.palette)
+    except ValueError as error:
+        raise ValueError(f"{where}: classes, palette: {error}") from error
 
 
 def _local_folder(name: str | Path) -> Path:
+    if name == "":
+        raise ValueError("the name of the refiner is empty, expected a folder written by save_pretrained, or a hub id")
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / CONFIG).is_file():
+        if not _files_in(folder).config.is_file():
             raise ValueError(f"{folder}: no {CONFIG} in it; expected a folder written by save_pretrained")
         return folder
     folder = hub_snapshot(name, "*.json", "*.safetensors")
@@ -182,33 +264,3 @@ def _local_folder(name: str | Path) -> Path:
     if file.endswith((".onnx", ".pth", ".pt")):  # the base's own weights, if they are in the same repository
         hub_snapshot(name, file, f"{file}.data", f"{file}_data")
     return folder
-
-
-def _parse(cls: type[T], values: Any, where: str) -> T:
-    """Builds a dataclass, and the dataclasses inside it, from JSON values. Errors name the file and the key."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: {values!r}, expected an object")
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    if set(values) - known:
-        raise ValueError(f"{where}: unknown key {sorted(set(values) - known)[0]!r}, expected {sorted(known)}")
-    types = get_type_hints(cls)
-    parsed = {
-        key: _parse(types[key], value, f"{where}: {key}") if is_dataclass(types[key]) else _tuples(value)
-        for key, value in values.items()
-    }
-    try:
-        return cls(**parsed)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

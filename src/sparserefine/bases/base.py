@@ -15,10 +15,24 @@ from sparserefine.bases.class_map import check_class_map, merged, read_class_map
 from sparserefine.bases.loaded import LoadedModel, tensor_of
 from sparserefine.bases.macs import count_macs
 from sparserefine.images.classes import Classes
-from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, check_image, check_normalisation, constant
+from sparserefine.images.coarse import LARGEST_LOGIT, MAX_CLASSES, bad_logits
+from sparserefine.images.normalisation import (
+    FLOATS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ROUNDING,
+    check_image,
+    check_normalisation,
+    check_pixels,
+    constant,
+    extremes,
+)
 from sparserefine.images.resize import resize
 
 _log = logging.getLogger(__name__)
+
+_MOST_PIXELS = 1 << 28
+"""Of a base's input [px]: 268 megapixels, 3.2 GB in float32."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +67,20 @@ class BaseConfig:
             raise ValueError(f"base: give either ratio or size of its input, got ratio={self.ratio}, size={self.size}")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"base.ratio = {self.ratio}, expected more than 0 and at most 1")
-        if self.size is not None and min(self.size) < 1:
-            raise ValueError(f"base.size = {self.size}, expected at least 1 pixel each way")
+        if self.size is not None and (min(self.size) < 1 or self.size[0] * self.size[1] > _MOST_PIXELS):
+            raise ValueError(
+                f"base.size = {self.size}, expected at least 1 pixel each way, and at most {_MOST_PIXELS} in all"
+            )
         check_normalisation("base", self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD)
         if self.outputs not in ("logits", "scores", None):
             raise ValueError(f"base.outputs = {self.outputs!r}, expected 'logits' or 'scores'")
+        if isinstance(self.class_map, tuple):
+            worst = next((k for k in self.class_map if k >= MAX_CLASSES), None)
+            if worst is not None or len(self.class_map) > MAX_CLASSES:
+                raise ValueError(
+                    f"base.class_map has {len(self.class_map)} entries up to {max(self.class_map)}, expected at most "
+                    f"{MAX_CLASSES} classes"
+                )
         if self.runtime not in ("onnxruntime", "openvino", None):
             raise ValueError(
                 f"base.runtime = {self.runtime!r}, expected 'onnxruntime' or 'openvino'; leave it out for torch"
@@ -136,24 +159,25 @@ class FrozenBase(nn.Module):
             ``[B, K, h, w]`` at the model's own output size.
 
         Raises:
-            ValueError: wrong shape or class count, or values that are not finite (NaN, infinity).
+            ValueError: wrong shape or class count, pixels outside 0..1, or outputs that :meth:`look_at` refuses.
             TypeError: the model's return value has none of the forms listed for ``model`` in the class docstring.
         """
-        output = self._output(image)
-        self.look_at(output)()
-        return self._to_data_classes(output)
+        output, check_values = self.begin(image)
+        check_values()
+        return output
 
     def begin(self, image: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """Like a call, but the host does not wait for the GPU.
 
         Returns:
-            The coarse outputs, and a function that checks them: it waits for the GPU and raises what a call would.
+            The coarse outputs, and a function that checks them and the pixels: it waits for the GPU and raises what a
+            call would.
         """
         output = self._output(image)
-        return self._to_data_classes(output), self.look_at(output)
+        return self._to_data_classes(output), self.look_at(output, image=image)
 
     def unchecked(self, image: Tensor) -> Tensor:
-        """Like a call, without the NaN check, which makes the host wait for the GPU; see :meth:`bad_values`."""
+        """Like a call, without the check of values, which makes the host wait for the GPU; see :meth:`bad_values`."""
         return self._to_data_classes(self._output(image))
 
     @torch.no_grad()
@@ -182,51 +206,64 @@ class FrozenBase(nn.Module):
         """The name of this base in messages."""
         return self.config.name or _name_of(self.model)
 
-    def checked(self, logits: Tensor, batch: int) -> Tensor:
-        """Returns ``logits [B, K, h, w]``, or raises ``ValueError`` if shape, class count or values are wrong."""
+    def checked(self, logits: Tensor, batch: int, image: Tensor | None = None) -> Tensor:
+        """Returns ``logits [B, K, h, w]``, or raises ``ValueError`` if shape, class count or values are wrong.
+
+        The pixels of ``image`` are checked too, if it is given.
+        """
         self._check_shape_and_dtype(logits, batch, self.num_classes)
-        self.look_at(logits)()
+        self.look_at(logits, image=image)()
         return logits
 
     def check_classes(self, found: int) -> None:
         """Raises ``ValueError`` unless ``found`` is this base's class count K."""
         self._check_classes(found, self.num_classes)
 
-    def bad_values(self, logits: Tensor) -> Tensor:
-        """Number of values that :meth:`checked` would refuse: ``int32 []`` on the logits' device.
+    def bad_values(self, logits: Tensor, image: Tensor) -> Tensor:
+        """Whether :meth:`look_at` would refuse these values: ``int32 []`` on their device, 0 if not.
 
         The host does not wait for the GPU.
         """
-        bad = ~logits.isfinite()
-        if self.outputs == "scores":
-            bad |= logits < 0
-        return bad.sum(dtype=torch.int32)
+        low, high = extremes(logits)
+        floor = 0.0 if self.outputs == "scores" else -LARGEST_LOGIT
+        good = (low >= floor) & (high <= LARGEST_LOGIT)  # false for NaN
+        if image.dtype != torch.uint8:
+            low, high = extremes(image)
+            good &= (low >= -ROUNDING) & (high <= 1 + ROUNDING)
+        return (~good).int()
 
     @torch.no_grad()
-    def look_at(self, *logits: Tensor) -> Callable[[], None]:
+    def look_at(self, *logits: Tensor, image: Tensor | None = None) -> Callable[[], None]:
         """Starts the check of coarse logits, ``[..., K, h, w]`` each; the host does not wait for the GPU.
 
+        Args:
+            logits: judged as they become in float32, in which everything after the base is computed.
+            image: ``[B, 3, H, W]``, to check its pixels too; default: not checked. Those of uint8 are always good.
+
         Returns:
-            A function that reads the result, which makes the host wait for the GPU, and raises ``ValueError`` if values
-            are not finite or scores are negative. Called after the host has waited for later work, it adds no wait.
+            A function that reads the result, which makes the host wait for the GPU, and raises ``ValueError`` if logits
+            are NaN, infinite or beyond :data:`~sparserefine.images.coarse.LARGEST_LOGIT`, scores are negative, or
+            floating-point pixels are outside 0..1. Called after the host has waited for later work, it adds no wait.
         """
-        found = torch.stack([self._value_checks(one) for one in logits])
+        found = [self._value_checks(one) for one in logits]
+        if image is not None and image.dtype != torch.uint8:
+            found.append(torch.stack(extremes(image)))
+        together = torch.cat(found)
 
         def raise_if_bad() -> None:
-            rows = found.tolist()  # one read for all: each read makes the host wait for the GPU
-            bad, count = sum(row[0] for row in rows), sum(one.numel() for one in logits)
-            if bad:
-                raise ValueError(
-                    f"base {self.label}: {bad:.0f} of {count} coarse logits are NaN or infinite; check its weights, "
-                    "its normalisation, and the precision it runs in"
-                )
-            smallest = min(row[2] for row in rows)
+            numbers = together.tolist()  # one read for all: each read makes the host wait for the GPU
+            rows = [numbers[start : start + 3] for start in range(0, 3 * len(logits), 3)]
+            if len(numbers) > 3 * len(logits):
+                check_pixels(*numbers[-2:])
+            if not all(low >= -LARGEST_LOGIT and high <= LARGEST_LOGIT for low, high, _ in rows):  # NaN is neither
+                raise ValueError(f"base {self.label}: {bad_logits(logits)}")
+            smallest = min(low for low, _, _ in rows)
             if self.outputs == "scores" and smallest < 0:
                 raise ValueError(
                     f"base {self.label}: outputs='scores' but the smallest is {smallest:.4g}, expected >= 0; "
                     "set outputs='logits' if these are logits"
                 )
-            suspicious = self.outputs == "logits" and not self._warned and all(row[1] for row in rows)
+            suspicious = self.outputs == "logits" and not self._warned and all(row[2] for row in rows)
             if suspicious and all(_are_probabilities(one) for one in logits):
                 self._warned = True
                 _log.warning(
@@ -236,20 +273,20 @@ class FrozenBase(nn.Module):
         return raise_if_bad
 
     def _value_checks(self, logits: Tensor) -> Tensor:
-        """``float32 [3]``: count of non-finite values, whether these may be probabilities, the smallest score."""
+        """``float32 [3]``: smallest and largest value, and whether these may be probabilities."""
         few = logits[..., :1, :8].float()  # for most logits a few pixels show that they are no probabilities
         maybe_probabilities = (few.min() >= 0) & ((few.sum(-3) - 1).abs().max() <= 1e-3)
-        smallest = logits.min() if self.outputs == "scores" else maybe_probabilities
-        return torch.stack(
-            [value.float() for value in (logits.numel() - logits.isfinite().sum(), maybe_probabilities, smallest)]
-        )
+        return torch.stack([*extremes(logits), maybe_probabilities.float()])
 
     def _check_shape_and_dtype(self, logits: Tensor, batch: int, classes: int) -> None:
         if logits.dim() != 4 or logits.shape[0] != batch:
             raise ValueError(f"base {self.label}: output is {tuple(logits.shape)}, expected [{batch}, K, h, w]")
         self._check_classes(logits.shape[1], classes)
-        if not logits.is_floating_point():
-            raise ValueError(f"base {self.label}: output is {logits.dtype}, expected floating-point logits, not labels")
+        if logits.dtype not in FLOATS:
+            raise ValueError(
+                f"base {self.label}: output is {logits.dtype}, expected floating-point logits, not labels (float16, "
+                "bfloat16, 32 or 64)"
+            )
 
     def _check_classes(self, found: int, expected: int) -> None:
         if found != expected:
@@ -345,6 +382,8 @@ def _class_count(
         raise ValueError(
             f"base {label}: num_classes is missing, and the model does not state its class count; give num_classes"
         )
+    if count > MAX_CLASSES:
+        raise ValueError(f"base {label}: num_classes = {count}, expected at most {MAX_CLASSES}")
     if count < 2:
         raise ValueError(
             f"base {label}: num_classes = {count}, expected at least 2; a model with one foreground channel z gives "

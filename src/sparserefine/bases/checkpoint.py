@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sparserefine.files.regular import regular_file
+from sparserefine.files.tensors import not_finite, read_tensors
+from sparserefine.files.text import first_line, printable
 from sparserefine.images.classes import Classes, wheel
 
 _REPLACED = (  # mmengine also saves its training log, in arrays of old and new NumPy
@@ -29,6 +30,8 @@ _REPLACED = (  # mmengine also saves its training log, in arrays of old and new 
 )
 _MOST_LISTED = 3
 """Most keys that a message lists for each kind of fault."""
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Dtypes of weights that mean what they say: 8-bit floats need scales that we would not know."""
 
 
 @dataclass(frozen=True)
@@ -85,22 +88,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file has another format, is cut short, or contains objects that could run code.
+        ValueError: it is no regular file, has another format, is cut short, or contains objects that could run code.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights file")
+    path = regular_file(path, "a weights file")
     if path.suffix == ".safetensors":
-        try:
-            return Checkpoint(_without_prefix(load_file(path)), None)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
+        return Checkpoint(_without_prefix(read_tensors(path)), None)
     content = _unpickled(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds {type(content).__name__}, expected a state dict")
     inner = (content.get(name) for name in ("state_dict", "model"))
     state = next((value for value in inner if isinstance(value, Mapping)), content)
-    others = [f"{key!r} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
+    others = [f"{key!r:.80} ({_kind(value)})" for key, value in state.items() if not _is_plain(value)]
     if others or not state:
         count = len(state) - len(others)
         tensors = f"{count} tensors and, besides them," if count else "no tensors but"
@@ -121,20 +119,46 @@ def _without_prefix(state: Mapping[Any, Tensor]) -> dict[str, Tensor]:
 def _unpickled(path: Path) -> Any:
     """Unpickles the file. Tensors are memory-mapped if the format allows it: optimiser states are then not read."""
     try:
+        archive = zipfile.is_zipfile(path)
+        if archive:
+            _check_archive(path)
         with torch.serialization.safe_globals(list(_INERT_CLASSES)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # unpickling a file that is no pickle can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise ValueError(
-                f"{path}: contains {refused[1]} and is not loaded, because it could run code; expected tensors and "
-                "plain values only, as torch.save(model.state_dict(), file) writes them"
+                f"{path}: contains {printable(refused[1])} and is not loaded, because it could run code; expected "
+                "tensors and plain values only, as torch.save(model.state_dict(), file) writes them"
             ) from error
         explained = re.search(r"WeightsUnpickler error: (.*)", str(error))
-        reason = (explained[1] if explained else str(error)) or type(error).__name__
+        reason = (explained[1].strip() if explained else first_line(error)) or type(error).__name__
         raise ValueError(f"{path}: not a torch weights file, or cut short ({reason})") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ``ValueError`` if unpacking would take more memory than the file has bytes; torch never compresses."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed")
+    if sum(entry.file_size for entry in entries) > size:
+        raise ValueError("its parts claim to be larger than the file")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor whose values lie in memory, one after the other."""
+    if not isinstance(value, Tensor):
+        return False
+    plain = value.layout is torch.strided and not value.is_quantized and not value.is_nested
+    return plain and value.device.type == "cpu"
+
+
+def _kind(value: Any) -> str:
+    return f"a {value.layout} {value.device} tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _classes(content: Mapping[Any, Any]) -> Classes | None:
@@ -168,6 +192,8 @@ def load_renamed(
 ) -> None:
     """Copies ``tensors`` into ``model``, converted to its names and dtypes; on an error nothing is copied.
 
+    Values are read last, after names and shapes have been found to fit.
+
     Batch normalisation's ``num_batches_tracked``, which evaluation does not use, is optional and ignored.
 
     Args:
@@ -180,7 +206,8 @@ def load_renamed(
 
     Raises:
         ValueError: a tensor of the model is missing, or has another shape or is integer instead of floating point (or
-            the other way round); a name matches no rule; or two names become the same.
+            the other way round); a name matches no rule; two names become the same; or values are NaN or infinite, or
+            become so in the model's dtype.
     """
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in rules]
     own = {name: value for name, value in model.state_dict().items() if not _is_counter(name)}
@@ -203,16 +230,29 @@ def load_renamed(
             given[name] = value
             if value.shape != own[name].shape:
                 misfits.append(f"{key} is {_shape(value)}, expected {_shape(own[name])}")
-            elif value.is_floating_point() != own[name].is_floating_point():
+            elif value.dtype not in _FLOATS if own[name].is_floating_point() else value.is_floating_point():
                 misfits.append(f"{key} is {value.dtype}, expected {own[name].dtype}")
     missing = [name for name in own if name not in given]
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": misfits, "given twice": twice}
     if any(faults.values()):
         listed = "; ".join(f"{len(keys)} {fault}: {_listed(keys)}" for fault, keys in faults.items() if keys)
         raise ValueError(f"{source}: does not fit {type(model).__name__}, nothing is loaded; {listed}")
+    bad = [f"{name} ({count})" for name, value in given.items() if (count := not_finite(value.to(own[name].dtype)))]
+    if bad:
+        raise ValueError(f"{source}: {len(bad)} tensors hold values that are NaN or infinite: {_listed(bad)}")
     with torch.no_grad():
         for name, value in given.items():
             own[name].copy_(value)
+
+
+def check_files(folder: Path) -> None:
+    """Raises ``ValueError`` if something in the folder is no file that may be opened, such as a FIFO.
+
+    For libraries that open what they find in a folder: opening a FIFO waits for ever.
+    """
+    for path in folder.iterdir():
+        if path.exists() and not path.is_dir():
+            regular_file(path)
 
 
 def _is_counter(name: str) -> bool:
@@ -224,4 +264,4 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _listed(items: Sequence[str]) -> str:
-    return ", ".join(items[:_MOST_LISTED]) + (", ..." if len(items) > _MOST_LISTED else "")
+    return ", ".join(map(printable, items[:_MOST_LISTED])) + (", ..." if len(items) > _MOST_LISTED else "")

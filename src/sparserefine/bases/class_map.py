@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from sparserefine.files.yaml import read_yaml
 from sparserefine.images.classes import Classes
 
 NONE = -1
@@ -41,9 +41,9 @@ def read_class_map(path: str | Path, model: Classes | int | None, data: Classes 
     """
     path = Path(path)
     try:
-        entries = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"class map {path}: not readable as YAML ({error})") from error
+        entries = read_yaml(path, "a class map")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"class map {error}") from error
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"class map {path}: expected a line 'class of the model: class of the data' for each class")
     count = len(entries) if model is None else _count(model)
@@ -91,20 +91,6 @@ def merged(outputs: Tensor, class_map: tuple[int, ...], kind: str) -> Tensor:
         same = outputs[:, rows]
         parts.append(same.sum(1) if kind == "scores" else same.logsumexp(1))
     return torch.stack(parts, dim=1)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses equal keys, of which YAML's own loader would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Builds the mapping; raises an error that names a key given twice."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def _count(classes: Classes | int) -> int:

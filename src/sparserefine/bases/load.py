@@ -6,6 +6,7 @@ Each model family is a file in ``families/`` with its loader: ``from sparserefin
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -118,11 +119,25 @@ def _resolved(file: str, folder: Path | None) -> str:
 
 
 def _model_from_module(base: str, module: str, name: str) -> LoadedModel:
-    """Calls that callable of that Python module, which returns a model; an ``nn.Module`` is the model itself."""
+    """Calls that callable of that Python module, which returns a model; an ``nn.Module`` is the model itself.
+
+    Modules are also found in the current folder, after all others, so that no file there is taken for a library. It
+    stays on the path: the module may import its neighbours later, and processes that load data import them again.
+    """
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        imported = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
         raise ValueError(f"base {base}: {error}; expected 'python:<module>:<callable returning a model>'") from error
+    found = getattr(imported, name, None)
+    if found is None:
+        place = getattr(imported, "__file__", None) or "Python itself"
+        raise ValueError(
+            f"base {base}: no {name!r} in module {module!r} ({place}); expected 'python:<module>:<callable returning a "
+            "model>'. The current folder is searched last, so a module there needs a name that no library has"
+        )
     if not callable(found):
         raise ValueError(f"base {base}: is {type(found).__name__}, expected a callable returning a model")
     model = found if isinstance(found, nn.Module) else found()

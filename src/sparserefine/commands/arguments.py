@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from sparserefine.refiner import SparseRefiner
     from sparserefine.training.config import Config
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+"""What the command line ends with if not 0; documented in docs/getting_started.md."""
 
 
 def add_config(parser: ArgumentParser) -> None:

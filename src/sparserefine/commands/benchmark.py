@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from sparserefine.commands.arguments import EXIT_FAILED, add_device, add_engine
+from sparserefine.commands.output import print_error
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -69,12 +69,12 @@ def run(arguments: Namespace) -> int:
         shown = len(report.records)
         if new:
             print(f"{header(report)}\n\n{model_table(new)}\n" if first else f"{model_table(new)}\n", flush=True)
-        if arguments.json:
+        if arguments.json is not None:
             write_records(arguments.json, report.records)
 
-    report = benchmark(settings, seen=seen, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    report = benchmark(settings, seen=seen, tell=print_error)
     print(summary(report))
-    if arguments.plot and report.records:
+    if arguments.plot is not None and report.records:
         plot(report, arguments.plot)
     return EXIT_FAILED if report.left_out else 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparserefine.commands.arguments import add_device
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Output folder, device."""
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="output folder for the pictures and demo.json")
+    parser.add_argument("--out", default="demo", help="output folder for the pictures and demo.json")
     add_device(parser)
 
 

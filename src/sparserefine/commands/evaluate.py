@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
@@ -41,10 +40,17 @@ def run(arguments: Namespace) -> int:
     from tqdm import tqdm
 
     from sparserefine.bases.load import load_base
-    from sparserefine.files.whole import written_whole
+    from sparserefine.files.regular import given_path
+    from sparserefine.files.results import write_results
+    from sparserefine.files.whole import sweep
     from sparserefine.machine.device import check_precision, device_named, gpu_precision
     from sparserefine.studies.evaluate import evaluate
 
+    results = None if arguments.json is None else given_path(arguments.json, "--json")
+    if results is not None:
+        if results.is_dir():
+            raise ValueError(f"--json {results}: is a folder, expected the name of a file")
+        sweep(results.parent)
     config, device = config_of(arguments), device_named(arguments.device)
     check_precision(arguments.precision, device)
     data = config.data.read(getattr(config.data, arguments.split))
@@ -60,9 +66,8 @@ def run(arguments: Namespace) -> int:
     with gpu_precision(arguments.precision, device):
         result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)
     print(result.table())
-    if arguments.json:
-        with written_whole(arguments.json) as temporary:
-            temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    if results is not None:
+        write_results(results, asdict(result))
     return 0
 
 

@@ -11,6 +11,7 @@ import torch
 import sparserefine
 from sparserefine.bases.load import BASE_NAMES
 from sparserefine.engines.choose import engine_report
+from sparserefine.files.text import printable
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -69,7 +70,7 @@ def info_text() -> str:
     """The entries of :func:`info`, one aligned line each."""
     entries = info()
     width = max(map(len, entries))
-    return "\n".join(f"{name:{width}}  {value}" for name, value in entries.items())
+    return "\n".join(f"{name:{width}}  {printable(value)}" for name, value in entries.items())
 
 
 def _devices() -> list[str]:

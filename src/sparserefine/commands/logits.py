@@ -9,20 +9,28 @@ from sparserefine.commands.arguments import add_config, add_device, config_of
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+HOW_TO_GO_ON = "what is stored is whole; the same command computes what is missing"
+"""Printed when the command is interrupted."""
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Configuration, overwrite, device."""
     add_config(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace logits that another base stored there")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace stored logits that do not fit: of another base or image, of an older version, or damaged",
+    )
     add_device(parser)
 
 
 def run(arguments: Namespace) -> int:
     """Runs :func:`sparserefine.training.logits.store_logits`."""
+    from sparserefine.files.text import printable
     from sparserefine.machine.device import device_named
     from sparserefine.training.logits import store_logits
 
     config = config_of(arguments)
     report = store_logits(config, device=device_named(arguments.device), overwrite=arguments.overwrite)
-    print(f"{report.computed} stored in {config.logits.folder}, {report.present} were there already")
+    print(f"{report.computed} stored in {printable(config.logits.folder)}, {report.present} were there already")
     return 0

@@ -1,24 +1,29 @@
 """The command line: finds the command, parses its arguments, turns errors into one line and an exit code.
 
 Each command is a file of this folder with the command's name. It has ``add_arguments(parser)`` and ``run(arguments) ->
-exit code``, and may have ``RENAMED``, a dict of old option names to new ones. A command's file is imported only when
-the command is used, and this file imports nothing heavy, so that ``sparserefine --help`` is quick.
+exit code``, and may have ``RENAMED``, a dict of old option names to new ones, and ``HOW_TO_GO_ON``, what to do after an
+interruption. A command's file is imported only when the command is used, and this file imports nothing heavy, so that
+``sparserefine --help`` is quick.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
+import traceback
 from argparse import ArgumentError
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparserefine import __version__
-from sparserefine.commands.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
+from sparserefine.commands.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE
+from sparserefine.commands.output import discard_output, escaped_output, print_error
+from sparserefine.files.text import first_line, printable
+from sparserefine.machine.signals import Terminated, sigterm_raises
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from sparserefine.commands.parser import Parser
 
 COMMANDS = {
     "demo": "Run the method on a photograph that comes with the package; writes pictures.",
@@ -32,41 +37,26 @@ COMMANDS = {
 }
 """Each command with its line in the help."""
 _RENAMED = {"calibrate": "quantize"}
+_TRACEBACK = "--traceback"
+_REPORT = (
+    f"this may be a defect: {_TRACEBACK} shows where it is; report it to the maintainers, with that and what "
+    "`sparserefine info` prints"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code. Errors that a user can fix are one line, without a traceback."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
-        return 0 if arguments else EXIT_USAGE
-    if arguments[0] in ("-V", "--version"):
-        print(f"sparserefine {__version__}")
-        return 0
-    name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        return _usage_error(f"sparserefine: {_unknown_command(name)}")
-    from jsonargparse import ArgumentParser
+    """Runs a command; returns its exit code: 0, or an ``EXIT_`` of :mod:`sparserefine.commands.arguments`.
 
-    command = command_named(name)
-    for option in (argument.partition("=")[0] for argument in rest):
-        if option in getattr(command, "RENAMED", {}):
-            return _usage_error(f"sparserefine {name}: option {option} is called {command.RENAMED[option]} now")
-    parser = ArgumentParser(prog=f"sparserefine {name}", description=COMMANDS[name], exit_on_error=False)
-    command.add_arguments(parser)
-    sys.path.insert(0, str(Path.cwd()))  # so that `python:my_module:load` finds modules here, as under `python -m`
+    An error is one line: this package's messages say what was found, what was expected and the cure. What it did not
+    foresee has a second line that asks for a report. ``--traceback``, anywhere, shows the traceback of either.
+    """
     try:
-        parsed = parser.parse_args(_config_as_option(parser, rest))
-        return int(command.run(parser.instantiate(parsed)))
-    except ArgumentError as error:
-        quotes = "\nin a YAML file, put it in quotes" if "Expected a <class 'str'>" in str(error) else ""
-        return _usage_error(f"sparserefine {name}: {error}{quotes}\n`sparserefine {name} --help` lists the arguments")
-    except KeyboardInterrupt:
-        print("sparserefine: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except (ValueError, OSError, ImportError, TypeError) as error:
-        # This package's messages say what was found, what was expected and the cure; a traceback would hide them.
-        print(f"sparserefine {name}: {error}", file=sys.stderr)
+        with escaped_output():
+            return _main(list(sys.argv[1:] if argv is None else argv))
+    except OSError as error:  # of the output itself
+        if not isinstance(error, BrokenPipeError):
+            print_error(f"sparserefine: the output cannot be written ({error})")
+        discard_output()
         return EXIT_FAILED
 
 
@@ -75,9 +65,90 @@ def command_named(name: str) -> Any:
     return importlib.import_module(f"sparserefine.commands.{name}")
 
 
-def _usage_error(message: str) -> int:
-    print(message, file=sys.stderr)
-    return EXIT_USAGE
+def parser_of(name: str) -> Parser:
+    """The parser of one of :data:`COMMANDS`."""
+    from sparserefine.commands.parser import Parser
+
+    parser = Parser(prog=f"sparserefine {name}", description=COMMANDS[name])
+    command_named(name).add_arguments(parser)
+    parser.add_argument(_TRACEBACK, action="store_true", help="if something fails, show the traceback too, for reports")
+    return parser
+
+
+def _main(arguments: list[str]) -> int:
+    with_traceback = _TRACEBACK in arguments
+    arguments = [argument for argument in arguments if argument != _TRACEBACK]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] in ("-V", "--version"):
+        print(f"sparserefine {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print_error(f"sparserefine: {_unknown_command(name)}")
+        return EXIT_USAGE
+    try:
+        with sigterm_raises():
+            return _run(name, rest)
+    except KeyboardInterrupt as error:
+        return _interrupted(name, error)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C
+            return _interrupted(name, error.__context__)
+        raise
+    except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            sys.stdout.flush()  # fails again if it is the output's
+        if with_traceback:
+            print_error("".join(traceback.format_exception(error)).rstrip())
+        code, message = _explained(name, error)
+        print_error(f"sparserefine {name}: {message}")
+        return code
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    command = command_named(name)
+    for option in (argument.partition("=")[0] for argument in arguments):
+        if option in getattr(command, "RENAMED", {}):
+            print_error(f"sparserefine {name}: option {option} is called {command.RENAMED[option]} now")
+            return EXIT_USAGE
+    parser = parser_of(name)
+    parsed = parser.parse_args(_config_as_option(parser, arguments))
+    return int(command.run(parser.instantiate(parsed)))
+
+
+def _explained(name: str, error: Exception) -> tuple[int, str]:
+    """Exit code and message. Only an error of the arguments may have lines of its own: jsonargparse's."""
+    line = printable(first_line(error))
+    if isinstance(error, ArgumentError):
+        quotes = "\nin a YAML file, put it in quotes" if "Expected a <class 'str'>" in str(error) else ""
+        return EXIT_USAGE, f"{error}{quotes}\n`sparserefine {name} --help` lists the arguments"
+    if _is_of_memory(error):
+        return EXIT_FAILED, f"not enough memory ({line}); smaller images, crops or batches, or a --budget, need less"
+    if isinstance(error, ValueError | OSError | ImportError | TypeError):
+        return EXIT_FAILED, printable(error)
+    if isinstance(error, RecursionError):
+        return EXIT_FAILED, f"something is nested too deeply, a file or a model ({line})\n{_REPORT}"
+    return EXIT_FAILED, f"{type(error).__name__}: {line}\n{_REPORT}"
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether memory of the machine or of a GPU ran out. PyTorch has an own class for the latter only."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _interrupted(name: str, error: BaseException) -> int:
+    terminated = isinstance(error, Terminated)
+    command = sys.modules.get(f"sparserefine.commands.{name}")
+    how = getattr(command, "HOW_TO_GO_ON", "")
+    print_error(f"sparserefine {name}: {'terminated' if terminated else 'interrupted'}{how and f'; {how}'}")
+    return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
 
 
 def _unknown_command(name: str) -> str:
@@ -97,7 +168,7 @@ def _overview() -> str:
     )
 
 
-def _config_as_option(parser: ArgumentParser, arguments: list[str]) -> list[str]:
+def _config_as_option(parser: Parser, arguments: list[str]) -> list[str]:
     """Turns ``train CONFIG.yaml`` into ``train --config CONFIG.yaml``, for commands with a configuration."""
     takes_config = any("--config" in action.option_strings for action in parser._actions)
     if takes_config and arguments and not arguments[0].startswith("-"):

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser, Namespace
 
+HOW_TO_GO_ON = "nothing was stored; repeat the command"
+"""What to do after an interruption."""
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Inputs, refiner, output folder, base."""
@@ -30,28 +33,36 @@ def run(arguments: Namespace) -> int:
     from tqdm import tqdm
 
     from sparserefine.files.images import read_image
+    from sparserefine.files.lock import locked
+    from sparserefine.files.text import printable
 
+    named = {"an input": arguments.inputs, "--out": [arguments.out], "--refiner": [arguments.refiner]}
+    empty = next((name for name, values in named.items() if "" in values), None)
+    if empty is not None:
+        raise ValueError(f"{empty} is empty, expected a path; is a variable of the shell not set?")
     out = Path(arguments.out)
-    refiner = refiner_of(arguments, trust_base=arguments.trust_base, runtime=arguments.runtime)
     if out.resolve() == Path(arguments.refiner).resolve():
         raise ValueError(f"--out {out} is the folder of --refiner, which is never changed; give another one")
     files = _images_in(arguments.inputs)
+    refiner = refiner_of(arguments, trust_base=arguments.trust_base, runtime=arguments.runtime)
     device = next(refiner.extractor.parameters()).device
-    count = refiner.quantize(read_image(file).to(device) for file in tqdm(files, desc="quantize", unit="image"))
-    refiner.save_pretrained(out)
+    with locked(out, "quantize"):
+        count = refiner.quantize(read_image(file).to(device) for file in tqdm(files, desc="quantize", unit="image"))
+        refiner.save_pretrained(out)
     images = "1 image" if count == 1 else f"{count} images"
-    print(f"quantized with {images}, stored in {out}; --engine cpu-int8 runs it in 8 bits")
+    print(f"quantized with {images}, stored in {printable(out)}; --engine cpu-int8 runs it in 8 bits")
     return 0
 
 
 def _images_in(inputs: Sequence[str]) -> list[Path]:
-    """The given files, and the images in the given folders."""
+    """The given files, and the images in the given folders. Files are looked up first: a FIFO would wait for ever."""
     from sparserefine.files.images import IMAGE_SUFFIXES
+    from sparserefine.files.regular import regular_file
 
     files: list[Path] = []
     for given in map(Path, inputs):
         inside = sorted(f for f in given.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES) if given.is_dir() else [given]
-        files += inside
+        files += (regular_file(file, "an image") for file in inside)
     if not files:
         raise ValueError(f"no image in {', '.join(inputs)}; expected {', '.join(sorted(IMAGE_SUFFIXES))} files")
     return files

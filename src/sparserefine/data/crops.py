@@ -16,8 +16,15 @@ from sparserefine.data.readers.dataset import Dataset
 from sparserefine.images.classes import IGNORE
 from sparserefine.images.resize import resize
 from sparserefine.images.upsampling import Window
+from sparserefine.machine.bounds import check_number, check_whole
 
 _TRIES = 10  # attempts to find a crop in which no class covers too much
+_MAX_SIDE = 16_384
+"""Of a crop [px]."""
+_MAX_AREA = 2**26
+"""Of a crop [px]: 8192 x 8192."""
+_MAX_SCALE = 100.0
+"""Largest factor of the random resize; the smallest is its inverse."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,9 @@ class AugmentConfig:
     """Random crops for training (paper, section 4.1).
 
     Attributes:
-        crop: height and width [px]; smaller images are padded, and padding is never refined.
-        scale: smallest and largest factor of the random resize.
+        crop: height and width [px], each at most 16,384 and together at most 8192 x 8192; smaller images are padded,
+            and padding is never refined.
+        scale: smallest and largest factor of the random resize, from 0.01 to 100.
         max_class_share: a crop is drawn again, up to ten times, if one class covers a larger share of it.
         flip: mirror left-right with probability 1/2.
         flip_vertical: mirror upside down with probability 1/2; for images without a fixed "up".
@@ -41,10 +49,15 @@ class AugmentConfig:
     photometric: bool = True
 
     def __post_init__(self) -> None:
-        if min(self.crop) < 1:
-            raise ValueError(f"augment.crop = {self.crop}, expected at least 1 pixel each way")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"augment.scale = {self.scale}, expected 0 < low <= high")
+        for side in self.crop:
+            check_whole("augment.crop", side, 1, _MAX_SIDE)
+        area = self.crop[0] * self.crop[1]
+        if area > _MAX_AREA:
+            raise ValueError(f"augment.crop = {self.crop}: {area} pixels, expected at most {_MAX_AREA}")
+        for factor in self.scale:
+            check_number("augment.scale", factor, 1 / _MAX_SCALE, _MAX_SCALE)
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"augment.scale = {self.scale}, expected the smaller factor first")
         if not 0 < self.max_class_share <= 1:
             raise ValueError(f"augment.max_class_share = {self.max_class_share}, expected more than 0 and at most 1")
 
@@ -59,6 +72,7 @@ class Crop:
         valid: ``bool [h, w]``, false where padded.
         logits: the base's outputs for the whole image, ``float32 [K, h', w']``, mirrored like the crop.
         window: the part of the whole image that the crop shows.
+        name: name of the sample it is cut from, for messages.
     """
 
     image: Tensor
@@ -66,6 +80,7 @@ class Crop:
     valid: Tensor
     logits: Tensor
     window: Window
+    name: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ class CropBatch:
     valid: Tensor
     logits: list[Tensor]
     windows: list[Window]
+    names: list[str]
 
     @classmethod
     def collate(cls, crops: list[Crop]) -> CropBatch:
@@ -87,13 +103,14 @@ class CropBatch:
             torch.stack([c.valid for c in crops]),
             [c.logits for c in crops],
             [c.window for c in crops],
+            [c.name for c in crops],
         )
 
     def to(self, device: torch.device) -> CropBatch:
         """The same batch on another device."""
         logits = [item.to(device, non_blocking=True) for item in self.logits]
         image, label, valid = (x.to(device, non_blocking=True) for x in (self.image, self.label, self.valid))
-        return CropBatch(image, label, valid, logits, self.windows)
+        return CropBatch(image, label, valid, logits, self.windows, self.names)
 
 
 class Uniform:
@@ -107,7 +124,9 @@ class Uniform:
         return low + (high - low) * float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
 
-def random_crop(image: Tensor, label: Tensor, logits: Tensor, config: AugmentConfig, uniform: Uniform) -> Crop:
+def random_crop(
+    image: Tensor, label: Tensor, logits: Tensor, config: AugmentConfig, uniform: Uniform, name: str = ""
+) -> Crop:
     """One augmented crop of a whole image.
 
     Args:
@@ -116,6 +135,7 @@ def random_crop(image: Tensor, label: Tensor, logits: Tensor, config: AugmentCon
         logits: the base's outputs for the whole image, ``[K, h', w']``.
         config: the augmentation.
         uniform: the random number generator.
+        name: of the sample.
     """
     height, width = label.shape
     scale = math.exp(uniform(math.log(config.scale[0]), math.log(config.scale[1])))
@@ -150,6 +170,7 @@ def random_crop(image: Tensor, label: Tensor, logits: Tensor, config: AugmentCon
         F.pad(torch.ones(size, dtype=torch.bool), pad),
         logits.float(),
         Window(full, (offset[0], offset[1])),
+        name,
     )
 
 
@@ -204,7 +225,8 @@ class CropDataset(TorchDataset[Crop]):
         image_index = int(order[index % len(self.data)])
         image, label = self._read(image_index)
         logits = self.logits(image_index, (label.shape[0], label.shape[1]))
-        return random_crop(image, label, logits, self.config, Uniform(self.seed * 1_000_003 + index))
+        name = self.data.samples[image_index].name
+        return random_crop(image, label, logits, self.config, Uniform(self.seed * 1_000_003 + index), name)
 
     def _read(self, image_index: int) -> tuple[Tensor, Tensor]:
         if image_index in self._cache:

@@ -2,45 +2,111 @@
 
 from __future__ import annotations
 
-import warnings
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from sparserefine.files.claims import ClaimError, check_jpeg_2000, check_png, check_size, check_tiff
+from sparserefine.files.regular import regular_file
+from sparserefine.files.text import first_line, printable
 from sparserefine.files.whole import written_whole
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jp2")
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
+"""Pillow's names of the formats of :data:`IMAGE_SUFFIXES`. No other decoder of Pillow's sees a file, whatever its name:
+some run programs (EPS: Ghostscript), and few of them are tested as much."""
+MAX_PIXELS = 2**31
+"""Largest width x height that is read. A file of a few megabytes may decompress to that many pixels, at 4 bytes each in
+memory; lower this number where images come from strangers."""
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(ValueError):
     """A file that is not a readable image, or an image whose pixels have no defined meaning here."""
 
 
+class _PillowSettings:
+    """Pillow's settings while images are read: its size limit is off, and what a file lacks is an error.
+
+    The settings are global. A program may have others for its own use of Pillow (``LOAD_TRUNCATED_IMAGES`` is popular),
+    and several threads may read: the first one changes the settings, the last one restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._readers = threading.Lock(), 0
+        self._before: tuple[int | None, bool] = (None, False)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._readers == 0:
+                self._before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+                Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
+            self._readers += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._readers -= 1
+            if self._readers == 0:
+                Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = self._before
+
+
+_OURS = _PillowSettings()
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """Opens and decodes an image, rotated by its EXIF tag; any failure raises an :class:`ImageError` with the path."""
-    if not path.is_file():
-        raise ImageError(f"{path}: no such file")
+def _opened(path: Path, what: str) -> Iterator[Image.Image]:
+    """Opens and decodes ``what``, rotated by its EXIF tag; any failure raises an :class:`ImageError` with the path."""
     try:
-        with warnings.catch_warnings():
-            # This library is made for images of 100 megapixels and more.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                yield ImageOps.exif_transpose(image)
+        regular_file(path, what)
+    except (OSError, ValueError) as error:
+        raise ImageError(str(error)) from error
+    shown = printable(path)
+    try:
+        with _OURS, Image.open(path, formats=FORMATS) as image:
+            check_size(image, path, MAX_PIXELS)
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                check_tiff(image, path)
+            elif image.format == "JPEG2000":
+                check_jpeg_2000(path)
+            image.load()
+            if image.format == "PNG":
+                check_png(image, path)
+            yield _upright(image)
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{path}: {error}; if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS before reading it"
-        ) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{path}: not a readable image, or cut short ({error}); check the file") from error
+    except ClaimError as error:
+        raise ImageError(f"{shown}: {error}") from error
+    except MemoryError as error:
+        raise ImageError(f"{shown}: there is not enough memory to read it; cut it into parts") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{shown}: not a readable image; expected {', '.join(FORMATS)}, whatever its name") from error
+    except Exception as error:  # damaged files raise almost anything in Pillow
+        reason = printable(first_line(error))
+        raise ImageError(f"{shown}: not a readable image, or cut short ({reason}); check the file") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image, rotated by its EXIF tag."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged EXIF block may raise anything; without one, a picture is shown as it is stored
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -50,33 +116,40 @@ def read_image(path: str | Path) -> Tensor:
     are blended with white, and 16-bit grey is scaled to 8 bits (not clipped).
 
     Args:
-        path: an image file of any format that Pillow reads.
+        path: an image file of the formats of :data:`IMAGE_SUFFIXES`; its content decides, not its name.
 
     Returns:
         ``uint8 [3, H, W]``.
 
     Raises:
-        ImageError: the file is missing, truncated, not an image, has floating-point pixels, or integer pixels outside
-            0..65535.
+        ImageError: the file is missing, no regular file, truncated, not an image, has more than :data:`MAX_PIXELS`
+            pixels, floating-point pixels, or integer pixels outside 0..65535.
     """
     path = Path(path)
-    with _opened(path) as image:
+    with _opened(path, "an image") as image:
         if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
             wide = np.asarray(image).astype(np.int64)
             if wide.min() < 0 or wide.max() > 65535:
                 raise ImageError(
-                    f"{path}: integer pixels {wide.min()}..{wide.max()}, expected 0..65535; convert them to 16 bits"
+                    f"{printable(path)}: integer pixels {wide.min()}..{wide.max()}, expected 0..65535; "
+                    "convert them to 16 bits"
                 )
-            grey = ((wide * 255 + 32767) // 65535).astype(np.uint8)
-            array = np.repeat(grey[..., None], 3, axis=2)
-        elif image.mode == "F":
-            raise ImageError(f"{path}: floating-point pixels have no defined range; convert the image to 8 or 16 bits")
-        else:
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            array = np.array(image.convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+            return _three_channels(((wide * 255 + 32767) // 65535).astype(np.uint8))
+        if image.mode == "F":
+            raise ImageError(
+                f"{printable(path)}: floating-point pixels have no defined range; convert the image to 8 or 16 bits"
+            )
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        elif image.mode in ("1", "L"):
+            return _three_channels(np.asarray(image.convert("L")))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def _three_channels(grey: np.ndarray) -> Tensor:
+    """``uint8 [H, W]`` -> ``uint8 [3, H, W]``, with no other copy: it may be large."""
+    return torch.from_numpy(grey.copy() if not grey.flags.writeable else grey)[None].repeat(3, 1, 1)
 
 
 def read_label(path: str | Path) -> Tensor:
@@ -89,19 +162,20 @@ def read_label(path: str | Path) -> Tensor:
         ``int64 [H, W]``.
 
     Raises:
-        ImageError: the file is unreadable, or a colour image, whose classes are unknown.
+        ImageError: as for :func:`read_image`, or a colour image, whose classes are unknown.
     """
     path = Path(path)
-    with _opened(path) as image:
+    with _opened(path, "a label image") as image:
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
             raise ImageError(
-                f"{path}: labels must be an index image (1 channel), this one has mode {image.mode!r}; convert it"
+                f"{printable(path)}: labels must be an index image (1 channel), this one has mode {image.mode!r}; "
+                "convert it"
             )
         return torch.from_numpy(np.array(image).astype(np.int64))
 
 
 def write_png(path: str | Path, pixels: Tensor, palette: list[tuple[int, int, int]] | None = None) -> None:
-    """Writes a PNG file.
+    """Writes a PNG file, completely or not at all.
 
     Args:
         path: the file; missing folders are made.
@@ -111,6 +185,12 @@ def write_png(path: str | Path, pixels: Tensor, palette: list[tuple[int, int, in
     Raises:
         ValueError: labels outside 0..65535.
     """
+    with written_whole(path) as temporary:
+        save_png(temporary, pixels, palette)
+
+
+def save_png(file: Path, pixels: Tensor, palette: list[tuple[int, int, int]] | None = None) -> None:
+    """Writes a PNG file inside :func:`sparserefine.files.whole.written_whole`; arguments as for :func:`write_png`."""
     array = pixels.cpu().numpy()
     if array.ndim == 3:
         image = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
@@ -120,7 +200,6 @@ def write_png(path: str | Path, pixels: Tensor, palette: list[tuple[int, int, in
             image.putpalette([channel for colour in palette for channel in colour])
     else:
         if array.size and (array.min() < 0 or array.max() > 65535):
-            raise ValueError(f"{path}: labels {array.min()}..{array.max()}, expected 0..65535, the range of a PNG")
+            raise ValueError(f"labels {array.min()}..{array.max()}, expected 0..65535, the range of a PNG")
         image = Image.fromarray(array.astype(np.uint16))
-    with written_whole(path) as temporary:
-        image.save(temporary, format="PNG")
+    image.save(file, format="PNG")

@@ -13,6 +13,13 @@ from pathlib import Path
 
 import psutil
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from sparserefine.files.text import printable
+
 NAME = ".sparserefine.lock"
 _JUST_MADE_S = 10
 """A lock file of unreadable content counts as held for so long [s]: its owner may be writing it."""
@@ -68,20 +75,31 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
         what: this run, in a word, for the message that another run gets.
 
     Raises:
+        ValueError: ``folder`` is a file.
         LockedError: another run holds the lock, or one on another machine did and its end cannot be seen from here.
         OSError: the folder cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(
+            f"{printable(folder)}: is a file, expected a folder, or a new name, for the outputs"
+        ) from error
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     path, mine = folder / NAME, Holder.this_process(what)
     while not _created(path, mine):
         holder = _holder_of(path)
         if holder is not None and not holder.has_ended():
             raise LockedError(
-                f"{folder}: {holder} writes there; wait for it or choose another folder. If it has ended, delete {path}"
+                f"{printable(folder)}: {printable(holder)} writes there; wait for it or choose another folder. "
+                f"If it has ended, delete {printable(path)}"
             )
         if holder is None and path.exists() and time.time() - path.stat().st_mtime < _JUST_MADE_S:
-            raise LockedError(f"{folder}: another run is starting there; wait for it or choose another folder")
+            raise LockedError(
+                f"{printable(folder)}: another run is starting there; wait for it or choose another folder"
+            )
         path.unlink(missing_ok=True)
     try:
         yield
@@ -96,9 +114,35 @@ def _created(path: Path, holder: Holder) -> bool:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(asdict(holder), file)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(asdict(holder), file)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise _unwritable(path.parent, error) from error
     return True
+
+
+def _remove_stale(path: Path, holder: Holder | None) -> None:
+    """Removes the lock of a run that has ended, unless a third run has removed it and holds a new one by now."""
+    try:
+        with path.open("rb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)  # held by one remover at a time, and only while it looks and removes
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()) and _holder_of(path) == holder:
+                path.unlink()
+    except FileNotFoundError:
+        pass
+
+
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    explained = type(error)(
+        f"{printable(folder)}: cannot be written ({error.strerror}); free space or choose another folder, then repeat"
+    )
+    explained.errno = error.errno
+    return explained
 
 
 def _holder_of(path: Path) -> Holder | None:

@@ -16,7 +16,7 @@ def printable(text: object) -> str:
     File names, class names and values of configurations may contain anything: a line feed fakes lines of output, an
     escape sequence changes a terminal.
 
-    >>> printable("a\\x1b[31m\\n.png")
-    'a\\\\x1b[31m\\\\n.png'
+    >>> print(printable("a\x1b[31m\n.png"))
+    a\x1b[31m\n.png
     """
     return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in str(text))

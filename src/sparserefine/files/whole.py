@@ -65,7 +65,7 @@ def folder_written_whole(folder: str | Path, last: str) -> Iterator[Path]:
         last: name of the file that is moved last: once it is in place, all are.
 
     Raises:
-        OSError: a file cannot be written; ``folder`` then has its old files.
+        OSError: a file cannot be written; a reader finds the old files, or the new ones if ``NEXT`` is complete.
     """
     folder = Path(folder)
     with _explained(folder):
@@ -151,6 +151,8 @@ def _explained(path: Path, temporary: Path | None = None) -> Iterator[None]:
     except OSError as error:
         about = None if error.filename is None else Path(str(error.filename))
         mine = (path, path.parent, temporary)
+        if isinstance(error.__cause__, OSError):  # explained already, by a file written inside this block
+            raise
         if about is not None and about not in mine and (temporary is None or temporary not in about.parents):
             raise
         reason = error.strerror or str(error)

@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparserefine.files.lines import read_lines
+
 IGNORE = 255
 """Label of ignored pixels. They count neither in losses nor in scores."""
+_MAX_BYTES = 1_000_000
+"""Of a classes file."""
+_MAX_LINE = 200
+"""Characters of a line in it: a name and a colour."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,22 @@ class Classes:
 
 
 def read_classes(path: Path, ignore: Sequence[int] = ()) -> Classes:
-    """Reads ``classes.txt``: one class per line, ``name R G B`` or ``name``, which gets a colour of :func:`wheel`."""
-    if not path.is_file():
+    """Reads ``classes.txt``: one class per line, ``name R G B`` or ``name``, which gets a colour of :func:`wheel`.
+
+    Raises:
+        ValueError: there is no such file, it is no text of that form, or it has fewer than two classes.
+    """
+    if not path.exists():
         raise ValueError(f"{path}: no classes file; write one class per line, such as 'road' or 'road 128 64 128'")
     names: list[str] = []
     palette: list[tuple[int, int, int]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.strip():
-            continue
-        match = re.fullmatch(r"\s*(.+?)(?:\s+(\d+)\s+(\d+)\s+(\d+))?\s*", line)
-        assert match  # the pattern matches every non-empty line
+    for line in read_lines(path, "a list of classes", max_bytes=_MAX_BYTES):
+        match = re.fullmatch(r"([^\t]+?)(?:\s+(\d+)\s+(\d+)\s+(\d+))?", line)
+        if match is None or len(line) > _MAX_LINE:
+            raise ValueError(
+                f"{path}: the line {line[:60]!r} ({len(line)} characters) is no class; "
+                f"expected a name or 'name R G B', of at most {_MAX_LINE} characters and without tabs in the name"
+            )
         r, g, b = (int(c) for c in match.groups()[1:]) if match[2] else wheel(len(names))
         if max(r, g, b) > 255:
             raise ValueError(f"{path}: colour {r} {g} {b} of class {match[1]!r} is outside 0..255")

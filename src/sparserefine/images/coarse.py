@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparserefine.images.normalisation import FLOATS
 from sparserefine.images.upsampling import Axis, Upsampling, Window
 
 MAX_CLASSES = 32767
 """Labels are int16 at most."""
+LARGEST_LOGIT = 2.0**100
+"""Largest absolute value of a coarse logit in float32, about 1e30.
+
+Upsampling and entropy subtract two logits, which overflows from 1.7e38 on, and a sum over all classes is the larger the
+more classes there are. The ensembler multiplies by the weights of two layers, which leaves them a factor of 1e8.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +87,22 @@ class Coarse:
         return rows, columns
 
 
+def bad_logits(logits: Sequence[Tensor]) -> str:
+    """What is wrong with logits that are not all within :data:`LARGEST_LOGIT`, as the end of a message."""
+    count, values = sum(one.numel() for one in logits), [one.detach().float() for one in logits]
+    if bad := sum(int((~one.isfinite()).sum()) for one in values):
+        cause = "" if any(bool((~one.isfinite()).any()) for one in logits) else " in float32"
+        return (
+            f"{bad} of {count} coarse logits are NaN or infinite{cause}; check its weights, its normalisation, and the "
+            "precision it runs in"
+        )
+    largest = max(float(one.abs().max()) for one in values)
+    return (
+        f"coarse logits reach {largest:.4g}, expected at most {LARGEST_LOGIT:.0e}; check its weights, and mark classes "
+        "that cannot be with -1e4 instead"
+    )
+
+
 def _check_logits(logits: Tensor | Sequence[Tensor]) -> None:
     if isinstance(logits, Tensor) and logits.dim() != 4:
         raise ValueError(f"logits are {tuple(logits.shape)}, expected [B, K, h, w], or B times [K, h, w]")
@@ -92,8 +115,10 @@ def _check_logits(logits: Tensor | Sequence[Tensor]) -> None:
                 f"logits of an image are {tuple(image.shape)}, expected [K, h, w] with the same K of 1..{MAX_CLASSES} "
                 "for all images, and h and w of at least 1"
             )
-        if not image.dtype.is_floating_point:
-            raise ValueError(f"logits are {image.dtype}, expected floating-point logits, not labels")
+        if image.dtype not in FLOATS:
+            raise ValueError(
+                f"logits are {image.dtype}, expected floating-point logits, not labels (float16, bfloat16, 32 or 64)"
+            )
         if image.device != first.device:
             raise ValueError(f"logits of an image are on {image.device}, those of the first image on {first.device}")
 

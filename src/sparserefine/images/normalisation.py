@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 
@@ -11,15 +12,27 @@ from torch import Tensor
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+LARGEST = 1e6
+"""Of a mean and of a standard deviation, which is also at least 1 / LARGEST: normalised pixels stay within 1e12."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Dtypes of images and of coarse logits; an image may also be uint8."""
+ROUNDING = 1e-3
+"""How far floating-point pixels may lie outside 0..1: what resizing and half precision round."""
+
 
 def check_normalisation(owner: str, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raises ``ValueError`` unless ``mean`` and ``std`` are three numbers each and ``std`` is above 0."""
+    """Raises ``ValueError`` unless ``mean`` and ``std`` are three numbers each that float32 can normalise by."""
     good = all(
-        isinstance(given, (tuple, list)) and len(given) == 3 and all(isinstance(v, Real) for v in given)
+        isinstance(given, (tuple, list))
+        and len(given) == 3
+        and all(isinstance(v, Real) and not isinstance(v, bool) and abs(float(v)) <= LARGEST for v in given)
         for given in (mean, std)
     )
-    if not good or min(std) <= 0:
-        raise ValueError(f"{owner}.mean = {mean}, {owner}.std = {std}; expected 3 numbers each, std above 0")
+    if not good or min(std) < 1 / LARGEST:
+        raise ValueError(
+            f"{owner}.mean = {mean}, {owner}.std = {std}; expected 3 numbers each, std above 0 "
+            f"(from {1 / LARGEST:g}), none above {LARGEST:g}"
+        )
 
 
 _constants: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
@@ -38,8 +51,33 @@ def constant(values: Sequence[float], device: torch.device) -> Tensor:
 
 
 def check_image(image: Tensor) -> None:
-    """Raises ``ValueError`` unless ``image`` is uint8 or floating point ``[B, 3, H, W]``, and not empty."""
+    """Raises ``ValueError`` unless ``image`` is uint8 or floating point ``[B, 3, H, W]``, and not empty.
+
+    The check does not look at the pixels, because that makes the host wait for the GPU; see :func:`extremes`.
+    """
     if image.dim() != 4 or image.shape[1] != 3 or min(image.shape) < 1:
         raise ValueError(f"image is {tuple(image.shape)}, expected [B, 3, H, W] with at least one pixel")
-    if image.dtype != torch.uint8 and not image.is_floating_point():
+    if image.dtype != torch.uint8 and image.dtype not in FLOATS:
         raise ValueError(f"image is {image.dtype}, expected uint8, or floating point in 0..1")
+
+
+def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value as they become in float32, ``float32 []`` each; NaN if any value is NaN.
+
+    One pass over the values, and the host does not wait for the GPU.
+    """
+    values = values.detach()
+    # torch has no aminmax for Apple's GPUs.
+    low, high = (values.amin(), values.amax()) if values.device.type == "mps" else values.aminmax()
+    return low.float(), high.float()
+
+
+def check_pixels(low: float, high: float) -> None:
+    """Raises ``ValueError`` unless the smallest and largest value of a floating-point image lie in 0..1."""
+    if low >= -ROUNDING and high <= 1 + ROUNDING:  # false for NaN
+        return
+    seen = "NaN" if math.isnan(low) else f"{low:.4g}..{high:.4g}"
+    raise ValueError(
+        f"image holds {seen}, expected 0..1 for floating point; divide it by 255, or pass uint8, and do not normalise "
+        "it: mean and standard deviation belong to the refiner and its base"
+    )

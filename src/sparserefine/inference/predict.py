@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,11 +18,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparserefine.files.images import IMAGE_SUFFIXES, read_image, write_png
+from sparserefine.files.images import IMAGE_SUFFIXES, read_image, save_png
+from sparserefine.files.lock import locked
+from sparserefine.files.regular import given_path, regular_file
+from sparserefine.files.text import printable
+from sparserefine.files.whole import sweep, written_whole
 from sparserefine.images.pictures import overlay as overlay_picture
 from sparserefine.refiner import SparseRefiner
 
 _log = logging.getLogger(__name__)
+_NO_MORE_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of writing after which no other image can be written either: disk full, quota used up, disk read-only."""
+_GONE = "its output was written but is gone now; does another process delete files there?"
 _OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory", re.IGNORECASE)
 
 
@@ -37,7 +46,7 @@ class Failure:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return f"{printable(self.name)}: {printable(self.reason)}"
 
 
 @dataclass(frozen=True)
@@ -61,10 +70,19 @@ class Predicted:
 
 @dataclass(frozen=True)
 class PredictReport:
-    """The result of :func:`predict`. Every image it found is either in ``images`` or in ``failures``."""
+    """The result of :func:`predict`. Every image it found is in one of the four.
+
+    Attributes:
+        images: predicted now.
+        failures: with the reason of each.
+        present: images whose outputs existed and were kept, see ``skip_existing``.
+        not_tried: images left when the disk was full; the last failure says so.
+    """
 
     images: tuple[Predicted, ...]
     failures: tuple[Failure, ...]
+    present: tuple[Path, ...] = ()
+    not_tried: tuple[Path, ...] = ()
 
     @property
     def written(self) -> tuple[Path, ...]:
@@ -82,8 +100,12 @@ class PredictReport:
             density, ms = median(i.density for i in self.images), median(i.ms for i in self.images)
             kind = "" if len(self.images) == 1 else "median "
             parts[0] += f" ({kind}density {100 * density:.1f} %, {ms:.0f} ms an image)"
+        if self.present:
+            parts.append(f"{len(self.present)} present already")
         if self.failures:
             parts.append(_count(len(self.failures), "failure"))
+        if self.not_tried:
+            parts.append(f"{len(self.not_tried)} not tried")
         return ", ".join(parts)
 
 
@@ -109,7 +131,9 @@ def predict(
     *,
     overlay: bool = False,
     overwrite: bool = False,
+    skip_existing: bool = False,
     progress: bool = True,
+    seen: Callable[[Predicted], None] | None = None,
 ) -> PredictReport:
     """Predicts image files and writes their labels as PNG index images in the classes' colours.
 
@@ -118,8 +142,11 @@ def predict(
     If two inputs would write the same file, both outputs get the input's suffix in their names (``a_jpg.png`` and
     ``a_tif.png``); if the names are still equal, both inputs fail. A file given twice is predicted once.
 
-    A bad file does not stop the others: its error becomes a failure in the report, and none of its outputs remain.
-    Input files are never changed, not even with ``overwrite``. ``out`` is created when the first output is written.
+    A bad file does not stop the others: its error becomes a failure in the report, and it gets no outputs.
+    Input files are never changed, not even with ``overwrite``. ``out`` is created if there is something to write, and
+    locked meanwhile: another prediction into it is refused. An interrupted run leaves whole files only, and of each
+    image all outputs or none; ``skip_existing`` goes on from there. A full disk ends the run: see
+    :attr:`PredictReport.not_tried`.
 
     Args:
         inputs: files, folders and glob patterns. Folders are searched recursively; hidden files and files without an
@@ -128,36 +155,79 @@ def predict(
         out: output folder.
         overlay: also write ``<name>_overlay.png``, the class colours blended over the image.
         overwrite: replace existing outputs; without it, an image whose output exists is a failure.
+        skip_existing: keep an image's outputs if all exist; if only some do, all are written again.
         progress: show a progress bar if stderr is a terminal and the run takes more than 2 s.
+        seen: called with each image when its outputs are written; what an interrupted run did is known from it only.
 
     Raises:
-        ValueError: there are no inputs, or ``out`` is not a folder.
+        ValueError: there are no inputs, one is empty, ``out`` is not a folder, or ``overwrite`` and ``skip_existing``
+            are both chosen.
+        LockedError: another prediction writes into ``out``.
+        OSError: ``out`` cannot be made or written.
     """
     inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
-    out = Path(out)
+    inputs, out = [given_path(given, "inputs") for given in inputs], given_path(out, "out")
+    if overwrite and skip_existing:
+        raise ValueError("overwrite and skip_existing contradict each other; choose one")
     if not inputs:
         raise ValueError("nothing to predict; give image files, folders or glob patterns")
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file, expected a folder, or a new name, for the outputs")
-    images: list[Predicted] = []
+        raise ValueError(f"{printable(out)}: is a file, expected a folder, or a new name, for the outputs")
     failures: list[Failure] = []
     found = _find(inputs, out, failures)
     jobs = _name_outputs(found, out, overlay, failures)
+    if not jobs:
+        return PredictReport((), tuple(failures))
+    images: list[Predicted] = []
+    present: list[Path] = []
+    not_tried: list[Path] = []
     sources = {_identity(f.image) for f in found}
     was_training = refiner.training
     refiner.eval()
     try:
-        bar = tqdm(jobs, unit="image", delay=2, leave=False, disable=None if progress else True)
-        for image, outputs in bar:
-            refusal = _refusal(outputs, sources, overwrite)
-            result = refusal or _predict_one(image, outputs, refiner)
-            if isinstance(result, Predicted):
+        with _claimed(out):
+            for folder in {path.parent for _, outputs in jobs for path in outputs}:
+                sweep(folder)
+            bar = tqdm(jobs, unit="image", delay=2, leave=False, disable=None if progress else True)
+            for number, (image, outputs) in enumerate(bar):
+                result: Predicted | str | None = _refusal(outputs, sources, overwrite or skip_existing)
+                if result is None and skip_existing and all(path.exists() for path in outputs):
+                    present.append(image)
+                    continue
+                try:
+                    result = result or _predict_one(image, outputs, refiner)
+                except OSError as error:
+                    failures.append(Failure(str(image), _failure_reason(error, image)))
+                    not_tried += [later for later, _ in jobs[number + 1 :]]
+                    break
+                if isinstance(result, str):
+                    failures.append(Failure(str(image), result))
+                    continue
                 images.append(result)
-            else:
-                failures.append(Failure(str(image), result))
+                if seen:
+                    seen(result)
     finally:
         refiner.train(was_training)
-    return PredictReport(tuple(images), tuple(failures))
+    there: list[Predicted] = []
+    for done in images:
+        if all(path.exists() for path in done.outputs):
+            there.append(done)
+        else:
+            failures.append(Failure(str(done.image), _GONE))
+    return PredictReport(tuple(there), tuple(failures), tuple(present), tuple(not_tried))
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Locks the output folder; removes it again if it was made for that and nothing was written."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        with locked(out, "predict"):
+            yield
+    finally:
+        for folder in made:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def _find(inputs: Sequence[str | Path], out: Path, failures: list[Failure]) -> list[_Found]:
@@ -167,8 +237,9 @@ def _find(inputs: Sequence[str | Path], out: Path, failures: list[Failure]) -> l
         failed_before = len(failures)
         try:
             images = list(_images_of(Path(given), out.resolve(), failures))
-        except OSError as error:
-            failures.append(Failure(str(given), error.strerror or str(error)))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{printable(given)}: ")
+            failures.append(Failure(str(given), reason))
             continue
         if not images and len(failures) == failed_before:
             failures.append(Failure(str(given), f"no image found (files ending in {', '.join(IMAGE_SUFFIXES)})"))
@@ -184,10 +255,8 @@ def _images_of(given: Path, out: Path, failures: list[Failure]) -> Iterator[_Fou
             failures.append(Failure(str(given), reason))
             return
         yield from (_Found(file, file.relative_to(given)) for file in _walk(given, out, failures) if _is_image(file))
-    elif given.is_file():
-        yield _Found(given, Path(given.name))
-    elif not glob.has_magic(str(given)):
-        failures.append(Failure(str(given), "no such file or folder"))
+    elif given.is_file() or not glob.has_magic(str(given)):
+        yield _Found(regular_file(given, "an image, a folder or a pattern"), Path(given.name))
     else:
         fixed = next(i for i, part in enumerate(given.parts) if glob.has_magic(part))
         root, pattern = Path(*given.parts[:fixed]), Path(*given.parts[fixed:])
@@ -195,7 +264,7 @@ def _images_of(given: Path, out: Path, failures: list[Failure]) -> Iterator[_Fou
         # Path.glob would also match hidden files.
         for name in sorted(glob.glob(str(pattern), root_dir=root, recursive=True)):  # noqa: PTH207
             file, relative = root / name, Path(name)
-            if file.is_file() and _is_image(file) and not (skip_out and file.parent.resolve().is_relative_to(out)):
+            if not file.is_dir() and _is_image(file) and not (skip_out and file.parent.resolve().is_relative_to(out)):
                 # A pattern with '..' in it must not lead out of the output folder.
                 yield _Found(file, Path(relative.name) if ".." in relative.parts else relative)
 
@@ -274,21 +343,28 @@ def _refusal(outputs: tuple[Path, ...], sources: set[tuple[int, int] | None], ov
 
 
 def _predict_one(image: Path, outputs: tuple[Path, ...], refiner: SparseRefiner) -> Predicted | str:
-    """Predicts one image; returns the result, or why it failed."""
-    written: list[Path] = []
+    """Predicts one image; returns the result, or why it failed. In either case there are all of its outputs or none.
+
+    Raises:
+        OSError: the disk is full or read-only.
+    """
+    before = [_identity(path) for path in outputs]
     try:
         pixels = read_image(image)
         labels, density, ms = _refine(pixels, refiner)
         pictures = [labels]
         if len(outputs) > 1:
             pictures.append(overlay_picture(pixels, labels, refiner.classes))
-        for path, picture in zip(outputs, pictures, strict=True):
-            write_png(path, picture, list(refiner.classes.palette))
-            written.append(path)
-    except Exception as error:  # a user's base may raise anything, and the next image may work
-        _log.debug("predicting %s", image, exc_info=True)
-        for path in written:
-            path.unlink(missing_ok=True)
+        with ExitStack() as stack:  # both are complete before the first gets its name; the labels get theirs last
+            for path, picture in zip(outputs, pictures, strict=True):
+                save_png(stack.enter_context(written_whole(path)), picture, list(refiner.classes.palette))
+    except BaseException as error:  # an interruption too
+        for path, old in zip(outputs, before, strict=True):
+            if _identity(path) != old:
+                path.unlink(missing_ok=True)
+        if not isinstance(error, Exception) or (isinstance(error, OSError) and error.errno in _NO_MORE_WRITING):
+            raise
+        _log.debug("predicting %s", image, exc_info=True)  # a user's base may raise anything, the next image may work
         return _failure_reason(error, image)
     return Predicted(image, outputs, (pixels.shape[1], pixels.shape[2]), density, ms)
 
@@ -302,11 +378,11 @@ def _refine(pixels: Tensor, refiner: SparseRefiner) -> tuple[Tensor, float, floa
 
 
 def _failure_reason(error: Exception, image: Path) -> str:
-    text = str(error).partition("\n")[0].removeprefix(f"{image}: ")
+    text = str(error).partition("\n")[0].removeprefix(f"{printable(image)}: ")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _OUT_OF_MEMORY.search(text):
         cure = "use a smaller budget, or a smaller input of the base"
         return f"out of memory ({text}); {cure}" if text else f"out of memory; {cure}"
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, (ValueError, OSError)) and text else f"{type(error).__name__}: {text}"
 
 
 def _count(number: int, noun: str) -> str:

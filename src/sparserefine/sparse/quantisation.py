@@ -32,7 +32,8 @@ def calibrating(network: SparseUNet) -> Iterator[None]:
     """Records the largest activations of the forward passes in the ``with`` block. At its end, the network stores them.
 
     Raises:
-        ValueError: some convolution saw no site, so its largest input is unknown.
+        ValueError: some convolution saw no site, so its largest input is unknown; or activations are NaN or infinite.
+            Nothing is stored then.
     """
     seen: dict[SparseConv, Tensor] = {}
 
@@ -50,6 +51,11 @@ def calibrating(network: SparseUNet) -> Iterator[None]:
         yield
     if not all(conv in seen for conv in convs):
         raise ValueError("calibration saw no site at some level; give images in which pixels are selected")
+    if not all(bool(largest.isfinite().all()) for largest in seen.values()):
+        raise ValueError(
+            "calibration saw activations that are NaN or infinite; check the extractor's weights, and the images' mean "
+            "and std"
+        )
     with torch.inference_mode(False):  # inference-mode tensors could not be changed later
         for conv in convs:
             conv.input_max = seen[conv].clone()

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sparserefine.files.typed import shown
 from sparserefine.sparse import DownKind, PlanSpec, SparseUNet
 
 Feature = Literal["rgb", "coords", "probabilities", "entropy"]
 """Inputs at a site: normalised colour; row and column in -1..1; the base's probabilities; their entropy [nats]."""
+_MOST_LEVELS, _MOST_CHANNELS, _MOST_BLOCKS = 16, 1 << 16, 100
+_MOST_WEIGHTS = 1_000_000_000
+"""4 GB in float32, and four times that in training; the published network has 79 million."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,25 @@ class ExtractorConfig:
     features: tuple[Feature, ...] = ("rgb",)
 
     def __post_init__(self) -> None:
-        if not self.planes or any(not isinstance(c, int) or c < 1 for c in self.planes):
-            raise ValueError(f"planes = {self.planes}, expected whole numbers of channels >= 1, one for each level")
+        if not 1 <= len(self.planes) <= _MOST_LEVELS or not all(_is_count(c, _MOST_CHANNELS) for c in self.planes):
+            raise ValueError(
+                f"planes = {shown(self.planes)}, expected whole numbers of channels, 1 to {_MOST_CHANNELS}, one for "
+                f"each of at most {_MOST_LEVELS} levels"
+            )
         PlanSpec(len(self.planes), self.down)  # refuses unknown kinds
-        if not isinstance(self.blocks, int) or self.blocks < 1:
-            raise ValueError(f"blocks = {self.blocks}, expected a whole number, at least 1")
+        if not _is_count(self.blocks, _MOST_BLOCKS):
+            raise ValueError(f"blocks = {shown(self.blocks)}, expected a whole number, 1 to {_MOST_BLOCKS}")
+        # Of each level, encoder and decoder have `blocks` blocks of two 3x3 convolutions; the rest is small.
+        weights = 36 * self.blocks * sum(c * c for c in self.planes)
+        if weights > _MOST_WEIGHTS:
+            raise ValueError(
+                f"planes = {self.planes} and blocks = {self.blocks} make about {weights:.0e} weights, expected at most "
+                f"{_MOST_WEIGHTS:.0e}; choose fewer channels or blocks"
+            )
         known = Feature.__args__  # type: ignore[attr-defined]
-        if not self.features or any(name not in known for name in self.features):
-            raise ValueError(f"features = {self.features}, expected one or more of {known}")
+        names = self.features
+        if not 1 <= len(names) <= len(known) or any(name not in known for name in names) or len({*names}) < len(names):
+            raise ValueError(f"features = {shown(names)}, expected one or more of {known}, each once")
 
     def channels(self, num_classes: int) -> int:
         """Input channels at a site."""
@@ -45,6 +60,10 @@ class ExtractorConfig:
     def build(self, num_classes: int) -> SparseUNet:
         """The network, with random weights."""
         return SparseUNet(self.channels(num_classes), num_classes, self.planes, blocks=self.blocks, down=self.down)
+
+
+def _is_count(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 PRESETS = {

@@ -11,6 +11,9 @@ from sparserefine.engines.choose import get_engine
 from sparserefine.images.upsampling import entropy_limit
 from sparserefine.sparse import Engine, Sites
 
+_MOST_SITES = 2**31 - 1
+"""Sites are counted in int32."""
+
 
 @dataclass(frozen=True)
 class Selector:
@@ -30,8 +33,8 @@ class Selector:
             raise ValueError("a selector needs a threshold [nats], a budget [sites per image], or both; got neither")
         if self.threshold is not None and not self.threshold >= 0:
             raise ValueError(f"threshold = {self.threshold} nats, expected at least 0 (and less than ln K)")
-        if self.budget is not None and self.budget < 0:
-            raise ValueError(f"budget = {self.budget} sites, expected at least 0")
+        if self.budget is not None and not 0 <= self.budget <= _MOST_SITES:
+            raise ValueError(f"budget = {self.budget} sites, expected at least 0, at most {_MOST_SITES}")
 
     def check(self, num_classes: int) -> None:
         """Raises ``ValueError`` if no prediction over ``num_classes`` classes can exceed the threshold."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,10 @@ from tqdm import tqdm
 from sparserefine.bases.base import FrozenBase
 from sparserefine.bases.load import load_base
 from sparserefine.files.images import read_image, read_label, write_png
-from sparserefine.files.whole import written_whole
+from sparserefine.files.regular import given_path
+from sparserefine.files.results import write_results
+from sparserefine.files.text import printable
+from sparserefine.files.whole import sweep
 from sparserefine.images.classes import Classes
 from sparserefine.images.pictures import changes, heat, labels_picture, overlay, shrink, side_by_side, sites_picture
 from sparserefine.images.upsampling import entropy_limit
@@ -53,8 +55,14 @@ def demo(out: str | Path, *, device: torch.device, repeats: int = 2) -> str:
 
     Returns:
         The table of scores and costs, and the names of the pictures, as text.
+
+    Raises:
+        ValueError: ``out`` is empty, or no folder.
     """
-    out = Path(out)
+    out = given_path(out, "out")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{printable(out)}: is a file, expected a folder, or a new name, for the pictures")
+    sweep(out)
     refiner = SparseRefiner.from_pretrained(demo_refiner_folder()).to(device)
     dense = dense_peer(refiner).to(device)
     image, truth = read_image(ASSETS / f"{IMAGE}.webp"), read_label(ASSETS / f"{IMAGE}.png")
@@ -91,8 +99,7 @@ def demo(out: str | Path, *, device: torch.device, repeats: int = 2) -> str:
         "device": str(device),
         "rows": result.rows,
     }
-    with written_whole(out / "demo.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(out / "demo.json", report)
     return _text(result, image, device, out, list(pictures))
 
 
@@ -153,7 +160,7 @@ def _text(result: Evaluation, image: Tensor, device: torch.device, out: Path, pi
             f"refined / dense: {refined['ms'] / dense['ms']:.2f} of the time, "
             f"{refined['gmacs'] / dense['gmacs']:.2f} of the operations",
             "",
-            f"Pictures and demo.json are in {out}{'' if str(out).endswith('/') else '/'}: "
+            f"Pictures and demo.json are in {printable(out)}{'' if str(out).endswith('/') else '/'}: "
             + ", ".join(f"{name}.png" for name in pictures),
         ]
     )

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparserefine.bases.base import FrozenBase
+from sparserefine.files.results import finite
+from sparserefine.files.text import printable
 from sparserefine.images.classes import IGNORE, Classes
 from sparserefine.images.coarse import Coarse
 from sparserefine.images.uncertainty import first_largest, label_dtype
@@ -59,14 +61,18 @@ class Row:
         self.peak_mb.append(peak_mb)
 
     def summary(self, classes: Classes) -> dict[str, Any]:
-        """Figures for tables and JSON. Over images: the median ``ms``, mean ``gmacs`` and largest ``peak_mb``."""
+        """Figures for tables and JSON, ``None`` for a class that never occurs.
+
+        Over images: the median ``ms``, mean ``gmacs`` and largest ``peak_mb``.
+        """
         figures = {**_figures(self.everywhere, classes), "at_sites": _figures(self.at_sites, classes)}
         if self.ms:
             counted = [m for m in self.macs if m is not None]
             figures["ms"] = statistics.median(self.ms)
             figures["gmacs"] = sum(counted) / len(counted) / 1e9 if counted else None
             figures["peak_mb"] = max(self.peak_mb)
-        return {key: _without_nan(value) for key, value in figures.items()}
+        result: dict[str, Any] = finite(figures)
+        return result
 
 
 def _figures(counts: Counts, classes: Classes) -> dict[str, Any]:
@@ -79,13 +85,6 @@ def _figures(counts: Counts, classes: Classes) -> dict[str, Any]:
         "accuracy": counts.accuracy(),
         "class_iou": dict(zip(classes.names, counts.class_iou(), strict=True)),
     }
-
-
-def _without_nan(value: Any) -> Any:
-    """Replaces NaN (a class that never occurs) by ``None``: JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and value != value else value
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,9 @@ class Evaluation:
         if len(classes) > 2:
             lines.append(f"{'IoU by class':16} " + " ".join(f"{name:>8}" for name in self.rows))
             for c in classes:
-                lines.append(f"{c:16} " + " ".join(_cell(row["class_iou"][c], 8, 4) for row in self.rows.values()))
+                lines.append(
+                    f"{printable(c):16} " + " ".join(_cell(row["class_iou"][c], 8, 4) for row in self.rows.values())
+                )
         stages = ", ".join(f"{name} {ms:.0f}" for name, ms in self.stages_ms.items())
         lines += [
             f"{self.images} images, density {self.density:.1%}, coarse errors selected {self.errors_selected:.1%}",
@@ -202,7 +203,7 @@ def evaluate(
         progress: called with the name of each step when it begins.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images, or no pixel of them has a label to score by.
     """
     report_step = progress or (lambda stage: None)
     device = next(refiner.parameters()).device
@@ -270,6 +271,11 @@ def evaluate(
             seen(result, maps)
     if not count:
         raise ValueError("no image to evaluate; check the split and the data folder")
+    if not rows["coarse"].everywhere.matrix.any():
+        raise ValueError(
+            f"nothing to score: every pixel of the {count} label images is ignored ({IGNORE}); check the labels and "
+            "the configuration's ignored values"
+        )
     return Evaluation(
         {name: row.summary(refiner.classes) for name, row in rows.items()},
         count,

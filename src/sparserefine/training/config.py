@@ -5,11 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+import psutil
+import torch
+
 from sparserefine.bases.base import BaseConfig
 from sparserefine.data.crops import AugmentConfig
 from sparserefine.data.readers.config import DataConfig
+from sparserefine.machine.bounds import check_number, check_positive, check_whole
+from sparserefine.machine.device import device_named
 from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.extractor import PRESETS
+
+_MAX_BATCH = 65_536
+"""Most crops per optimiser step, accumulated ones included."""
+_MAX_STEPS = 1_000_000_000
+_MAX_WORKERS = 1024
+_MAX_PICTURES = 1000
+_MAX_SEED = 2**32 - 1
+"""Of the random number generators of NumPy."""
+_MAX_BOUNDARY_PX = 10_000
+_BYTES_PER_PIXEL = 11
+"""Of a crop on the device: image 3, label 1, valid 1, entropy 4, coarse label 1, selected 1."""
+_HOST_BYTES_PER_PIXEL = 5
+"""Of a crop that waits for the device: image 3, label 1, valid 1."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +36,11 @@ class CrossFit:
 
     split: str
     base: str
+
+    def __post_init__(self) -> None:
+        for name in ("split", "base"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"logits.crossfit: {name} is empty, expected the {name} of each of its entries")
 
 
 @dataclass(frozen=True)
@@ -38,7 +61,7 @@ class LogitsConfig:
     def __post_init__(self) -> None:
         if self.source not in ("stored", "live"):
             raise ValueError(f"logits.source = {self.source!r}, expected 'stored' or 'live'")
-        if self.source == "stored" and not self.folder:
+        if self.source == "stored" and not self.folder.strip():
             raise ValueError(
                 "logits.source = 'stored' needs logits.folder, the folder that `sparserefine logits` wrote"
             )
@@ -51,7 +74,9 @@ class TrainingConfig:
     Attributes:
         init: folder of a refiner with the same extractor and ensembler to start from; empty: start from random weights.
         steps: optimiser steps.
-        batch: crops per step.
+        batch: crops that are computed at once.
+        accumulate: an optimiser step follows after so many batches: ``batch * accumulate`` crops a step, in the memory
+            of ``batch``.
         lr: peak learning rate.
         clip: maximum norm of the gradient; a longer gradient is scaled down to it.
         weight_decay: decay of weights; biases and normalisation layers have none.
@@ -63,11 +88,15 @@ class TrainingConfig:
         precision: one of Lightning's names ``32-true``, ``bf16-mixed``, ``16-mixed``.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         cache_gb: maximum size of the cache of decoded images [GB].
+        slurm_requeue: in a SLURM job that is about to end (SIGUSR1 or SIGTERM), put it into the queue again; there it
+            goes on from the last checkpoint in ``out``, so ``val_every`` should be well within a job's time.
+        pictures: number of validation images of which each validation stores a picture in ``out/pictures``.
     """
 
     init: str = ""
     steps: int = 10_000
     batch: int = 8
+    accumulate: int = 1
     lr: float = 3e-4
     clip: float = 1.0
     weight_decay: float = 0.05
@@ -79,14 +108,30 @@ class TrainingConfig:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     cache_gb: float = 4.0
+    slurm_requeue: bool = False
+    pictures: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "lr", "clip", "val_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"training.{name} = {getattr(self, name)}, expected more than 0")
-        for name in ("weight_decay", "warmup", "dice", "workers", "cache_gb"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"training.{name} = {getattr(self, name)}, expected at least 0")
+        for name, low, high in (
+            ("steps", 1, _MAX_STEPS),
+            ("batch", 1, _MAX_BATCH),
+            ("accumulate", 1, _MAX_BATCH),
+            ("val_every", 1, _MAX_STEPS),
+            ("seed", 0, _MAX_SEED),
+            ("workers", 0, _MAX_WORKERS),
+            ("pictures", 0, _MAX_PICTURES),
+        ):
+            check_whole(f"training.{name}", getattr(self, name), low, high)
+        if self.batch * self.accumulate > _MAX_BATCH:
+            raise ValueError(
+                f"training.batch = {self.batch}, training.accumulate = {self.accumulate}: "
+                f"{self.batch * self.accumulate} crops a step, expected at most {_MAX_BATCH}"
+            )
+        for name in ("lr", "clip"):
+            check_positive(f"training.{name}", getattr(self, name))
+        for name in ("weight_decay", "dice", "cache_gb"):
+            check_number(f"training.{name}", getattr(self, name), 0)
+        check_number("training.warmup", self.warmup, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -96,7 +141,7 @@ class Config(RefinerConfig):
     Attributes:
         data: images and splits.
         base: the frozen model.
-        out: folder of the trained refiner: ``best/``, ``last/``, ``last.ckpt``, ``log.jsonl``.
+        out: folder of the trained refiner: ``best/``, ``last/``, ``last.ckpt``, and the records of the run.
         preset: named extractor shape, used instead of ``extractor``: ``paper``, ``slim`` or ``slim16``.
         logits: where coarse logits come from in training.
         augment: random crops and augmentation.
@@ -115,15 +160,51 @@ class Config(RefinerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.out:
+        if not self.out.strip():
             raise ValueError("out is empty, expected a folder for the trained refiner")
         if self.preset is not None and self.extractor not in (PRESETS["slim"], PRESETS[self.preset]):
             raise ValueError(f"preset = {self.preset!r} and extractor = {self.extractor}: give only one")
-        if self.boundary_px is not None and self.boundary_px < 1:
-            raise ValueError(f"boundary_px = {self.boundary_px}, expected at least 1, or null")
+        if self.boundary_px is not None:
+            check_whole("boundary_px", self.boundary_px, 1, _MAX_BOUNDARY_PX)
 
     @property
     def refiner(self) -> RefinerConfig:
         """The refiner's settings, with the extractor of ``preset`` if one is named."""
         own = RefinerConfig(**{field.name: getattr(self, field.name) for field in fields(RefinerConfig)})
         return own if self.preset is None else replace(own, extractor=PRESETS[self.preset])
+
+
+def check_batch_fits(config: Config, classes: int) -> None:
+    """Refuses a batch that no memory holds, before anything is allocated.
+
+    Only the inputs are counted: the crops, and coarse logits at a quarter of the base's input size each way. The
+    network needs many times more, so that a batch which passes may still be too large.
+
+    Args:
+        config: the whole configuration.
+        classes: K of the data.
+
+    Raises:
+        ValueError: the inputs of one batch exceed the memory of the device, or those that wait for it the machine's.
+    """
+    c, (height, width) = config.training, config.augment.crop
+    if config.base.size is not None:
+        seen = float(config.base.size[0] * config.base.size[1])
+    else:
+        seen = height * width * (config.base.ratio or 0) ** 2
+    logits = 4 * classes * seen / 16
+    device = device_named(c.device)
+    machine = psutil.virtual_memory().total
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine
+    ahead = 1 + 2 * c.workers  # a data loader keeps two batches per worker ready
+    for where, needed, there in (
+        (f"memory of {device}", c.batch * (_BYTES_PER_PIXEL * height * width + logits), memory),
+        ("machine's memory", c.batch * (_HOST_BYTES_PER_PIXEL * height * width + logits) * ahead, machine),
+    ):
+        if needed > there:
+            raise ValueError(
+                f"training.batch = {c.batch} crops of {height} x {width} pixels with {c.workers} workers: their inputs "
+                f"alone take {needed / 1e9:.1f} GB, the {where} is {there / 1e9:.1f} GB; "
+                "take a smaller batch (and training.accumulate), augment.crop or training.workers"
+            )

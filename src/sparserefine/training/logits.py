@@ -12,6 +12,10 @@ from tqdm import tqdm
 from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.load import load_base
 from sparserefine.data.readers.dataset import Dataset
+from sparserefine.files.digest import sha256_of
+from sparserefine.files.lock import locked
+from sparserefine.files.text import printable
+from sparserefine.files.whole import sweep
 from sparserefine.images.classes import Classes
 from sparserefine.training.config import Config
 from sparserefine.training.stored_logits import LiveSplit, StoredLogits, StoredSplit, quantised
@@ -90,10 +94,11 @@ class CoarseLogits:
         """The logits of all images, to be read from ``logits.folder``.
 
         Raises:
-            ValueError: some are missing, or another base made them.
+            ValueError: some are missing, or were made by another base or of another image.
+            OSError: an image cannot be read.
         """
-        names = tuple(sample.name for sample in self.data.samples)
-        split = StoredSplit(Path(self.config.logits.folder), names, tuple(map(self.identity, names)))
+        bases = tuple(self.identity(sample.name) for sample in self.data.samples)
+        split = StoredSplit(Path(self.config.logits.folder), self.data.samples, bases)
         split.check()
         return split
 
@@ -104,30 +109,45 @@ class CoarseLogits:
 
 
 def store_logits(config: Config, *, device: torch.device, overwrite: bool = False) -> LogitsReport:
-    """Stores the coarse logits of the training and validation splits. Skips images that are stored already.
+    """Stores the coarse logits of the training and validation splits. Skips images whose logits are stored already.
+
+    Args:
+        config: the whole configuration.
+        device: where the bases run.
+        overwrite: replace files that do not fit: of another base or image, of an older version, damaged, foreign.
 
     Raises:
-        ValueError: ``logits.folder`` is empty, or it holds logits of another base and ``overwrite`` is false.
+        ValueError: ``logits.folder`` is empty or another run writes there, or it holds a file that does not fit and
+            ``overwrite`` is false.
+        OSError: an image cannot be read, or a file cannot be written.
     """
-    if not config.logits.folder:
+    if not config.logits.folder.strip():
         raise ValueError("logits.folder is empty, expected the folder to store coarse logits in")
-    store = StoredLogits(config.logits.folder)
-    computed = present = 0
     splits = {split: config.data.read(split) for split in (config.data.train, config.data.val)}
-    bases = Bases(config.base, device)
-    for split, data in splits.items():
-        source = CoarseLogits(config, data, device, bases)
-        for index, sample in enumerate(tqdm(data.samples, desc=f"logits of {split}", unit="image")):
-            found, wanted = store.base_of(sample.name), source.identity(sample.name)
-            if found == wanted:
+    store, bases = StoredLogits(config.logits.folder), Bases(config.base, device)
+    with locked(store.folder, "logits"):
+        for folder in {store.path(sample.name).parent for data in splits.values() for sample in data.samples}:
+            sweep(folder)
+        parts = [
+            _store(split, CoarseLogits(config, data, device, bases), store, overwrite) for split, data in splits.items()
+        ]
+    return LogitsReport(sum(part.computed for part in parts), sum(part.present for part in parts))
+
+
+def _store(split: str, source: CoarseLogits, store: StoredLogits, overwrite: bool) -> LogitsReport:
+    """Stores the logits of one split."""
+    computed = present = 0
+    for index, sample in enumerate(tqdm(source.data.samples, desc=f"logits of {printable(split)}", unit="image")):
+        base, digest = source.identity(sample.name), sha256_of(sample.image, "an image")
+        if store.path(sample.name).exists():
+            try:
+                store.read(sample.name, base=base, digest=digest)
                 present += 1
                 continue
-            if found is not None and not overwrite:
-                raise ValueError(
-                    f"{store.path(sample.name)}: holds logits of base {found}, this configuration has base {wanted}; "
-                    "choose another logits.folder, or pass --overwrite"
-                )
-            logits, size = source.compute(index)
-            store.write(sample.name, logits, base=wanted, image_size=size)
-            computed += 1
+            except ValueError:
+                if not overwrite:
+                    raise
+        logits, size = source.compute(index)
+        store.write(sample.name, logits, base=base, image_size=size, digest=digest)
+        computed += 1
     return LogitsReport(computed, present)

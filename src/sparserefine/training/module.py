@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,18 @@ import torch
 from torch import Tensor
 
 from sparserefine.data.crops import CropBatch
+from sparserefine.images.classes import IGNORE
+from sparserefine.images.pictures import labels_picture, shrink, side_by_side
 from sparserefine.refiner import SparseRefiner
 from sparserefine.scores.counts import Counts
+from sparserefine.stages.refinement import Refinement
+from sparserefine.training.checks import FiniteWatch, Seen, check_finite_weights
 from sparserefine.training.config import Config
+from sparserefine.training.items import WholeImage
 from sparserefine.training.losses import refinement_loss
+from sparserefine.training.record import RunRecord
 
-ValidationItem = tuple[Tensor, Tensor, Tensor]
-"""Image ``uint8 [3, H, W]``, label ``[H, W]``, coarse logits ``[K, h, w]``."""
+_PICTURE_PX = 330  # three of them are about 1,000 pixels wide
 
 
 class RefinerModule(L.LightningModule):
@@ -28,18 +32,33 @@ class RefinerModule(L.LightningModule):
 
     Args:
         refiner: the refiner to train.
-        config: losses and schedule. This module writes ``<out>/best`` and ``<out>/log.jsonl``.
+        config: losses and schedule. This module writes ``<out>/best``.
+        record: takes the scores and pictures.
+
+    Attributes:
+        best_score: the highest refined score so far; minus infinity if there was none.
+        learnt: number of labelled sites in all steps so far.
+        restored: whether training has begun, so that nothing of a checkpoint is left to restore.
     """
 
-    def __init__(self, refiner: SparseRefiner, config: Config) -> None:
+    def __init__(self, refiner: SparseRefiner, config: Config, record: RunRecord) -> None:
         super().__init__()
-        self.refiner, self.config = refiner, config
+        self.refiner, self.config, self.record = refiner, config, record
         self.strict_loading = False  # checkpoints do not contain the base
         self.best_score = -math.inf
+        self.learnt = 0
+        self.restored = False
         k = refiner.base.num_classes
         self._counts = {name: Counts.zero(k) for name in ("coarse", "refined")}
         self._density: list[float] = []
         self._losses: list[Tensor] = []
+        self._labelled: list[Tensor] = []
+        self._names: list[str] = []
+        self._watch = FiniteWatch()
+
+    def on_train_start(self) -> None:
+        """Everything is restored."""
+        self.restored = True
 
     def training_step(self, batch: CropBatch, _: int) -> Tensor:
         """Loss of one batch of crops."""
@@ -49,39 +68,70 @@ class RefinerModule(L.LightningModule):
         self.log("loss", loss.detach(), prog_bar=True)
         self.log("density", result.density, prog_bar=True)
         self._losses.append(loss.detach())
+        self._labelled.append((truth != IGNORE).sum())
+        self._names += batch.names
+        self._watch.add(self._seen("loss", loss.detach(), batch.names))
         return loss
 
-    def validation_step(self, item: ValidationItem, _: int) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Scales a long gradient down. Its length must be finite, too: a NaN in it would reach every weight."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.training.clip)
+        names, self._names = self._names, []
+        if self.config.training.precision != "16-mixed":  # there, steps that overflow are skipped
+            self._watch.add(self._seen("gradient norm", norm, names))
+
+    def _seen(self, what: str, value: Tensor, names: list[str]) -> Seen:
+        return Seen(what, value, names, self.global_step + 1, self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_validation_epoch_start(self) -> None:
+        """Nothing is scored or stored unless all losses and weights are finite."""
+        self._watch.check()
+        check_finite_weights(self.refiner, self.global_step)
+
+    def validation_step(self, item: WholeImage, index: int) -> None:
         """Scores one whole image."""
-        image, label, logits = item
-        result = self.refiner.refine(image[None], logits[None])
+        result = self.refiner.refine(item.image[None], item.logits[None])
         k = self.refiner.base.num_classes
-        self._counts["coarse"] += Counts.of(result.coarse_labels[0], label, k)
-        self._counts["refined"] += Counts.of(result.labels()[0], label, k)
+        self._counts["coarse"] += Counts.of(result.coarse_labels[0], item.label, k)
+        self._counts["refined"] += Counts.of(result.labels()[0], item.label, k)
         self._density.append(result.density)
+        if index < self.config.training.pictures:
+            self.record.picture(self.global_step, item.name, self._picture(item, result))
+
+    def _picture(self, item: WholeImage, result: Refinement) -> Tensor:
+        """The image beside its coarse and refined labels."""
+        classes = self.refiner.classes
+        panels = (
+            ("image", item.image),
+            ("coarse", labels_picture(result.coarse_labels[0], classes)),
+            ("refined", labels_picture(result.labels()[0], classes)),
+        )
+        return side_by_side([(caption, shrink(picture, _PICTURE_PX)) for caption, picture in panels])
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the scores, and saves the refiner if it is the best so far."""
-        if not self.trainer.sanity_checking:
-            two = self.refiner.base.num_classes == 2
-            scores = {name: counts.dice() if two else counts.iou() for name, counts in self._counts.items()}
-            self.log("val_score", scores["refined"], prog_bar=True)
-            line = {
-                "step": self.global_step,
+        """Records the scores, and saves the refiner if it is the best so far."""
+        two = self.refiner.base.num_classes == 2
+        scores = {name: counts.dice() if two else counts.iou() for name, counts in self._counts.items()}
+        self.log("val_score", scores["refined"], prog_bar=True)
+        self.learnt += int(torch.stack(self._labelled).sum()) if self._labelled else 0
+        self.record.scores(
+            self.global_step,
+            {
                 "loss": round(float(torch.stack(self._losses).mean()), 4) if self._losses else None,
                 **{f"val_{name}": None if math.isnan(x) else round(x, 4) for name, x in scores.items()},
                 "val_density": round(sum(self._density) / len(self._density), 4),
-            }
-            with (Path(self.config.out) / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
-            # NaN: the foreground class neither occurs in the split nor is predicted.
-            score = -1.0 if math.isnan(scores["refined"]) else scores["refined"]
-            if score > self.best_score:
-                self.best_score = score
-                self.refiner.save_pretrained(Path(self.config.out) / "best")
+            },
+        )
+        # A score of NaN is never greater: no pixel is labelled, or class 1 of two neither occurs nor is predicted.
+        if self.learnt and scores["refined"] > self.best_score:
+            self.best_score = scores["refined"]
+            self.refiner.save_pretrained(Path(self.config.out) / "best")
         self._counts = {name: Counts.zero(self.refiner.base.num_classes) for name in self._counts}
-        self._density.clear()
-        self._losses.clear()
+        for values in (self._density, self._losses, self._labelled):
+            values.clear()
 
     def configure_optimizers(self) -> Any:
         """AdamW with weight decay on weights only; linear warm-up, then a cosine to zero."""
@@ -112,10 +162,13 @@ class RefinerModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Removes the base from the checkpoint, as it is not trained."""
+        check_finite_weights(self.refiner, self.global_step)
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("refiner.base.")}
         checkpoint["best_score"] = self.best_score
+        checkpoint["learnt"] = self.learnt
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the best score so far."""
+        """Restores what was reached so far."""
         self.best_score = checkpoint["best_score"]
+        self.learnt = checkpoint.get("learnt", 1)  # checkpoints of older versions do not tell: assume something

@@ -3,90 +3,152 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from sparserefine.data.readers.dataset import Sample
+from sparserefine.files.digest import sha256_of
+from sparserefine.files.regular import regular_file
+from sparserefine.files.tensors import read_header, read_tensors, write_tensors
+from sparserefine.files.text import first_line, printable
 from sparserefine.files.whole import written_whole
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 _HALF_MAX = 65504.0
+_SUFFIX = ".safetensors"
+_MAX_NAME = 255
+"""Bytes of a file name, on most file systems."""
+_AGAIN = "run `sparserefine logits --overwrite`, or give another logits.folder"
 
 
 class StoredLogits:
-    """A folder of coarse logits, one file ``<folder>/<sample name>.safetensors`` per image."""
+    """A folder of coarse logits, one file ``<folder>/<sample name>.safetensors`` per image.
+
+    The header of a file says what its logits were made of: the name of the sample, the identity of the base, the H and
+    W of the image [px], and the SHA-256 of the image file.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def path(self, name: str) -> Path:
-        """File of the sample called ``name``."""
-        return self.folder / f"{name}.safetensors"
+        """File of the sample called ``name``. A name that leaves no room for the suffix is cut."""
+        path = self.folder / f"{printable(name)}{_SUFFIX}"  # safetensors opens files with names in UTF-8 only
+        encoded = path.name.encode()
+        if len(encoded) <= _MAX_NAME:
+            return path
+        end = f"-{sha256(encoded).hexdigest()[:16]}{_SUFFIX}"
+        return path.with_name(encoded[: _MAX_NAME - len(end)].decode(errors="ignore") + end)
 
-    def write(self, name: str, logits: Tensor, *, base: str, image_size: tuple[int, int]) -> None:
-        """Stores logits ``[K, h, w]`` with the identity of the base, and H and W of the image [px]."""
-        header = {"format_version": FORMAT_VERSION, "base": base, "image": f"{image_size[0]}x{image_size[1]}"}
-        half = quantised(logits).cpu().contiguous()
-        with written_whole(self.path(name)) as temporary:
-            save_file({"logits": half}, temporary, metadata=header)
+    def write(self, name: str, logits: Tensor, *, base: str, image_size: tuple[int, int], digest: str) -> None:
+        """Stores logits ``[K, h, w]``.
 
-    def base_of(self, name: str) -> str | None:
-        """Identity of the base that made the stored logits; ``None`` if none are stored."""
-        return self._header(name).get("base") if self.path(name).is_file() else None
-
-    def read(self, name: str, *, base: str, image_size: tuple[int, int]) -> Tensor:
-        """Reads logits, ``float16 [K, h, w]``.
+        Args:
+            name: name of the sample.
+            logits: the base's outputs for the whole image.
+            base: identity of the base.
+            image_size: H and W of the image [px].
+            digest: SHA-256 of the image file.
 
         Raises:
-            ValueError: the logits are missing, unreadable, of another base, of another image size, or not finite.
+            OSError: the file cannot be written; a former one is still there.
         """
-        self.check(name, base=base)
-        path, header = self.path(name), self._header(name)
-        expected = f"{image_size[0]}x{image_size[1]}"
-        if header.get("image") != expected:
+        header = {
+            "format_version": FORMAT_VERSION,
+            "name": printable(name),
+            "base": base,
+            "image": _text(image_size),
+            "image_sha256": digest,
+        }
+        with written_whole(self.path(name)) as temporary:
+            write_tensors(temporary, {"logits": quantised(logits)}, header)
+
+    def read(
+        self, name: str, *, base: str, image_size: tuple[int, int] | None = None, digest: str | None = None
+    ) -> Tensor:
+        """Reads logits, ``float16 [K, h, w]``.
+
+        Args:
+            name: name of the sample.
+            base: identity of the base that must have made them.
+            image_size: H and W of the image [px]; default: not compared.
+            digest: SHA-256 of the image file; default: not compared.
+
+        Raises:
+            ValueError: the logits are missing, unreadable, not finite, or not of this sample, base and image.
+        """
+        header, path = self.check(name, base=base, digest=digest), self.path(name)
+        if image_size is not None and header["image"] != _text(image_size):
             raise ValueError(
-                f"{path}: logits of an image of {header.get('image')} pixels, this image has {expected}; "
-                "delete the file and run `sparserefine logits` again"
+                f"{path}: logits of an image of {_shown(header['image'])} pixels, this image has "
+                f"{_text(image_size)}; {_AGAIN}"
             )
-        with safe_open(path, framework="pt") as file:
-            logits: Tensor = file.get_tensor("logits")
+        tensors = read_tensors(path)
+        if set(tensors) != {"logits"}:
+            raise ValueError(f"{path}: holds {len(tensors)} tensors, expected one called 'logits'; {_AGAIN}")
+        logits = tensors["logits"]
+        if logits.dtype != torch.float16 or logits.dim() != 3 or not logits.numel():
+            raise ValueError(
+                f"{path}: logits are {logits.dtype} {list(logits.shape)}, expected torch.float16 [K, h, w]; {_AGAIN}"
+            )
         bad = logits.numel() - int(logits.isfinite().sum())
         if bad:
             raise ValueError(
-                f"{path}: {bad} of {logits.numel()} coarse logits of base {base} are NaN or infinite; "
-                "delete the file and run `sparserefine logits` again"
+                f"{path}: {bad} of {logits.numel()} coarse logits of base {base} are NaN or infinite; {_AGAIN}"
             )
         return logits
 
-    def check(self, name: str, *, base: str) -> None:
-        """Raises ``ValueError`` unless logits of the sample are stored and ``base`` made them."""
-        found = self.base_of(name)
-        if found is None:
+    def check(self, name: str, *, base: str, digest: str | None = None) -> dict[str, str]:
+        """The header of the stored logits, if it is the right one; arguments and errors as in :meth:`read`."""
+        header, path = self.header(name), self.path(name)
+        if header["name"] != printable(name):
             raise ValueError(
-                f"{self.path(name)}: no stored logits; run `sparserefine logits` with this configuration first"
+                f"{path}: logits of image {_shown(header['name'])!r}, expected {printable(name)!r}; {_AGAIN}"
             )
-        if found != base:
+        if header["base"] != base:
             raise ValueError(
-                f"{self.path(name)}: logits of base {found}, this configuration has base {base}; "
-                "store them in another folder, or run `sparserefine logits --overwrite`"
+                f"{path}: logits of base {_shown(header['base'])}, this configuration has base {base}; {_AGAIN}"
             )
+        if digest is not None and header["image_sha256"] != digest:
+            raise ValueError(f"{path}: logits of an image that has changed since; {_AGAIN}")
+        return header
 
-    def _header(self, name: str) -> dict[str, str]:
+    def header(self, name: str) -> dict[str, str]:
+        """The header of the stored logits of a sample.
+
+        Raises:
+            ValueError: none are stored, or the file is another one or of another version.
+        """
+        path = self.path(name)
         try:
-            with safe_open(self.path(name), framework="pt") as file:
-                header: dict[str, str] = file.metadata() or {}
-        except SafetensorError as error:
+            header = read_header(regular_file(path, "stored logits"))
+        except FileNotFoundError:
             raise ValueError(
-                f"{self.path(name)}: unreadable ({error}); delete the file and run `sparserefine logits` again"
-            ) from error
+                f"{path}: no stored logits; run `sparserefine logits` with this configuration first"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{first_line(error)}; {_AGAIN}") from error
         if header.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"{self.path(name)}: format_version {header.get('format_version')!r}, expected {FORMAT_VERSION!r}; "
-                "run `sparserefine logits` again in a new folder"
+                f"{path}: format_version {_shown(header.get('format_version'))}, expected {FORMAT_VERSION}; {_AGAIN}"
             )
+        missing = {"name", "base", "image", "image_sha256"} - header.keys()
+        if missing:
+            raise ValueError(f"{path}: its header lacks {', '.join(sorted(missing))}; {_AGAIN}")
         return header
+
+
+def _shown(text: str | None) -> str:
+    """An entry of a header, for messages; in a foreign file it may be anything."""
+    return printable(text)[:80]
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def quantised(logits: Tensor) -> Tensor:
@@ -100,23 +162,33 @@ class StoredSplit:
 
     Attributes:
         folder: folder of the stored logits.
-        names: name of each sample.
+        samples: the samples.
         bases: identity of the base for each sample.
     """
 
     folder: Path
-    names: tuple[str, ...]
+    samples: tuple[Sample, ...]
     bases: tuple[str, ...]
 
     def check(self) -> None:
-        """Raises ``ValueError`` unless the logits of all samples are stored and their bases made them."""
-        for name, base in zip(self.names, self.bases, strict=True):
-            StoredLogits(self.folder).check(name, base=base)
+        """Checks that the logits of all samples are stored, and were made by their bases of the images as they are now.
+
+        Reads all image files.
+
+        Raises:
+            ValueError: the logits of a sample do not fit, or an image is no regular file.
+            OSError: an image cannot be read.
+        """
+        store, pairs = StoredLogits(self.folder), list(zip(self.samples, self.bases, strict=True))
+        for sample, base in pairs:  # first what is said at once
+            store.check(sample.name, base=base)
+        for sample, base in tqdm(pairs, desc="comparing images with stored logits", unit="image", delay=2):
+            store.check(sample.name, base=base, digest=sha256_of(sample.image, "an image"))
 
     def __call__(self, index: int, image_size: tuple[int, int]) -> Tensor:
         """``float32 [K, h, w]`` of sample ``index``."""
         store = StoredLogits(self.folder)
-        return store.read(self.names[index], base=self.bases[index], image_size=image_size).float()
+        return store.read(self.samples[index].name, base=self.bases[index], image_size=image_size).float()
 
 
 @dataclass(frozen=True)

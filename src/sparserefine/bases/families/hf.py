@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparserefine.bases.checkpoint import check_files
 from sparserefine.bases.families.hf_model import MASKS, HfModel
 from sparserefine.bases.loaded import LoadedModel
 from sparserefine.files.hub import hub_snapshot
 from sparserefine.files.json import read_json
+from sparserefine.files.tensors import check_finite
 from sparserefine.files.text import first_line
 from sparserefine.images.classes import CITYSCAPES, Classes, wheel
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
@@ -72,6 +74,7 @@ def hf(name: str | Path) -> LoadedModel:
     """
     transformers = _transformers()
     folder = _local_folder(name)
+    check_files(folder)
     config = read_json(folder / _CONFIG)
     _check_self_contained(config, folder / _CONFIG)
     model = _load(_architecture(config, transformers, folder / _CONFIG), transformers, folder)
@@ -231,6 +234,7 @@ def _load(architecture: str, transformers: Any, folder: Path) -> Any:
     channels = getattr(model.config, "num_channels", 3)
     if channels != 3:
         raise ValueError(f"{folder}: the model takes {channels} channels, expected 3 (red, green, blue)")
+    check_finite(model.state_dict(), folder)
     return model
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import json
 import logging
 import re
 import sys
@@ -21,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparserefine.bases.checkpoint import load_renamed, read_checkpoint
+from sparserefine.bases.checkpoint import check_files, load_renamed, read_checkpoint
 from sparserefine.bases.loaded import LoadedModel, tensor_of
+from sparserefine.files.json import read_json
+from sparserefine.files.tensors import check_finite
 from sparserefine.files.text import first_line
 from sparserefine.images.classes import Classes, wheel
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, check_normalisation
@@ -191,6 +192,8 @@ def smp(name: str | Path) -> LoadedModel:
     """
     package = _package("segmentation_models_pytorch", "segmentation-models-pytorch")
     label = f"smp:{name}"
+    if Path(name).is_dir():
+        check_files(Path(name))
     config = _smp_config(str(name), label)
     count, activation = config.get("classes", 1), config.get("activation")
     if config.get("in_channels", 3) != 3:
@@ -213,6 +216,7 @@ def smp(name: str | Path) -> LoadedModel:
             f"base {label}: cannot be loaded ({type(error).__name__}: {reason}); expected files that save_pretrained "
             "of the installed segmentation_models_pytorch, or of an older one, wrote"
         ) from error
+    check_finite(model.state_dict(), f"base {label}")
     mean, std, bgr = _smp_normalisation(package, config, label)
     outputs = _SMP_OUTPUTS[activation]
     adapted = Adapted(
@@ -243,11 +247,8 @@ def _smp_config(name: str, label: str) -> dict[str, Any]:
             raise FileNotFoundError(
                 f"base {label}: no such folder, and cannot be fetched from the hub ({first_line(error)})"
             ) from error
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"base {label}: {path} is not JSON ({error})") from error
-    if not isinstance(config, dict) or "_model_class" not in config:
+    config = read_json(path)
+    if "_model_class" not in config:
         raise ValueError(
             f"base {label}: {path} has no _model_class; expected the file that save_pretrained of a "
             "segmentation_models.pytorch model writes"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparserefine.bases.loaded import LoadedModel
+from sparserefine.files.regular import regular_file
 from sparserefine.files.text import first_line
 
 _log = logging.getLogger(__name__)
@@ -52,14 +53,15 @@ class OnnxModel:
 
     Raises:
         FileNotFoundError: the file or one of its weight files is missing.
-        ValueError: not an ONNX file, cut short, or its input or outputs are not as described above.
+        ValueError: not a regular file, not an ONNX file, cut short, or its input or outputs are not as described above.
         ImportError: ONNX Runtime is missing; the message says what to install.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: no such ONNX file")
+        self.path = regular_file(path, "an ONNX file")
+        for file in _weight_files(self.path):
+            if file.exists() and not file.is_dir():  # a note in the file may look like the name of a folder
+                regular_file(file, f"weights of {self.path}")
         session = open_session(self.path, optimize=False)
         self._input, self._shape, self._dtype = _input_of(session, self.path)
         self._output, self._output_index, self.num_classes = _output_of(session, self.path)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sparserefine.files.tensors import check_finite, check_weights, read_header, read_tensors, write_tensors
+from sparserefine.files.text import first_line
+from sparserefine.files.typed import from_json, shown
 from sparserefine.files.whole import written_whole
+from sparserefine.images.coarse import MAX_CLASSES
+
+_MOST_LEVELS, _MOST_CHANNELS = 16, 1 << 16
 
 
 def _double_conv(c_in: int, c_out: int) -> nn.Sequential:
@@ -56,39 +61,75 @@ class UNet(nn.Module):
         return logits[..., :h, :w].contiguous()
 
 
-def save_unet(model: UNet, path: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the weights, converted to ``dtype``, and the architecture into one safetensors file."""
+def unet_tensors(model: UNet, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a file that :func:`load_unet` reads; weights are converted to ``dtype``.
+
+    Raises:
+        ValueError: weights are NaN or infinite, or not within the range of ``dtype``.
+    """
     tensors = {
-        name: value.detach().to(dtype).contiguous() if value.is_floating_point() else value.contiguous()
+        name: value.detach().to(dtype) if value.is_floating_point() else value
         for name, value in model.state_dict().items()
     }
-    header = {"unet": json.dumps({"num_classes": model.num_classes, "planes": list(model.planes)})}
+    check_finite(tensors, f"U-Net in {dtype}, not stored")
+    return tensors, {"unet": json.dumps({"num_classes": model.num_classes, "planes": list(model.planes)})}
+
+
+def save_unet(model: UNet, path: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Writes the weights, converted to ``dtype``, and the architecture into one safetensors file.
+
+    Raises:
+        ValueError: weights are NaN or infinite, or not within the range of ``dtype``; nothing is written.
+        OSError: the file cannot be written.
+    """
+    tensors, header = unet_tensors(model, dtype)
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+        write_tensors(temporary, tensors, header)
 
 
 def load_unet(path: str | Path) -> UNet:
     """Reads a file of :func:`save_unet`; the weights become float32.
 
     Raises:
-        ValueError: the file has another format, or header and weights do not fit.
+        ValueError: the file has another format, header and weights do not fit, or weights are NaN or infinite.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("unet")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
+    header = read_header(path).get("unet")
     if header is None:
         raise ValueError(
             f"{path}: no 'unet' header; expected a file written by sparserefine.bases.families.unet.save_unet"
         )
-    try:
-        model = UNet(**json.loads(header))
-        model.load_state_dict(load_file(path))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: header and weights do not make a U-Net ({error})") from error
+    found = _architecture(header, path)
+    tensors = read_tensors(path)
+    with torch.device("meta"):  # shapes only: a header may claim any size, and the tensors decide
+        own = UNet(found.num_classes, found.planes).state_dict()
+    check_weights(tensors, own, path)
+    model = UNet(found.num_classes, found.planes)
+    model.load_state_dict(tensors)
     return model.eval()
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """The arguments of a :class:`UNet` in the header of its file."""
+
+    num_classes: int
+    planes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_classes <= MAX_CLASSES:
+            raise ValueError(f"num_classes = {self.num_classes}, expected 1 to {MAX_CLASSES}")
+        if not 1 <= len(self.planes) <= _MOST_LEVELS or not all(1 <= c <= _MOST_CHANNELS for c in self.planes):
+            raise ValueError(
+                f"planes = {shown(self.planes)}, expected 1 to {_MOST_LEVELS} numbers of channels, each of 1 to "
+                f"{_MOST_CHANNELS}"
+            )
+
+
+def _architecture(header: str, path: str | Path) -> _Architecture:
+    """What a file's header says; errors as in :func:`load_unet`."""
+    try:
+        values = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its 'unet' header is not readable as JSON ({first_line(error)})") from error
+    return from_json(_Architecture, values, f"{path}: 'unet' header")

@@ -34,6 +34,10 @@ class DataConfig:
     black_white: bool = False
 
     def __post_init__(self) -> None:
+        if self.name not in ("hrf", "folder"):
+            raise ValueError(f"data.name = {self.name!r}, expected 'hrf' or 'folder'")
+        if not self.root.strip():
+            raise ValueError("data.root is empty, expected the dataset's folder")
         for name in ("train", "val", "test"):
             if not getattr(self, name):
                 raise ValueError(f"data.{name} is empty, expected a split of {self.root}")

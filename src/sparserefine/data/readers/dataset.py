@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from sparserefine.files.digest import sha256_of
 from sparserefine.files.images import IMAGE_SUFFIXES, read_image, read_label
+from sparserefine.files.regular import regular_file
 from sparserefine.images.classes import IGNORE, Classes
 
 
@@ -64,6 +70,25 @@ class Dataset:
             )
         return image, label.to(torch.uint8)
 
+    def digest(self) -> str:
+        """Fingerprint of all that training reads: names, contents of the files, and what their label values mean.
+
+        It is the same for a copy of the dataset in another place. All files are read for it.
+
+        Raises:
+            OSError: a file is missing or cannot be read.
+            ValueError: a file is no regular file.
+        """
+        digest = hashlib.sha256()
+        for part in self._parts_of_digest():
+            digest.update(json.dumps(part).encode() + b"\n")
+        return digest.hexdigest()
+
+    def _parts_of_digest(self) -> Iterator[list[object]]:
+        yield [self.classes.names, self.classes.ignore, self.black_white]
+        for sample in tqdm(self.samples, desc="digest of the data", unit="image", delay=2):
+            yield [sample.name, sha256_of(sample.image, "an image"), sha256_of(sample.label, "a label image")]
+
 
 def existing(root: Path, *names: str) -> Path:
     """The first folder in ``root``, of those in ``names``, that exists."""
@@ -74,20 +99,40 @@ def existing(root: Path, *names: str) -> Path:
 
 
 def pairs(images: Path, labels: Path, below: str = "") -> list[Sample]:
-    """All images in ``images / below``, each with the label of the same relative path and stem."""
-    by_stem: dict[str, Path] = {}
-    for file in sorted(labels.rglob("*")):
-        if file.suffix.lower() in IMAGE_SUFFIXES:
-            by_stem[_stem(file, labels)] = file
-    samples = []
-    for file in sorted((images / below).rglob("*")):
-        if file.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
+    """All images in ``images / below``, each with the label of the same relative path and stem.
+
+    Hidden files and folders are left out, such as the ``._1.png`` that macOS puts beside ``1.png``.
+
+    Raises:
+        ValueError: an image has no label; two images or two labels have one name; or one is no regular file.
+        OSError: a file cannot be read.
+    """
+    label_files: dict[str, list[Path]] = {}
+    for file in _image_files(labels, labels):
+        label_files.setdefault(_stem(file, labels), []).append(file)
+    samples: dict[str, Sample] = {}
+    for file in _image_files(images / below, images):
         name = _stem(file, images)
-        if name not in by_stem:
+        if name in samples:
+            raise ValueError(f"{samples[name].image} and {file}: two images of one name; rename or remove one")
+        found = label_files.get(name, [])
+        if not found:
             raise ValueError(f"{file}: no label {labels / name}.png")
-        samples.append(Sample(name, file, by_stem[name]))
-    return samples
+        if len(found) > 1:
+            raise ValueError(f"{found[0]} and {found[1]}: two labels of one image; remove one")
+        samples[name] = Sample(name, regular_file(file, "an image"), regular_file(found[0], "a label image"))
+    return list(samples.values())
+
+
+def _image_files(folder: Path, root: Path) -> list[Path]:
+    """What has the name of an image in ``folder``, a folder below ``root``."""
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(root).parts)
+        and not file.is_dir()
+    ]
 
 
 def _stem(file: Path, root: Path) -> str:

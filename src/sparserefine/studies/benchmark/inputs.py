@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparserefine.bases.loaded import LoadedModel
 from sparserefine.files.images import read_image
+from sparserefine.files.text import printable
 from sparserefine.sparse import Engine
 from sparserefine.stages.selector import Selector
 from sparserefine.studies.benchmark.records import size_text
@@ -116,5 +117,7 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
     """
     mask = read_image(path).amax(0) > 0
     if tuple(mask.shape) != size:
-        raise ValueError(f"mask {path} is {size_text(mask.shape)}, expected {size_text(size)}, the size of the image")
+        raise ValueError(
+            f"mask {printable(path)} is {size_text(mask.shape)}, expected {size_text(size)}, the size of the image"
+        )
     return mask

@@ -32,6 +32,7 @@ from sparserefine.bases.loaded import LoadedModel, tensor_of
 from sparserefine.bases.runtimes import NEEDS
 from sparserefine.engines.choose import EngineChoice
 from sparserefine.engines.cpu.engine import CpuEngine
+from sparserefine.files.text import printable
 from sparserefine.machine.device import device_named, gpu_precision
 from sparserefine.machine.memory import PeakMemory
 from sparserefine.machine.timing import now_ms
@@ -203,7 +204,7 @@ class _BaseBenchmark:
         """Records, and one line for each runtime that failed."""
         records: list[Record] = []
         left_out: list[str] = []
-        name = self._entry.name
+        name = printable(self._entry.name)
         try:
             self._tell(f"{name}: loading")
             self._prepare()
@@ -264,6 +265,7 @@ class _BaseBenchmark:
 
     def _measure_runtime(self, runtime: str) -> list[Record]:
         settings, device, image = self._settings, self._device, self._image
+        shown = printable(self._entry.name)
         # ONNX Runtime runs an ONNX file directly, without exporting it first.
         native = runtime in ("torch", "own") or (runtime == "onnxruntime" and isinstance(self._loaded.model, OnnxModel))
         exported_to: Any = None if native else runtime
@@ -294,12 +296,12 @@ class _BaseBenchmark:
 
         clocks = {"dense": Clock(dense), "coarse": Clock(coarse)}
         for which, clock in clocks.items():
-            self._tell(f"{name}, {runtime}: {which}, untimed run and memory")
+            self._tell(f"{shown}, {runtime}: {which}, untimed run and memory")
             clock.watch_memory(device, keeps=runtime != "torch")
         refined: dict[tuple[str, int], Clock] = {}
         packed_mb: dict[str, float | None] = {}
         for preset, refiner in self._refiners.items():
-            self._tell(f"{name}, {runtime}: refinement with {preset}, untimed run and memory")
+            self._tell(f"{shown}, {runtime}: refinement with {preset}, untimed run and memory")
             if self._engine.name == "cpu-int8":
                 self._quantize(refiner, logits[0])
             packed = refiner.engine.on(device).prepare(refiner.extractor)
@@ -315,7 +317,7 @@ class _BaseBenchmark:
                 if not settings.graph:
                     refined[preset, number].watch_memory(device, clear=getattr(packed, "clear", None))
         for number in range(settings.rounds):
-            self._tell(f"{name}, {runtime}: round {number + 1} of {settings.rounds}")
+            self._tell(f"{shown}, {runtime}: round {number + 1} of {settings.rounds}")
             for clock in (*clocks.values(), *refined.values()):
                 clock.round()
         return [
@@ -400,7 +402,7 @@ def _macs(refinement: Refinement) -> float:
 
 
 def _one_line(error: Exception) -> str:
-    words = " ".join(str(error).split())
+    words = printable(" ".join(str(error).split()))
     if len(words) > 300:
         words = words[:300] + " ..."
     return words if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__}: {words}"

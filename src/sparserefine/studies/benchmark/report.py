@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
@@ -10,7 +9,10 @@ from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 
-from sparserefine.files.whole import written_whole
+from sparserefine.files.regular import given_path
+from sparserefine.files.results import write_results
+from sparserefine.files.text import printable
+from sparserefine.files.whole import sweep, written_whole
 from sparserefine.studies.benchmark.records import Record, Report
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -110,7 +112,8 @@ def model_table(records: Sequence[Record]) -> str:
     blocks = []
     for block in _by_run(records):
         first = block[0]
-        title = f"{first.model}, {first.runtime}, {first.classes} classes: {first.coarse_size} instead of {first.size}"
+        what = f"{printable(first.model)}, {first.runtime}, {first.classes} classes"
+        title = f"{what}: {first.coarse_size} instead of {first.size}"
         rows: list[Sequence[str]] = [
             ("", "density", "ms", "with coarse", "ratio", "GMACs", "peak MB", "packed MB"),
             *(
@@ -123,7 +126,7 @@ def model_table(records: Sequence[Record]) -> str:
         ]
         rows += [
             (
-                r.preset + ("" if r.mask == "synthetic" else f", {r.mask}"),
+                r.preset + ("" if r.mask == "synthetic" else f", {printable(r.mask)}"),
                 f"{r.density:.1%}",
                 _ms(r.refine_ms),
                 _ms(r.coarse_ms + r.refine_ms),
@@ -145,7 +148,7 @@ def model_table(records: Sequence[Record]) -> str:
 def summary(report: Report) -> str:
     """A line for each base and runtime; refinement at the measured density nearest to 10 %."""
     if not report.records:
-        return "\n".join(["nothing was measured", *report.left_out])
+        return "\n".join(["nothing was measured", *map(printable, report.left_out)])
     presets = report.settings.presets
     head = ["model", "runtime", "coarse size", "dense ms", "coarse ms"]
     for preset in presets:
@@ -154,7 +157,7 @@ def summary(report: Report) -> str:
     starred = False
     for block in _by_run(report.records):
         first = block[0]
-        row = [first.model, first.runtime, first.coarse_size, _ms(first.dense_ms), _ms(first.coarse_ms)]
+        row = [printable(first.model), first.runtime, first.coarse_size, _ms(first.dense_ms), _ms(first.coarse_ms)]
         chosen = [typical(same) for same in _by_preset(block)]
         for same, record in zip(_by_preset(block), chosen, strict=True):
             even = break_even_of(same)
@@ -173,7 +176,7 @@ def summary(report: Report) -> str:
         "peak MB: in addition to the loaded networks and to packed MB (the engine's copy of the extractor's weights)"
         + ("; refine and packed: the largest over the presets" if len(presets) > 1 else "")
     )
-    return "\n".join([*lines, *report.left_out])
+    return "\n".join([*lines, *map(printable, report.left_out)])
 
 
 def typical(records: Sequence[Record]) -> Record:
@@ -185,27 +188,27 @@ def check_outputs(json_file: str | Path | None, plot_file: str | Path | None) ->
     """Checks before a long run that its results can be written.
 
     Raises:
-        ValueError: the folder does not exist, the name is a folder's, or the plot's suffix is unknown.
+        ValueError: a name is empty, the folder does not exist, the name is a folder's, or the plot's suffix is unknown.
         ImportError: matplotlib is not installed.
     """
-    for file in (json_file, plot_file):
+    for what, file in (("--json", json_file), ("--plot", plot_file)):
         if file is None:
             continue
-        if not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"{file}: its folder does not exist; make it first")
-        if Path(file).is_dir():
-            raise ValueError(f"{file} is a folder, expected the name of a file")
+        path = given_path(file, what)
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{printable(file)}: its folder does not exist; make it first")
+        if path.is_dir():
+            raise ValueError(f"{printable(file)} is a folder, expected the name of a file")
+        sweep(path.parent)
     if plot_file is not None:
         if Path(plot_file).suffix.lower() not in PLOT_SUFFIXES:
-            raise ValueError(f"{plot_file}: expected a name that ends with {', '.join(PLOT_SUFFIXES)}")
+            raise ValueError(f"{printable(plot_file)}: expected a name that ends with {', '.join(PLOT_SUFFIXES)}")
         _figure_class()
 
 
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
     """Writes the records as a JSON list; the old file stays until the new one is complete."""
-    with written_whole(path) as temporary:
-        text = json.dumps([asdict(record) for record in records], indent=1)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_results(path, [asdict(record) for record in records])
 
 
 def plot(report: Report, path: str | Path) -> None:
@@ -288,7 +291,7 @@ def _draw_run(ax: Any, run: Sequence[Record], colours: dict[str, str], longest: 
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
             )
             ticks.append(y)
-            names.append(f"{r.density:.0%}" if _has_own_density(r, same) else r.mask)
+            names.append(f"{r.density:.0%}" if _has_own_density(r, same) else printable(r.mask))
         y += 0.5
     ax.axvline(scale * first.dense_ms, color=_DENSE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     ax.set_yticks(ticks, names, fontsize=8)
@@ -299,7 +302,9 @@ def _draw_run(ax: Any, run: Sequence[Record], colours: dict[str, str], longest: 
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.spines["bottom"].set_color("#999999")
     ax.set_xlabel(unit, fontsize=8, color="#555555", loc="right", labelpad=1)
-    ax.set_title(f"{_short(first.model)} ({first.runtime}), coarse {first.coarse_size}", fontsize=9.5, loc="left")
+    ax.set_title(
+        f"{_short(printable(first.model))} ({first.runtime}), coarse {first.coarse_size}", fontsize=9.5, loc="left"
+    )
     return shown
 
 
