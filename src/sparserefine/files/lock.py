@@ -19,10 +19,12 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from sparserefine.files.text import printable
+from sparserefine.files.whole import temporary_name
 
 NAME = ".sparserefine.lock"
 _JUST_MADE_S = 10
-"""A lock file of unreadable content counts as held for so long [s]: its owner may be writing it."""
+"""A lock file of unreadable content counts as held for so long [s]: where there are no hard links, its owner may be
+writing it."""
 
 
 class LockedError(ValueError):
@@ -100,7 +102,7 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
             raise LockedError(
                 f"{printable(folder)}: another run is starting there; wait for it or choose another folder"
             )
-        path.unlink(missing_ok=True)
+        _remove_stale(path, holder)
     try:
         yield
     finally:
@@ -109,19 +111,24 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
 
 
 def _created(path: Path, holder: Holder) -> bool:
-    """Makes the lock file; false if there is one."""
+    """Makes the lock file; false if there is one. A process that is killed here leaves a whole one or none."""
+    temporary = path.with_name(temporary_name())
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(asdict(holder), file)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with path.open("x", encoding="utf-8") as file:
+                file.write(temporary.read_text(encoding="utf-8"))
     except FileExistsError:
         return False
     except OSError as error:
         raise _unwritable(path.parent, error) from error
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(asdict(holder), file)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise _unwritable(path.parent, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return True
 
 
