@@ -259,6 +259,23 @@ def test_sigterm_raises_once_and_is_handed_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize(("number", "stop"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_a_library_makes_another_error_of_is_a_signal_still(number, stop):
+    """safetensors says that a file is cut short, if a signal arrives while it reads one."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def swallowed():
+        with sigterm_raises():
+            try:
+                signal.raise_signal(number)
+            except KeyboardInterrupt:
+                raise ValueError("cut short") from None
+
+    with pytest.raises(stop):
+        swallowed()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 CHILD = """
 import sys, time
 from sparserefine.bases.load import load_model
