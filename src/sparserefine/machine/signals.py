@@ -18,8 +18,8 @@ def sigterm_raises() -> Iterator[None]:
     """While the block runs, SIGTERM raises :class:`Terminated` in it, as Ctrl-C raises ``KeyboardInterrupt``.
 
     Further SIGTERM are ignored until the block has ended, so that they do not interrupt what cleans up after the first.
-    Libraries may turn the exception into another one, compiled ones into any: after a signal each leaves the block as
-    :class:`Terminated`, or after Ctrl-C as ``KeyboardInterrupt``. Signals belong to the main thread; in another one this
+    Libraries may turn the exception into another one, compiled ones into any: after SIGTERM each leaves the block as
+    :class:`Terminated`, after Ctrl-C as ``KeyboardInterrupt``. Signals belong to the main thread; in another one this
     does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
