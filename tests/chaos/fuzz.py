@@ -138,7 +138,7 @@ def _fault_of_lines(outcome: Outcome, path: Path, reader: Reader, *, command: bo
         return f"{len(more)} lines, expected one: {outcome.stderr.strip()[:300]!r}"
     if command and not all(line.isprintable() for line in more):
         return f"control characters: {outcome.stderr.strip()[:200]!r}"
-    if max(map(len, more)) > LONGEST:
+    if command and max(map(len, more)) > LONGEST:
         return f"a line of {max(map(len, more))} characters: {ours[0][:100]!r}"
     if reader.named and not any(name in ours[0] for name in (path.name, path.stem, path.parent.name)):
         return f"does not name {path.name}: {ours[0][:200]!r}"

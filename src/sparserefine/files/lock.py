@@ -22,6 +22,8 @@ from sparserefine.files.text import printable
 from sparserefine.files.whole import temporary_name
 
 NAME = ".sparserefine.lock"
+_MOST_BYTES = 10_000
+"""More than a lock file ever has."""
 _JUST_MADE_S = 10
 """A lock file of unreadable content counts as held for so long [s]: where there are no hard links, its owner may be
 writing it."""
@@ -58,7 +60,7 @@ class Holder:
             return False
         try:
             return abs(psutil.Process(self.process).create_time() - self.started) > 1
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ValueError, OverflowError):  # the latter: no number of a process
             return True
         except psutil.Error:
             return False
@@ -77,7 +79,7 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
         what: this run, in a word, for the message that another run gets.
 
     Raises:
-        ValueError: ``folder`` is a file.
+        ValueError: ``folder`` is a file, or something else than a file is in the place of the lock.
         LockedError: another run holds the lock, or one on another machine did and its end cannot be seen from here.
         OSError: the folder cannot be written.
     """
@@ -92,6 +94,8 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
         raise _unwritable(folder, error) from error
     path, mine = folder / NAME, Holder.this_process(what)
     while not _created(path, mine):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(f"{printable(path)}: is no lock of a run; delete it, or choose another folder")
         holder = _holder_of(path)
         if holder is not None and not holder.has_ended():
             raise LockedError(
@@ -155,7 +159,10 @@ def _unwritable(folder: Path, error: OSError) -> OSError:
 def _holder_of(path: Path) -> Holder | None:
     """Who holds the lock; ``None`` if the file is missing or holds something else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Holder(str(values["host"]), int(values["process"]), float(values["started"]), str(values["what"]))
-    except (OSError, ValueError, TypeError, KeyError):
+        with path.open("rb") as file:
+            values = json.loads(file.read(_MOST_BYTES))
+        holder = Holder(str(values["host"]), int(values["process"]), float(values["started"]), str(values["what"]))
+        time.localtime(holder.started)  # fails for a time that no calendar has
+        return holder
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
