@@ -140,7 +140,7 @@ def _fault_of_lines(outcome: Outcome, path: Path, reader: Reader, *, command: bo
         return f"control characters: {outcome.stderr.strip()[:200]!r}"
     if command and max(map(len, more)) > LONGEST:
         return f"a line of {max(map(len, more))} characters: {ours[0][:100]!r}"
-    if reader.named and not any(name in ours[0] for name in (path.name, path.stem, path.parent.name)):
+    if reader.named and not any(name in ours[0] for name in (path.name, path.stem, path.parent.name, *reader.instead)):
         return f"does not name {path.name}: {ours[0][:200]!r}"
     return ""
 

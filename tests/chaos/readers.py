@@ -29,6 +29,7 @@ class Reader:
         commands: command lines that read it.
         weight: its share of the cases.
         named: whether messages name the file; those about a configuration may name the key instead.
+        instead: what they may name in the place of the file: what it names.
     """
 
     file: str
@@ -36,6 +37,7 @@ class Reader:
     commands: tuple[tuple[str, ...], ...]
     weight: int = 1
     named: bool = True
+    instead: tuple[str, ...] = ()
 
 
 def readers() -> dict[str, Reader]:
@@ -67,7 +69,7 @@ def readers() -> dict[str, Reader]:
         "label": Reader("bad", (read_label, read_label), (), 3),
         "picture": Reader("data/images/0", (), (logits,), 1),
         "config": Reader("bad.yaml", (), configured, 6, named=False),
-        "refiner": Reader("refiner/config.json", (refiner, refiner), (with_refiner,), 4),
+        "refiner": Reader("refiner/config.json", (refiner, refiner), (with_refiner,), 4, instead=("base '",)),
         "weights": Reader("refiner/model.safetensors", (refiner, refiner), (with_refiner,), 4),
         "unet": Reader("base.safetensors", (load_unet,), (logits,), 3),
         "pth": Reader("bad.pth", (read_checkpoint, read_checkpoint), (), 3),
