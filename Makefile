@@ -1,6 +1,7 @@
 # `make help` lists the targets: the text after ## of each.
 # Variables: CONSTRAINTS=FILE  other pinned versions, e.g. of torch;  PYTHON=python3.12  another interpreter;
-#            VENV=FOLDER  another environment;  WORKERS=N  processes of the test-suite
+#            VENV=FOLDER  another environment;  WORKERS=N  processes of the test-suite;
+#            SECONDS=N  time for chaos and fuzz;  SEED=N, ONLY=NAME  other attacks, or one again
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,10 +15,14 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --constraint
 # Tests of one group (tests/conftest.py) run in one worker, so that what they share is made once.
 WORKERS ?= 2
 PARALLEL = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+ATTACK = PYTHONPATH=tests $(VENV)/bin/python -m
+SECONDS ?= 60
+SEED ?= 0
+ONLY ?=
 MMENGINE_FILE = tests/data/parity/mmengine.pth
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-all test-gpu sanitize wheels parity lint clean
+.PHONY: help dev demo test test-all test-gpu sanitize chaos fuzz wheels parity lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +43,12 @@ test-gpu: $(VENV)/.installed-dev ## the tests that need a CUDA device
 
 sanitize: $(VENV)/.installed-dev ## the tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(VENV)/bin/python tests/sanitize.py
+
+chaos: $(VENV)/.installed-dev ## kills commands at each rename, fills their disk, starts two at once; SECONDS=0: everywhere
+	$(ATTACK) chaos.kills --seconds $(SECONDS) --seed $(SEED) --only "$(ONLY)"
+
+fuzz: $(VENV)/.installed-dev ## gives bad images, weights and configurations to what reads them
+	$(ATTACK) chaos.fuzz --seconds $(SECONDS) --seed $(SEED) --only "$(ONLY)"
 
 wheels: $(VENV)/.installed-dev ## a manylinux and a pure wheel in dist/, each installed and run in an empty environment
 	$(VENV)/bin/python tests/wheels.py dist $(CONSTRAINTS)

@@ -611,3 +611,8 @@ def test_identity_sees_what_is_no_weight() -> None:
     assert base().identity == base().identity
     assert base("flipped").identity != base().identity
     assert base(value=1.0).identity != base().identity
+
+
+def test_no_name_is_no_base() -> None:
+    with pytest.raises(ValueError, match=r"base\.name = None, expected the name"):
+        BaseConfig(None, ratio=0.5)  # type: ignore[arg-type]  # what null in YAML gives

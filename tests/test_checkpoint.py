@@ -432,3 +432,17 @@ def test_prefixes_of_training_are_taken_off(prefix: str, suffix: str, tmp_path: 
     else:
         save_file(state, path)
     assert set(read_checkpoint(path).tensors) == {"a.weight", "b"}
+
+
+def test_an_error_of_the_system_about_the_content_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some damaged archives make torch raise."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    path = saved(tmp_path / "a.pth", {"weight": torch.ones(2)})
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match=r"a\.pth: not a torch weights file, or cut short"):
+        read_checkpoint(path)

@@ -17,6 +17,7 @@ import sparserefine
 from sparserefine.bases.load import load_model
 from sparserefine.commands import demo
 from sparserefine.commands.main import COMMANDS, command_named, main
+from sparserefine.commands.output import print_error
 from sparserefine.machine.signals import Terminated, sigterm_raises
 
 
@@ -257,6 +258,31 @@ def test_sigterm_raises_once_and_is_handed_back():
     with sigterm_raises():
         pass
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("number", "stop"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_a_library_makes_another_error_of_is_a_signal_still(number, stop):
+    """safetensors says that a file is cut short, if a signal arrives while it reads one."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def swallowed():
+        with sigterm_raises():
+            try:
+                signal.raise_signal(number)
+            except KeyboardInterrupt:
+                raise ValueError("cut short") from None
+
+    with pytest.raises(stop):
+        swallowed()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_lines_of_errors_have_a_length_that_can_be_read(capsys):
+    print_error(f"a.png: {'x' * 100_000}; delete it")
+    line = capsys.readouterr().err
+    assert line.startswith("a.png: xx")
+    assert line.endswith("x; delete it\n")
+    assert len(line) < 4000
 
 
 CHILD = """

@@ -164,7 +164,11 @@ def folder(tmp_path: Path) -> Path:
 
 def processor(name: str, **settings: Any) -> Any:
     """Without torchvision: the class on PIL, which has a name of its own since transformers 5."""
-    return (getattr(T, f"{name}ImageProcessorPil", None) or getattr(T, f"{name}ImageProcessor"))(**settings)
+    kind = getattr(T, f"{name}ImageProcessorPil", None) or getattr(T, f"{name}ImageProcessor")
+    try:
+        return kind(**settings)
+    except ImportError:  # transformers 5.20 refuses even that one
+        pytest.skip(f"transformers {T.__version__} makes no {kind.__name__} without torchvision")
 
 
 def noise(*shape: int) -> Tensor:

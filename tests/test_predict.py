@@ -28,7 +28,7 @@ from sparserefine.commands.main import main
 from sparserefine.commands.predict import HOW_TO_GO_ON
 from sparserefine.files.images import save_png
 from sparserefine.files.lock import LockedError, locked
-from sparserefine.files.whole import _temporary_name
+from sparserefine.files.whole import temporary_name
 from sparserefine.inference.predict import Failure, predict
 
 CLASSES = Classes(("background", "road", "car"), ((0, 0, 0), (128, 64, 128), (0, 0, 142)))
@@ -452,7 +452,7 @@ def test_leftovers_of_killed_runs_are_swept_where_it_writes(tmp_path, refiner):
     photo(tmp_path / "in" / "sub" / "b.png")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    name = re.sub(r"-[0-9]+-", f"-{ended.pid}-", _temporary_name())
+    name = re.sub(r"-[0-9]+-", f"-{ended.pid}-", temporary_name())
     out = tmp_path / "out"
     for folder in (out, out / "sub", out / "other"):
         folder.mkdir()

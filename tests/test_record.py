@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,21 @@ def test_tensorboard_of_a_new_run_forgets_the_former_one(board: Any, tmp_path: P
     record.scores(5, {"loss": 2})
     record.close()
     assert board(tmp_path)[0] == {"loss": [(5, 2)]}
+
+
+def test_a_full_disk_under_tensorboard_names_its_folder_and_nothing_else_is_said(
+    board: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    record = RunRecord(tmp_path)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(OSError, match=r"tensorboard: cannot be written \(No space.*--resume") as caught:  # noqa: PT012
+        for step in range(3):  # in a thread of its own: one call later at most
+            record.scores(step, {"loss": 1.0})
+            time.sleep(0.2)
+    assert caught.value.errno == errno.ENOSPC
+    assert "Traceback" not in capfd.readouterr().err

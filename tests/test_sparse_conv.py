@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from sparserefine.engines.choose import engine_report, get_engine
@@ -269,6 +270,8 @@ def test_compiles_without_a_graph_break() -> None:
 
 @pytest.mark.parametrize(("engine", "down"), slow_if_interpreted(SOME_ENGINES, [("paper",), ("cell",)], [("cell",)]))
 def test_a_network_compiles_without_a_graph_break(engine: str, down: str) -> None:
+    if engine.startswith("cpu") and Version(torch.__version__) < Version("2.12"):
+        pytest.skip("torch.compile before torch 2.12 makes copies of frozen dataclasses from their fields alone")
     device = device_of(engine)
     mask, network = mask_of("random", (6, 5)).to(device), SparseUNet(3, 2, (3, 4), 1, down).to(device)
     plan = engine_of(engine).plan(mask, network.spec)

@@ -44,7 +44,7 @@ def test_what_killed_runs_left_is_swept(project, monkeypatch):
     killed_at(3)
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: 2**22 + 1)  # above the highest number of a process
-        left = project / "run" / whole._temporary_name()
+        left = project / "run" / whole.temporary_name()
     left.write_text("half")
     assert train("--resume") == 0
     assert not left.exists()

@@ -201,6 +201,65 @@ def test_a_lock_that_cannot_be_written_is_explained_and_not_left(tmp_path, monke
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("place", ["FIFO", "folder", "device", "link to nothing"])
+def test_what_is_no_lock_is_named(tmp_path, place):
+    path = tmp_path / NAME
+    match place:
+        case "FIFO":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/zero")
+        case _:
+            path.symlink_to("nothing")
+    with pytest.raises(ValueError, match="is no lock of a run; delete it"), locked(tmp_path, "train"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[" * 5000, '{"host": 1}', "\0" * 100),
+        *(f'{{"host": "h", "process": {n}, "started": {s}, "what": "x"}}' for n, s in (("1e999", 1), (1, "1e30"))),
+        json.dumps({"host": Holder.this_process("").host, "process": -1, "started": 1, "what": "x"}),
+        json.dumps({"host": Holder.this_process("").host, "process": 10**30, "started": 1, "what": "x"}),
+    ],
+)
+def test_an_old_lock_of_nonsense_is_taken_over(tmp_path, text):
+    path = tmp_path / NAME
+    path.write_text(text)
+    os.utime(path, (0, 0))
+    with locked(tmp_path, "train"):
+        assert json.loads(path.read_text())["process"] == os.getpid()
+    assert names(tmp_path) == []
+
+
+def test_a_lock_is_whole_from_its_first_moment_on(tmp_path, monkeypatch):
+    seen = []
+
+    def look(source: Path, target: Path) -> None:
+        seen.append(json.loads(Path(source).read_text()))
+        assert not Path(target).exists()
+        link(source, target)
+
+    link = os.link
+    monkeypatch.setattr(os, "link", look)
+    with locked(tmp_path, "train"):
+        assert names(tmp_path) == [NAME]
+    assert [holder["what"] for holder in seen] == ["train"]
+
+
+def test_a_file_system_without_hard_links_has_locks_too(tmp_path, monkeypatch):
+    def none(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", none)
+    with locked(tmp_path, "train"), pytest.raises(LockedError), locked(tmp_path, "predict"):
+        pass
+    assert names(tmp_path) == []
+
+
 def test_the_output_folder_must_not_be_a_file(tmp_path):
     (tmp_path / "a").write_text("mine")
     with pytest.raises(ValueError, match="a: is a file, expected a folder"), locked(tmp_path / "a", "train"):

@@ -63,6 +63,8 @@ class BaseConfig:
     runtime: Literal["onnxruntime", "openvino"] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):  # null in a configuration
+            raise ValueError(f"base.name = {self.name!r}, expected the name of a base")
         if (self.ratio is None) == (self.size is None):
             raise ValueError(f"base: give either ratio or size of its input, got ratio={self.ratio}, size={self.size}")
         if self.ratio is not None and not 0 < self.ratio <= 1:

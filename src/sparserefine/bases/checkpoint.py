@@ -124,9 +124,11 @@ def _unpickled(path: Path) -> Any:
             _check_archive(path)
         with torch.serialization.safe_globals(list(_INERT_CLASSES)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # unpickling a file that is no pickle can raise anything
+        if isinstance(error, OSError) and error.filename is not None:  # without a name it is about the content
+            raise
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise ValueError(

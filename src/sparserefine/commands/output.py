@@ -12,6 +12,9 @@ from contextlib import contextmanager
 
 from sparserefine.files.text import printable
 
+_LONGEST = 4000
+"""Most characters of a line of an error."""
+
 
 @contextmanager
 def escaped_output() -> Iterator[None]:
@@ -42,8 +45,15 @@ def escaped_output() -> Iterator[None]:
 
 
 def print_error(text: str) -> None:
-    """Prints text to standard error, each of its lines escaped."""
-    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
+    """Prints text to standard error, each of its lines escaped and of a length that can be read."""
+    print("\n".join(_shortened(printable(line)) for line in text.split("\n")), file=sys.stderr)
+
+
+def _shortened(line: str) -> str:
+    """The beginning says what is wrong, the end says the cure; values between them may have any length."""
+    if len(line) <= _LONGEST:
+        return line
+    return f"{line[: _LONGEST // 2]} ... ({len(line)} characters) ... {line[-_LONGEST // 4 :]}"
 
 
 def discard_output() -> None:

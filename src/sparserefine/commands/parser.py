@@ -11,14 +11,15 @@ import jsonargparse
 from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 
 from sparserefine.files.regular import regular_file
-from sparserefine.files.yaml import check_yaml, read_text
+from sparserefine.files.yaml import check_yaml, read_text, yaml_errors
 
 _MODE, _CONFIGURATION = "sparserefine", "a configuration in YAML"
 
 
 def _load(text: str) -> Any:
     check_yaml(text, "YAML")
-    return get_loader("yaml")(text)
+    with yaml_errors("YAML"):
+        return get_loader("yaml")(text)
 
 
 set_loader(_MODE, _load, (ValueError,))
@@ -47,7 +48,7 @@ class Parser(jsonargparse.ArgumentParser):
                 if option.removeprefix("--") in self._groups() and not value.startswith("{"):
                     self.error(f"{option} {value}: expected entries, '{{name: value}}'; --config takes a file")
             parsed = super().parse_args(args, **options)
-        except (OSError, ValueError) as error:  # of the check above; of an import that was refused
+        except (OSError, ValueError, OverflowError) as error:  # of the check above, a refused import, a huge number
             self.error(str(error), error)
         for action in self._actions:
             given = None if "." in action.dest else parsed.get(action.dest)

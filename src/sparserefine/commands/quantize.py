@@ -47,7 +47,8 @@ def run(arguments: Namespace) -> int:
     refiner = refiner_of(arguments, trust_base=arguments.trust_base, runtime=arguments.runtime)
     device = next(refiner.extractor.parameters()).device
     with locked(out, "quantize"):
-        count = refiner.quantize(read_image(file).to(device) for file in tqdm(files, desc="quantize", unit="image"))
+        with tqdm(files, desc="quantize", unit="image") as bar:  # closed, so that what is said next begins a line
+            count = refiner.quantize(read_image(file).to(device) for file in bar)
         refiner.save_pretrained(out)
     images = "1 image" if count == 1 else f"{count} images"
     print(f"quantized with {images}, stored in {printable(out)}; --engine cpu-int8 runs it in 8 bits")

@@ -19,10 +19,14 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from sparserefine.files.text import printable
+from sparserefine.files.whole import temporary_name
 
 NAME = ".sparserefine.lock"
+_MOST_BYTES = 10_000
+"""More than a lock file ever has."""
 _JUST_MADE_S = 10
-"""A lock file of unreadable content counts as held for so long [s]: its owner may be writing it."""
+"""A lock file of unreadable content counts as held for so long [s]: where there are no hard links, its owner may be
+writing it."""
 
 
 class LockedError(ValueError):
@@ -56,7 +60,7 @@ class Holder:
             return False
         try:
             return abs(psutil.Process(self.process).create_time() - self.started) > 1
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ValueError, OverflowError):  # the latter: no number of a process
             return True
         except psutil.Error:
             return False
@@ -75,7 +79,7 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
         what: this run, in a word, for the message that another run gets.
 
     Raises:
-        ValueError: ``folder`` is a file.
+        ValueError: ``folder`` is a file, or something else than a file is in the place of the lock.
         LockedError: another run holds the lock, or one on another machine did and its end cannot be seen from here.
         OSError: the folder cannot be written.
     """
@@ -90,6 +94,8 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
         raise _unwritable(folder, error) from error
     path, mine = folder / NAME, Holder.this_process(what)
     while not _created(path, mine):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(f"{printable(path)}: is no lock of a run; delete it, or choose another folder")
         holder = _holder_of(path)
         if holder is not None and not holder.has_ended():
             raise LockedError(
@@ -100,7 +106,7 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
             raise LockedError(
                 f"{printable(folder)}: another run is starting there; wait for it or choose another folder"
             )
-        path.unlink(missing_ok=True)
+        _remove_stale(path, holder)
     try:
         yield
     finally:
@@ -109,19 +115,24 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
 
 
 def _created(path: Path, holder: Holder) -> bool:
-    """Makes the lock file; false if there is one."""
+    """Makes the lock file; false if there is one. A process that is killed here leaves a whole one or none."""
+    temporary = path.with_name(temporary_name())
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(asdict(holder), file)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with path.open("x", encoding="utf-8") as file:
+                file.write(temporary.read_text(encoding="utf-8"))
     except FileExistsError:
         return False
     except OSError as error:
         raise _unwritable(path.parent, error) from error
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(asdict(holder), file)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise _unwritable(path.parent, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return True
 
 
@@ -148,7 +159,10 @@ def _unwritable(folder: Path, error: OSError) -> OSError:
 def _holder_of(path: Path) -> Holder | None:
     """Who holds the lock; ``None`` if the file is missing or holds something else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Holder(str(values["host"]), int(values["process"]), float(values["started"]), str(values["what"]))
-    except (OSError, ValueError, TypeError, KeyError):
+        with path.open("rb") as file:
+            values = json.loads(file.read(_MOST_BYTES))
+        holder = Holder(str(values["host"]), int(values["process"]), float(values["started"]), str(values["what"]))
+        time.localtime(holder.started)  # fails for a time that no calendar has
+        return holder
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None

@@ -38,7 +38,7 @@ def written_whole(path: str | Path, *, keep: str | Path | None = None) -> Iterat
     path = Path(path)
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / _temporary_name()
+        temporary = path.parent / temporary_name()
         temporary.open("xb").close()
     try:
         with _explained(path, temporary):
@@ -72,7 +72,7 @@ def folder_written_whole(folder: str | Path, last: str) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
         _move_from_next(folder, last)  # an earlier write that was interrupted here
-        temporary = folder / _temporary_name()
+        temporary = folder / temporary_name()
         temporary.mkdir()
     try:
         with _explained(folder, temporary):
@@ -117,7 +117,7 @@ def sweep(folder: str | Path) -> None:
 _TEMPORARY = re.compile(r"\.sparserefine-([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.tmp")
 
 
-def _temporary_name() -> str:
+def temporary_name() -> str:
     """A new hidden name, short enough beside any name that a file system allows; it tells whose it is."""
     return f".sparserefine-{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 

@@ -66,19 +66,19 @@ def parse_yaml(text: str, source: str) -> Any:
     Raises:
         YamlError: the text is refused.
     """
-    with _named(source):
+    with yaml_errors(source):
         return yaml.load(text, _StrictLoader)
 
 
 def check_yaml(text: str, source: str) -> None:
     """The checks of :func:`parse_yaml` alone, for another loader of plain values; arguments and errors as there."""
-    with _named(source):
+    with yaml_errors(source):
         _StrictLoader(text).get_single_node()
 
 
 @contextmanager
-def _named(source: str) -> Iterator[None]:
-    """Errors of YAML name the source and the line."""
+def yaml_errors(source: str) -> Iterator[None]:
+    """While the block runs, errors of YAML become a :class:`YamlError` that names the source and the line."""
     try:
         yield
     except yaml.MarkedYAMLError as error:

@@ -55,8 +55,9 @@ def read_classes(path: Path, ignore: Sequence[int] = ()) -> Classes:
     names: list[str] = []
     palette: list[tuple[int, int, int]] = []
     for line in read_lines(path, "a list of classes", max_bytes=_MAX_BYTES):
-        match = re.fullmatch(r"([^\t]+?)(?:\s+(\d+)\s+(\d+)\s+(\d+))?", line)
-        if match is None or len(line) > _MAX_LINE:
+        short = len(line) <= _MAX_LINE  # a long line of blanks takes the pattern minutes
+        match = re.fullmatch(r"([^\t]+?)(?:\s+(\d+)\s+(\d+)\s+(\d+))?", line) if short else None
+        if match is None:
             raise ValueError(
                 f"{path}: the line {line[:60]!r} ({len(line)} characters) is no class; "
                 f"expected a name or 'name R G B', of at most {_MAX_LINE} characters and without tabs in the name"

@@ -10,14 +10,16 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sparserefine.files.images import write_png
-from sparserefine.files.text import printable
+from sparserefine.files.text import first_line, printable
 from sparserefine.files.whole import sweep, written_whole
 
 _log = logging.getLogger(__name__)
@@ -78,10 +80,11 @@ class RunRecord:
         else:
             self._write_table()
         if self._board is not None:
-            for name, value in row.items():
-                if value is not None and name != "step":
-                    self._board.add_scalar(name, value, step)
-            self._board.flush()
+            with _writing(self._board):
+                for name, value in row.items():
+                    if value is not None and name != "step":
+                        self._board.add_scalar(name, value, step)
+                self._board.flush()
 
     def picture(self, step: int, name: str, pixels: Tensor) -> None:
         """Stores a picture.
@@ -96,12 +99,14 @@ class RunRecord:
         """
         write_png(self._pictures / f"{_file_name(name)}_step{step:07d}.png", pixels)
         if self._board is not None:
-            self._board.add_image(printable(name), pixels.cpu(), step)
+            with _writing(self._board):
+                self._board.add_image(printable(name), pixels.cpu(), step)
 
     def close(self) -> None:
         """Ends the records; TensorBoard writes what it holds back."""
         if self._board is not None:
-            self._board.close()
+            with _writing(self._board):
+                self._board.close()
 
     def _start_with(self, rows: list[_Row]) -> None:
         """Makes ``rows`` the whole log."""
@@ -172,5 +177,24 @@ def _board(folder: Path, resumed_at: int | None) -> Any:
     except ImportError:
         _log.info("the package tensorboard is not installed: scores are in log.jsonl and log.csv only")
         return None
+    threading.excepthook = _unless_of_board
     # Hides what a killed run wrote after the step that it goes on from.
     return SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+
+
+@contextmanager
+def _writing(board: Any) -> Iterator[None]:
+    """Errors of TensorBoard's writer name its folder."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        explained = type(error)(f"{board.log_dir}: cannot be written ({reason}); free space, then go on with --resume")
+        explained.errno = error.errno
+        raise explained from error
+
+
+def _unless_of_board(arguments: Any, hook: Callable[[Any], object] = threading.excepthook) -> None:
+    """TensorBoard's thread keeps its error for the next call of the writer; a traceback would say it twice."""
+    if type(arguments.thread).__name__ != "_AsyncWriterThread":
+        hook(arguments)

@@ -63,8 +63,11 @@ class OnnxModel:
             if file.exists() and not file.is_dir():  # a note in the file may look like the name of a folder
                 regular_file(file, f"weights of {self.path}")
         session = open_session(self.path, optimize=False)
-        self._input, self._shape, self._dtype = _input_of(session, self.path)
-        self._output, self._output_index, self.num_classes = _output_of(session, self.path)
+        try:
+            self._input, self._shape, self._dtype = _input_of(session, self.path)
+            self._output, self._output_index, self.num_classes = _output_of(session, self.path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: not an ONNX file that can be run (a name is no UTF-8)") from error
         self.digest = _digest(self.path)
         self._sessions: dict[torch.device, Any] = {}
 

@@ -44,12 +44,13 @@ SR_INLINE vec larger_of(vec a, vec b) { return a > b ? a : b; }
 SR_INLINE vec relu(vec v) { return larger_of(vec{}, v); }  // NaN stays NaN
 
 // Load and store the first n <= VL floats; memory past them is not accessed. The vector extension has no masks, and a
-// copy of variable length would take longer than all arithmetic on a row of few channels.
-#if VL == 16 && defined(__AVX512F__)
+// copy of variable length would take longer than all arithmetic on a row of few channels. Sanitizers do not see accesses
+// with masks: with SR_NO_MASKS (tests/sanitize.py) all instruction sets have the plain ones.
+#if VL == 16 && defined(__AVX512F__) && !defined(SR_NO_MASKS)
 SR_INLINE __mmask16 first_lanes(int64_t n) { return (__mmask16)((1u << n) - 1); }
 SR_INLINE vec load_part(const float* p, int64_t n) { return (vec)_mm512_maskz_loadu_ps(first_lanes(n), p); }
 SR_INLINE void store_part(float* p, vec v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v); }
-#elif VL == 8 && defined(__AVX2__)
+#elif VL == 8 && defined(__AVX2__) && !defined(SR_NO_MASKS)
 SR_INLINE __m256i first_lanes(int64_t n) {
   const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7};
   return (__m256i)(lane < (int32_t)n);

@@ -1,0 +1,1 @@
+"""Attacks on the product: kills, full disks, two runs at once (``kills``), and bad files (``fuzz``)."""
