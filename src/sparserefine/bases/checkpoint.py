@@ -70,7 +70,7 @@ class _Inert:
 
 
 def _inert_class(name: str) -> type[_Inert]:
-    """An inert class with that name: torch 2.5 finds a class by its own ``__module__`` and ``__name__``."""
+    """An inert class with that name: torch finds a class by its own ``__module__`` and ``__name__``."""
     module, _, class_name = name.rpartition(".")
     return type(class_name, (_Inert,), {"__module__": module})
 
