@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from sparserefine.bases.families.unet import UNet
 from sparserefine.commands.info import info, info_text
 from sparserefine.commands.main import main
 from sparserefine.commands.predict import HOW_TO_GO_ON
+from sparserefine.files import whole
 from sparserefine.files.images import save_png
 from sparserefine.files.lock import LockedError, locked
 from sparserefine.files.whole import temporary_name
@@ -563,6 +565,34 @@ def test_a_command_on_a_full_disk_fails_and_says_how_to_go_on(tmp_path, monkeypa
     assert printed.out == "0 images predicted, 1 failure, 1 not tried\n"
     assert printed.err.count("\n") == 2
     assert "--skip_existing" in printed.err
+
+
+@pytest.mark.parametrize("overlay", [False, True])
+@pytest.mark.parametrize("stop", range(1, 5))
+def test_an_interruption_at_any_rename_leaves_old_or_new_labels(tmp_path, refiner, monkeypatch, overlay, stop):
+    """After each rename the folder is synced: there too."""
+    image, out = photo(tmp_path / "a.png"), tmp_path / "out"
+    predict([image], refiner, out, overlay=overlay)
+    old = (out / "a.png").read_bytes()
+    left, sync, rename = [stop], whole._sync_folder, Path.replace
+
+    def interrupting(happens):
+        def wrapped(*arguments):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return happens(*arguments)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole, "_sync_folder", interrupting(sync))
+        patch.setattr(Path, "replace", interrupting(rename))
+        with suppress(KeyboardInterrupt):
+            predict([image], refiner, out, overlay=overlay, overwrite=True)
+    assert (out / "a.png").read_bytes() == old  # the same image gives the same labels
+    predict([image], refiner, out, overlay=overlay, skip_existing=True)
+    assert names(out) == (["a.png", "a_overlay.png"] if overlay else ["a.png"])
 
 
 def test_a_command_with_an_unset_variable_is_refused(tmp_path, monkeypatch, capsys, command):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sparserefine import storage
 from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.unet import UNet, save_unet
 from sparserefine.files.whole import NEXT
@@ -213,6 +214,24 @@ def test_what_is_left_of_a_killed_saving_does_not_count_once_the_folder_is_whole
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"a/model\.safetensors: missing, or not the file"):
         SparseRefiner.from_pretrained(folder)
+
+
+def test_a_refiner_that_is_stored_again_while_it_is_read_is_the_new_one(
+    stored: tuple[SparseRefiner, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``best/`` of a run that goes on."""
+    _, folder = stored
+    new, read, saved = refiner_of(), storage.read_json, []
+
+    def read_json(path: Path) -> dict[str, Any]:
+        values = read(path)
+        if not saved:
+            saved.append(path)
+            new.save_pretrained(folder)
+        return values
+
+    monkeypatch.setattr(storage, "read_json", read_json)
+    assert same(SparseRefiner.from_pretrained(folder), new)
 
 
 def test_a_failed_save_leaves_the_former_refiner(

@@ -26,6 +26,7 @@ REFUSED = {
     "a bomb": (BOMB, "f.yaml, line 5: more than 20000 values, aliases included"),
     "an alias of itself": ("a: &a [1, *a]", "f.yaml, line 1: an alias stands for something that contains it"),
     "deep": ("[" * 100_000, "f.yaml, line 1: more than 50 levels of nesting"),
+    "long number": ("a: 1" + ":1" * 100_000, "f.yaml, line 1: a number of 200001 characters, expected at most 100"),
     "deep blocks": ("\n".join(" " * i + "a:" for i in range(60)), "line 50: more than 50 levels"),
     "long": ("- a\n" * 30_000, "line 20000: more than 20000 values"),
     "an object": ("a: 1\nb: !!python/object/apply:os.getcwd []", "line 2: tag 'tag:yaml.org,2002:python/object/apply"),
@@ -45,7 +46,7 @@ def test_yaml_that_is_refused(text: str, message: str) -> None:
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["a: 2024-13-45", "a: " + "9" * 5000], ids=["a date", "a long number"])
+@pytest.mark.parametrize("text", ["a: 2024-13-45"], ids=["a date"])
 def test_yaml_values_that_are_none(text: str) -> None:
     with pytest.raises(YamlError, match=r"^f\.yaml: "):
         parse_yaml(text, "f.yaml")

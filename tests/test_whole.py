@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -164,12 +166,11 @@ def test_a_stale_lock_is_taken_over(tmp_path, change):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     holder = Holder.this_process("train")
-    process, started = {
-        "ended": (ended.pid, psutil.Process().create_time()),
-        "other process of that number": (os.getpid(), holder.started - 1000),
-        "cut short": (os.getpid(), holder.started),
-    }[change]
-    text = json.dumps({"host": holder.host, "process": process, "started": started, "what": "train"})
+    if change == "ended":
+        holder = replace(holder, process=ended.pid)
+    elif change == "other process of that number":
+        holder = replace(holder, birth=holder.birth + "1")
+    text = json.dumps(asdict(holder))
     path = tmp_path / NAME
     path.write_text(text[:20] if change == "cut short" else text)
     os.utime(path, (0, 0))
@@ -180,7 +181,8 @@ def test_a_stale_lock_is_taken_over(tmp_path, change):
 
 def test_a_lock_of_another_machine_is_respected_with_the_cure(tmp_path):
     path = tmp_path / NAME
-    path.write_text(json.dumps({"host": "elsewhere", "process": 1, "started": 0.0, "what": "train"}))
+    elsewhere = replace(Holder.this_process("train"), host="elsewhere", machine="elsewhere", process=1)
+    path.write_text(json.dumps(asdict(elsewhere)))
     with pytest.raises(LockedError, match=f"on elsewhere.*delete {path}"), locked(tmp_path, "train"):
         pass
     assert path.exists()
@@ -280,9 +282,54 @@ except LockedError:
 
 
 def test_of_runs_that_find_a_stale_lock_at_once_one_takes_it(tmp_path):
-    holder = {"host": Holder.this_process("").host, "process": os.getpid(), "started": 0.0, "what": "train"}
-    (tmp_path / NAME).write_text(json.dumps(holder))
+    (tmp_path / NAME).write_text(json.dumps(asdict(replace(Holder.this_process("train"), birth="another"))))
     start = str(time.time() + 1.5)
     runs = [subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path), start]) for _ in range(4)]
     assert sorted(run.wait() for run in runs) == [0, 3, 3, 3]
     assert names(tmp_path) == []
+
+
+def test_setting_the_clock_ends_no_lock(tmp_path, monkeypatch):
+    with locked(tmp_path, "train"):
+        boot = psutil.boot_time()
+        monkeypatch.setattr(psutil, "boot_time", lambda: boot + 100)
+        monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot + 100)
+        with pytest.raises(LockedError), locked(tmp_path, "predict"):
+            pass
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOSYS, errno.ENOLCK])
+def test_a_stale_lock_is_taken_over_where_files_cannot_be_locked(tmp_path, monkeypatch, number):
+    """As on some network file systems."""
+
+    def unlocked(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", unlocked)
+    (tmp_path / NAME).write_text(json.dumps(asdict(replace(Holder.this_process("train"), birth="another"))))
+    with locked(tmp_path, "train"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_without_hard_links_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    def refused(*_: object) -> str:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refused)
+    with locked(tmp_path, "train"):
+        assert names(tmp_path) == [NAME]
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, **how: refused() if self.suffix == ".tmp" else read(self, **how)
+    )
+    with pytest.raises(OSError, match="cannot be written"), locked(tmp_path, "train"):
+        pass
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_what_is_no_lock_file_is_no_reason_to_wait(tmp_path, kind):
+    os.mkfifo(tmp_path / NAME) if kind == "fifo" else (tmp_path / NAME).mkdir()
+    with pytest.raises(ValueError, match="is no lock of a run; delete it"), locked(tmp_path, "train"):
+        pass

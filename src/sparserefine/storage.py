@@ -152,6 +152,11 @@ def read_refiner(name: str | Path) -> StoredRefiner:
     folder = _local_folder(name)
     files = _files_in(folder)
     values = read_json(files.config)
+    fits = files.have_weights_of(values)
+    if not fits:  # a training run may have stored a better refiner there since its configuration was read
+        files = _files_in(folder)
+        values = read_json(files.config)
+        fits = files.have_weights_of(values)
     where = f"{files.config}"
     version = values.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
@@ -164,7 +169,7 @@ def read_refiner(name: str | Path) -> StoredRefiner:
     if set(values) - {"base_sha256"} != expected:
         wrong = sorted(set(values) - {"base_sha256"} ^ expected)
         raise ValueError(f"{where}: keys missing or unknown: {', '.join(map(printable, wrong[:5]))}")
-    if not files.have_weights_of(values):
+    if not fits:
         raise ValueError(
             f"{files.weights}: missing, or not the file that {CONFIG} was written with; save the refiner again"
         )

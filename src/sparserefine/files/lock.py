@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ except ImportError:  # Windows
 
 from sparserefine.files.text import printable
 from sparserefine.files.whole import temporary_name
+from sparserefine.machine.process import birth_of, this_machine
 
 NAME = ".sparserefine.lock"
 _MOST_BYTES = 10_000
@@ -39,31 +40,30 @@ class Holder:
 
     Attributes:
         host: name of its machine.
+        machine: :func:`~sparserefine.machine.process.this_machine` there.
         process: number of its process.
-        started: start time of its process [s since 1970]; tells it from a later process with the same number.
+        birth: :func:`~sparserefine.machine.process.birth_of` that process.
+        started: start time of its process [s since 1970], for messages.
         what: the run, in a word: ``train``, ``predict``.
     """
 
     host: str
+    machine: str
     process: int
+    birth: str
     started: float
     what: str
 
     @classmethod
     def this_process(cls, what: str) -> Holder:
         """This process, doing ``what``."""
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), what)
+        number = os.getpid()
+        started = psutil.Process().create_time()
+        return cls(socket.gethostname(), this_machine(), number, birth_of(number) or "", started, what)
 
     def has_ended(self) -> bool:
         """Whether its process has ended, as far as this machine can tell."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            return abs(psutil.Process(self.process).create_time() - self.started) > 1
-        except (psutil.NoSuchProcess, ValueError, OverflowError):  # the latter: no number of a process
-            return True
-        except psutil.Error:
-            return False
+        return self.machine == this_machine() and birth_of(self.process) not in (self.birth, "")
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
@@ -96,7 +96,7 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
     while not _created(path, mine):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ValueError(f"{printable(path)}: is no lock of a run; delete it, or choose another folder")
-        holder = _holder_of(path)
+        holder = holder_of(path)
         if holder is not None and not holder.has_ended():
             raise LockedError(
                 f"{printable(folder)}: {printable(holder)} writes there; wait for it or choose another folder. "
@@ -110,7 +110,7 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if _holder_of(path) == mine:
+        if holder_of(path) == mine:
             path.unlink(missing_ok=True)
 
 
@@ -125,8 +125,7 @@ def _created(path: Path, holder: Holder) -> bool:
         except FileExistsError:
             raise
         except OSError:  # a file system without hard links
-            with path.open("x", encoding="utf-8") as file:
-                file.write(temporary.read_text(encoding="utf-8"))
+            _copy(temporary, path)
     except FileExistsError:
         return False
     except OSError as error:
@@ -136,16 +135,33 @@ def _created(path: Path, holder: Holder) -> bool:
     return True
 
 
+def _copy(source: Path, path: Path) -> None:
+    """Makes the lock file in two steps; false content of a moment counts as a run that is starting."""
+    with path.open("x", encoding="utf-8") as file:
+        try:
+            file.write(source.read_text(encoding="utf-8"))
+            file.flush()
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+
 def _remove_stale(path: Path, holder: Holder | None) -> None:
     """Removes the lock of a run that has ended, unless a third run has removed it and holds a new one by now."""
     try:
-        with path.open("rb") as file:
+        with path.open("rb+") as file:  # some network file systems lock only what is open for writing
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)  # held by one remover at a time, and only while it looks and removes
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()) and _holder_of(path) == holder:
+                with suppress(OSError):  # others lock nothing; then two runs may remove at once, which is unlikely
+                    fcntl.flock(file, fcntl.LOCK_EX)  # held by one remover at a time, while it looks and removes
+            stale = os.path.samestat(os.fstat(file.fileno()), path.stat()) and holder_of(path) == holder
+            if stale and fcntl is not None:
                 path.unlink()
+        if stale and fcntl is None:  # Windows removes no open file
+            path.unlink()
     except FileNotFoundError:
         pass
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
 
 
 def _unwritable(folder: Path, error: OSError) -> OSError:
@@ -156,12 +172,15 @@ def _unwritable(folder: Path, error: OSError) -> OSError:
     return explained
 
 
-def _holder_of(path: Path) -> Holder | None:
-    """Who holds the lock; ``None`` if the file is missing or holds something else."""
+def holder_of(path: Path) -> Holder | None:
+    """Who holds the lock of that path; ``None`` if the file is missing or holds something else."""
+    if not path.is_file():  # opening a FIFO would wait
+        return None
     try:
         with path.open("rb") as file:
             values = json.loads(file.read(_MOST_BYTES))
-        holder = Holder(str(values["host"]), int(values["process"]), float(values["started"]), str(values["what"]))
+        host, machine, birth, what = (str(values[name]) for name in ("host", "machine", "birth", "what"))
+        holder = Holder(host, machine, int(values["process"]), birth, float(values["started"]), what)
         time.localtime(holder.started)  # fails for a time that no calendar has
         return holder
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):

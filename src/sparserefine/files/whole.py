@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,12 @@ from pathlib import Path
 
 import psutil
 
+from sparserefine.machine.process import this_machine
+
 NEXT = ".sparserefine-next"
 """Folder in which :func:`folder_written_whole` keeps complete files until all have their final names."""
 _OLD_S = 86_400
-"""Age [s] from which a temporary file of another machine counts as left behind."""
+"""Age [s] from which a temporary file counts as left behind, if its process cannot be seen to have ended."""
 
 
 @contextmanager
@@ -26,7 +27,8 @@ def written_whole(path: str | Path, *, keep: str | Path | None = None) -> Iterat
     """Yields a temporary path in the folder of ``path``; if the block succeeds, the file there becomes ``path``.
 
     The file is synced to disk before the rename and the folder after it, so a killed process or a power cut leaves the
-    old file or the new one. If the block fails, ``path`` stays as it was. A missing folder is made.
+    old file or the new one. If the block fails, ``path`` stays as it was. A missing folder is made. A link at ``path``
+    is replaced by the file; what it leads to stays as it is.
 
     Args:
         path: the file to write.
@@ -123,7 +125,7 @@ def temporary_name() -> str:
 
 
 def _host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    return hashlib.sha256(this_machine().encode()).hexdigest()[:8]
 
 
 def _left_behind(path: Path, host: str, process: int) -> bool:
@@ -132,15 +134,10 @@ def _left_behind(path: Path, host: str, process: int) -> bool:
         made = path.lstat().st_mtime
     except OSError:  # gone in the meantime
         return False
-    if host != _host():
-        return time.time() - made > _OLD_S
-    try:
-        # A younger process of that number is another one. A second of tolerance for coarse clocks.
-        return psutil.Process(process).create_time() > made + 1
-    except psutil.NoSuchProcess:
+    if host == _host() and not psutil.pid_exists(process):
         return True
-    except psutil.Error:
-        return False
+    # A process of that number runs, here or elsewhere; it may be another one, but none takes so long over a file.
+    return time.time() - made > _OLD_S
 
 
 @contextmanager

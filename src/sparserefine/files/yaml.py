@@ -18,9 +18,11 @@ from sparserefine.files.text import first_line
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
+MAX_NUMBER = 100
+"""Characters of a number or date. YAML 1.1 has numbers to the base of 60, which take ever longer to read: 1:1:1:1."""
 MAX_VALUES = 20_000
 """Keys and values of a file, each alias counted with all that it stands for."""
-_MERGE = "tag:yaml.org,2002:merge"
+_MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 
 
 class YamlError(ValueError):
@@ -114,6 +116,8 @@ class _StrictLoader(yaml.SafeLoader):
         if node is not None:
             if node.tag not in self.yaml_constructors and node.tag != _MERGE:
                 raise _refused(f"tag {node.tag!r}, expected plain values without one", mark)
+            if isinstance(node, yaml.ScalarNode) and node.tag != _TEXT and len(node.value) > MAX_NUMBER:
+                raise _refused(f"a number of {len(node.value)} characters, expected at most {MAX_NUMBER}", mark)
             if isinstance(node, yaml.MappingNode):
                 self._refuse_equal_keys(node)
             self._sizes[node] = self._values - before

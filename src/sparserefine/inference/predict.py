@@ -359,9 +359,10 @@ def _predict_one(image: Path, outputs: tuple[Path, ...], refiner: SparseRefiner)
             for path, picture in zip(outputs, pictures, strict=True):
                 save_png(stack.enter_context(written_whole(path)), picture, list(refiner.classes.palette))
     except BaseException as error:  # an interruption too
-        for path, old in zip(outputs, before, strict=True):
-            if _identity(path) != old:
-                path.unlink(missing_ok=True)
+        if _identity(outputs[0]) == before[0]:  # else all have their names, and are whole
+            for path, old in zip(outputs[1:], before[1:], strict=True):
+                if _identity(path) != old:
+                    path.unlink(missing_ok=True)
         if not isinstance(error, Exception) or (isinstance(error, OSError) and error.errno in _NO_MORE_WRITING):
             raise
         _log.debug("predicting %s", image, exc_info=True)  # a user's base may raise anything, the next image may work
