@@ -195,4 +195,4 @@ def test_a_writer_in_place_is_found(tmp_path):
         [sys.executable, "-c", BROKEN], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stderr
-    assert "FAILED predict/cut/600: half written: 0.png" in done.stdout, done.stdout
+    assert "FAILED predict/cut/600: half written: 0_overlay.png" in done.stdout, done.stdout
