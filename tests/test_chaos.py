@@ -182,17 +182,17 @@ def written_in_place(path, **options):
 
 whole.written_whole = written_in_place
 from chaos import kills
-raise SystemExit(kills.main(["--only", "predict/cut/69", "--workers", "1"]))
+raise SystemExit(kills.main(["--only", "predict/cut/600", "--workers", "1"]))
 """
 
 
 @pytest.mark.slow
 def test_a_writer_in_place_is_found(tmp_path):
-    """With a writer that does not write beside the target, a kill leaves half a label image."""
+    """With a writer that does not write beside the target, a kill leaves half an image."""
     paths = [str(TESTS), str(Path(sparserefine.__file__).parents[1])]
     environment = {**os.environ, **dict.fromkeys(children.ONE_THREAD, "1"), "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [sys.executable, "-c", BROKEN], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stderr
-    assert "FAILED predict/cut/69: half written: 0.png" in done.stdout, done.stdout
+    assert "FAILED predict/cut/600: half written: 0_overlay.png" in done.stdout, done.stdout

@@ -118,6 +118,8 @@ def _after_signal(
         return "hung", ["did not end within two minutes of a signal"]
     if outcome.code == 0:
         return "ended", [*after(scene, attack, stage), *finished(scene, attack, stage)]
+    if outcome.signal == number != signal.SIGKILL and not finished(scene, attack, stage):
+        return "ended", []  # the command had ended, the process not yet
     faults = []
     if number != signal.SIGKILL and not (early and outcome.signal == number):
         expected = {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
@@ -216,9 +218,9 @@ def _two(scene: Scene, attack: Attack, stage: Path, *, stopped: bool) -> tuple[s
     work = command_line(command.argv)
     first = Child(work, stage)
     if stopped:
-        until = time.monotonic() + scene.seconds[attack.command] / 2
+        until = time.monotonic() + 10 * scene.seconds[attack.command]
         while time.monotonic() < until and not (stage / command.outputs / LOCK).exists():
-            time.sleep(0.001)
+            time.sleep(0.0002)
         first.signal(signal.SIGSTOP)
         second = Child(work, stage)
         outcomes = [second.wait(timeout=30)]
@@ -228,11 +230,12 @@ def _two(scene: Scene, attack: Attack, stage: Path, *, stopped: bool) -> tuple[s
         second = Child(work, stage)
         outcomes = [first.wait(), second.wait()]
     faults, codes = [], sorted(outcome.code for outcome in outcomes)
-    if codes != [0, 1]:
+    one_after_the_other = not stopped and attack.command == "logits" and codes == [0, 0]  # finds all there
+    if codes != [0, 1] and not one_after_the_other:
         faults.append(f"exit codes {codes}, expected that one run succeeds and the other is refused with 1")
     for outcome, other in zip(outcomes, (second, first), strict=True):
         faults += judge.fault_of_message(outcome.stderr, outcome.code)
-        if outcome.code == 1 and not any(str(other.pid) in line for line in judge.said(outcome.stderr)):
+        if stopped and outcome.code == 1 and not any(str(other.pid) in line for line in judge.said(outcome.stderr)):
             faults.append(f"does not name process {other.pid}, which is there: {outcome.stderr.strip()[-200:]!r}")
     return "refused", [*faults, *after(scene, attack, stage), *finished(scene, attack, stage)]
 

@@ -114,7 +114,7 @@ def spoil_values(values: Any, generator: random.Random, spared: frozenset[str] =
         where = f"{key!r}"
         match generator.choice(("set", "set", "set", "set", "remove", "rename", "nest", "number")):
             case "set":
-                holder[key] = generator.choice(NASTY)
+                holder[key] = copy.deepcopy(generator.choice(NASTY))
                 done.append(f"{where} = {holder[key]!r}"[:60])
             case "remove":
                 holder.pop(key, None) if isinstance(holder, dict) else holder.clear()
