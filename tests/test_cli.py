@@ -509,3 +509,58 @@ def test_the_current_folder_is_searched_last_and_by_workers_too(trapped, monkeyp
         for name in ("my_base", "my_neighbour"):
             sys.modules.pop(name, None)
     assert ran(trapped) == []
+
+
+def test_a_deleted_current_folder_is_no_crash(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = (
+        "import os, sys; os.rmdir(os.getcwd()); os.execv(sys.executable, [sys.executable, '-m', 'sparserefine', '-V'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(sparserefine.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], cwd=gone, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"sparserefine {sparserefine.__version__}\n"), done.stderr
+
+
+def test_traceback_shows_failures_that_do_not_end_the_command(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    from sparserefine.inference import predict
+
+    def defect(*_: object) -> None:
+        raise KeyError("boom")
+
+    monkeypatch.setattr(predict, "_refine", defect)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    command = [
+        "predict",
+        str(tmp_path / "a.png"),
+        "--refiner",
+        "demo",
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    assert main(command) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert main([*command, "--traceback"]) == 1
+    shown = capsys.readouterr().err
+    assert "in defect" in shown
+    assert "boom" in shown
+
+
+def test_a_raw_error_of_the_system_names_the_file_first(capsys, runs):
+    runs(failing(PermissionError(13, "Permission denied", "folder\x1b/x")))
+    assert main(["demo"]) == 1
+    expected = "sparserefine demo: folder\\x1b/x: Permission denied; it may not be read or written by this user\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_reader_that_leaves_an_output_without_buffer():
+    environment = {**os.environ, "PYTHONPATH": str(Path(sparserefine.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "sparserefine", "info"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1

@@ -59,7 +59,7 @@ def test_a_configuration_is_utf_8_in_any_locale(train: Parser, config: Path, mon
         ("\0", "mine.yaml: unacceptable character"),
         ("data: other.yaml\n", "mine.yaml: data is 'other.yaml', expected its entries"),
         (CONFIG + "<<: 3\n", "expected a mapping"),
-        (CONFIG + "training: {lr: 0x" + "f" * 5000 + "}\n", "too large"),
+        (CONFIG + "training: {lr: 0x" + "f" * 5000 + "}\n", "line 4: a number of 5002 characters"),
     ],
 )
 def test_bad_configurations(train: Parser, config: Path, text: str, message: str) -> None:

@@ -45,7 +45,7 @@ class Result:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs attacks; 1 if one found a fault."""
     parser = argparse.ArgumentParser(prog="chaos.kills")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time for all of it; 0: every place once")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time for attacks; 0: every place once")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments, and of the order")
     parser.add_argument("--only", default="", help="attacks whose name starts so: train/rename/7, predict, train/KILL")
     parser.add_argument("--workers", type=int, default=2, help="attacks at once")
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         scene = scenes.prepare(Path(folder))
         chosen = _chosen(_attacks(scene, random.Random(given.seed)), given.only)
-        deadline = started + given.seconds if given.seconds and not given.only else None
         ready = time.monotonic() - started
+        deadline = started + ready + given.seconds if given.seconds and not given.only else None
         print(f"chaos: {len(chosen)} attacks on {', '.join(scene.expected)}; ready after {ready:.0f} s", flush=True)
         results = [
             Result("undisturbed", "ended", scene.faults, 0.0),
@@ -173,7 +173,9 @@ def _report(results: list[Result], planned: int, seconds: float, seed: int) -> i
         f"\nchaos: {done} attacks of {planned}, {kills} of them kills, {len(failed)} with faults, "
         f"in {seconds:.0f} s (seed {seed})"
     )
-    return 1 if failed else 0
+    if len(results) < 2:
+        print("chaos: nothing was attacked: no attack of that name, or no time for one")
+    return 1 if failed or len(results) < 2 else 0
 
 
 if __name__ == "__main__":

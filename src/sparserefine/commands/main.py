@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparserefine import __version__
 from sparserefine.commands.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE
-from sparserefine.commands.output import discard_output, escaped_output, print_error
+from sparserefine.commands.output import discard_output, escaped_output, print_error, reader_has_left
 from sparserefine.files.text import first_line, printable
 from sparserefine.machine.signals import Terminated, sigterm_raises
 
@@ -50,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     An error is one line: this package's messages say what was found, what was expected and the cure. What it did not
     foresee has a second line that asks for a report. ``--traceback``, anywhere, shows the traceback of either.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with escaped_output():
-            return _main(list(sys.argv[1:] if argv is None else argv))
+        with escaped_output(tracebacks=_TRACEBACK in arguments):
+            return _main(arguments)
     except OSError as error:  # of the output itself
         if not isinstance(error, BrokenPipeError):
             print_error(f"sparserefine: the output cannot be written ({error})")
@@ -98,8 +99,8 @@ def _main(arguments: list[str]) -> int:
             return _interrupted(name, error.__context__)
         raise
     except Exception as error:
-        if isinstance(error, BrokenPipeError):
-            sys.stdout.flush()  # fails again if it is the output's
+        if isinstance(error, BrokenPipeError) and reader_has_left():
+            raise
         if with_traceback:
             print_error("".join(traceback.format_exception(error)).rstrip())
         code, message = _explained(name, error)
@@ -126,6 +127,9 @@ def _explained(name: str, error: Exception) -> tuple[int, str]:
         return EXIT_USAGE, f"{error}{quotes}\n`sparserefine {name} --help` lists the arguments"
     if _is_of_memory(error):
         return EXIT_FAILED, f"not enough memory ({line}); smaller images, crops or batches, or a --budget, need less"
+    if isinstance(error, OSError) and error.filename is not None and str(error).startswith("[Errno"):
+        denied = "; it may not be read or written by this user" if isinstance(error, PermissionError) else ""
+        return EXIT_FAILED, printable(f"{error.filename}: {error.strerror}{denied}")
     if isinstance(error, ValueError | OSError | ImportError | TypeError):
         return EXIT_FAILED, printable(error)
     if isinstance(error, RecursionError):

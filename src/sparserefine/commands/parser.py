@@ -35,7 +35,7 @@ class Parser(jsonargparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"exit_on_error": False, "parser_mode": _MODE, **options})
+        super().__init__(**{"exit_on_error": False, "parser_mode": _MODE, "allow_abbrev": False, **options})
 
     def parse_args(self, args: Sequence[str], **options: Any) -> Namespace:  # type: ignore[override]  # args are given
         """The arguments, checked."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser, Namespace
 
-HOW_TO_GO_ON = "nothing was stored; repeat the command"
+HOW_TO_GO_ON = "the output folder holds what it held, or the new refiner, whole; repeat the command"
 """What to do after an interruption."""
 
 
@@ -36,10 +36,6 @@ def run(arguments: Namespace) -> int:
     from sparserefine.files.lock import locked
     from sparserefine.files.text import printable
 
-    named = {"an input": arguments.inputs, "--out": [arguments.out], "--refiner": [arguments.refiner]}
-    empty = next((name for name, values in named.items() if "" in values), None)
-    if empty is not None:
-        raise ValueError(f"{empty} is empty, expected a path; is a variable of the shell not set?")
     out = Path(arguments.out)
     if out.resolve() == Path(arguments.refiner).resolve():
         raise ValueError(f"--out {out} is the folder of --refiner, which is never changed; give another one")
@@ -62,8 +58,10 @@ def _images_in(inputs: Sequence[str]) -> list[Path]:
 
     files: list[Path] = []
     for given in map(Path, inputs):
-        inside = sorted(f for f in given.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES) if given.is_dir() else [given]
-        files += (regular_file(file, "an image") for file in inside)
+        inside = [given]
+        if given.is_dir():  # hidden files are those that macOS puts beside others
+            inside = [f for f in sorted(given.iterdir()) if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != "."]
+        files += (regular_file(file, "an image") for file in inside if inside == [given] or not file.is_dir())
     if not files:
         raise ValueError(f"no image in {', '.join(inputs)}; expected {', '.join(sorted(IMAGE_SUFFIXES))} files")
     return files

@@ -75,7 +75,7 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
     """Holds the lock of an output folder while the block runs. A lock whose process has ended is taken over.
 
     Args:
-        folder: made if missing.
+        folder: made if missing; folders that were made are removed again if nothing is in them at the end.
         what: this run, in a word, for the message that another run gets.
 
     Raises:
@@ -84,6 +84,7 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
         OSError: the folder cannot be written.
     """
     folder = Path(folder)
+    made = [missing for missing in (folder, *folder.parents) if not missing.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -112,6 +113,9 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
     finally:
         if holder_of(path) == mine:
             path.unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def _created(path: Path, holder: Holder) -> bool:

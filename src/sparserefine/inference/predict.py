@@ -9,7 +9,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -185,7 +185,7 @@ def predict(
     was_training = refiner.training
     refiner.eval()
     try:
-        with _claimed(out):
+        with locked(out, "predict"):
             for folder in {path.parent for _, outputs in jobs for path in outputs}:
                 sweep(folder)
             bar = tqdm(jobs, unit="image", delay=2, leave=False, disable=None if progress else True)
@@ -215,19 +215,6 @@ def predict(
         else:
             failures.append(Failure(str(done.image), _GONE))
     return PredictReport(tuple(there), tuple(failures), tuple(present), tuple(not_tried))
-
-
-@contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Locks the output folder; removes it again if it was made for that and nothing was written."""
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        with locked(out, "predict"):
-            yield
-    finally:
-        for folder in made:
-            with suppress(OSError):  # not empty
-                folder.rmdir()
 
 
 def _find(inputs: Sequence[str | Path], out: Path, failures: list[Failure]) -> list[_Found]:
@@ -338,7 +325,7 @@ def _refusal(outputs: tuple[Path, ...], sources: set[tuple[int, int] | None], ov
         if identity in sources:
             return f"its output {path} is one of the input files, which are never overwritten; choose another folder"
         if not overwrite:
-            return f"{path} exists; --overwrite (overwrite=True) replaces it"
+            return f"{path} exists; --overwrite (overwrite=True) replaces it, --skip_existing keeps it"
     return None
 
 
