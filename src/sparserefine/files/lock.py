@@ -96,7 +96,7 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
     while not _created(path, mine):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ValueError(f"{printable(path)}: is no lock of a run; delete it, or choose another folder")
-        holder = _holder_of(path)
+        holder = holder_of(path)
         if holder is not None and not holder.has_ended():
             raise LockedError(
                 f"{printable(folder)}: {printable(holder)} writes there; wait for it or choose another folder. "
@@ -110,7 +110,7 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if _holder_of(path) == mine:
+        if holder_of(path) == mine:
             path.unlink(missing_ok=True)
 
 
@@ -142,7 +142,7 @@ def _remove_stale(path: Path, holder: Holder | None) -> None:
         with path.open("rb") as file:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX)  # held by one remover at a time, and only while it looks and removes
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()) and _holder_of(path) == holder:
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()) and holder_of(path) == holder:
                 path.unlink()
     except FileNotFoundError:
         pass
@@ -156,7 +156,7 @@ def _unwritable(folder: Path, error: OSError) -> OSError:
     return explained
 
 
-def _holder_of(path: Path) -> Holder | None:
+def holder_of(path: Path) -> Holder | None:
     """Who holds the lock; ``None`` if the file is missing or holds something else."""
     try:
         with path.open("rb") as file:
