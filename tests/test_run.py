@@ -464,12 +464,12 @@ def test_a_batch_that_no_memory_holds_is_refused_before_the_base_is_built(projec
 
 
 def test_images_are_hashed_once_at_a_start(project, monkeypatch):
-    from sparserefine.data.readers import dataset
+    from sparserefine.files import digest
 
     stored = ["--logits.source", "stored", "--logits.folder", "logits"]
     assert main(["logits", "config.yaml", *stored]) == 0
-    original, hashed = dataset.sha256_of, []
-    monkeypatch.setattr(dataset, "sha256_of", lambda path, *what: (hashed.append(path), original(path, *what))[1])
+    original, hashed = digest.regular_file, []
+    monkeypatch.setattr(digest, "regular_file", lambda path, *what: (hashed.append(path), original(path, *what))[1])
     assert train(*stored) == 0
     assert len(hashed) == len(set(hashed)) == 6  # two images and labels to train, one of each to validate
 

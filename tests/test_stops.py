@@ -157,6 +157,16 @@ def test_a_signal_leaves_whole_files_to_go_on_with(project, monkeypatch, termina
     assert_same_run("whole", "run")
 
 
+def test_ctrl_c_before_the_first_step_is_not_the_last_one(project, monkeypatch, terminating):
+    """Lightning ignores any further one, and so early it does not restore anything."""
+    from sparserefine.training.module import RefinerModule
+
+    monkeypatch.setattr(RefinerModule, "configure_callbacks", sending(signal.SIGINT), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        train_by_function()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_sigterm_without_a_handler_ends_with_143(project, monkeypatch):
     at_step(monkeypatch, 3, sending(signal.SIGTERM))
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
