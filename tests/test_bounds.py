@@ -121,8 +121,8 @@ def test_the_papers_batch_fits() -> None:
 
 
 def test_a_batch_that_no_memory_holds_is_refused() -> None:
-    # 11 bytes a pixel, and 19 float32 at an eighth of its sides.
-    expected = 16 * (11 + 4 * 19 / 64) * 8192 * 8192 / 1e9
+    # 11 bytes a pixel, and 19 float32 at 1/64 of its sides: 1/32 of the base's input.
+    expected = 16 * (11 + 4 * 19 / 64**2) * 8192 * 8192 / 1e9
     words = (
         rf"training\.batch = 16 crops of 8192 x 8192 pixels .* {expected:.1f} GB, the memory of cpu is 8\.0 GB; take"
     )
@@ -138,9 +138,9 @@ def test_batches_that_wait_count() -> None:
 
 def test_logits_of_a_large_base_count() -> None:
     base = BaseConfig("unet:x", size=(4096, 4096))
-    check_batch_fits(config((64, 64), base=base, batch=8), 2)
+    check_batch_fits(config((64, 64), base=base, batch=8), 1000)  # 65 MB each at a stride of 32
     with pytest.raises(ValueError, match=r"the memory of cpu is 8\.0 GB"):
-        check_batch_fits(config((64, 64), base=base, batch=8), 1000)
+        check_batch_fits(config((64, 64), base=base, batch=256), 1000)
 
 
 def test_the_memory_of_a_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:

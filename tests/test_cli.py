@@ -260,6 +260,32 @@ def test_sigterm_raises_once_and_is_handed_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_sigterm_that_python_drops_is_not_the_last_one(monkeypatch):
+    """An exception in ``__del__`` goes nowhere."""
+    from sparserefine.machine import signals
+
+    class Dropping:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    now = [100.0]
+    monkeypatch.setattr(signals, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+
+    def terminated():
+        with sigterm_raises():
+            thing = Dropping()
+            del thing
+            for now[0] in (102.0, 104.0):
+                signal.raise_signal(signal.SIGTERM)  # maybe while something cleans up
+            now[0] = 105.0
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Terminated):
+        terminated()
+    assert now == [105.0]
+
+
 @pytest.mark.parametrize(("number", "stop"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_that_a_library_makes_another_error_of_is_a_signal_still(number, stop):
     """safetensors says that a file is cut short, if a signal arrives while it reads one."""

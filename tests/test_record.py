@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,24 @@ def test_a_full_disk_under_tensorboard_names_its_folder_and_nothing_else_is_said
             time.sleep(0.2)
     assert caught.value.errno == errno.ENOSPC
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("failing", [True, False])
+def test_an_error_of_a_run_is_not_replaced_by_one_of_closing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: bool
+) -> None:
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "board: no space")
+
+    monkeypatch.setattr(RunRecord, "close", full)
+    with pytest.raises(RuntimeError if failing else OSError), RunRecord(tmp_path):  # noqa: PT012
+        if failing:
+            raise RuntimeError("diverged")
+    assert ("board: no space" in caplog.text) == failing
+
+
+def test_tensorboard_leaves_no_hook_behind(board: Any, tmp_path: Path) -> None:
+    before = threading.excepthook
+    with RunRecord(tmp_path):
+        assert threading.excepthook != before
+    assert threading.excepthook == before

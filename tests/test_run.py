@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from projects import EVERY, STEPS, Killed, assert_same_run, at_step, killed_at, steps_of, train, write_short_project
 from sparserefine import SparseRefiner
+from sparserefine.commands.main import main
+from sparserefine.engines.choose import ENGINES
 from sparserefine.training import checks
 from sparserefine.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from sparserefine.training.checks import DivergedError, FiniteWatch, Seen
@@ -289,6 +292,20 @@ def test_what_cannot_be_restored_is_named(project, capsys):
     assert "run/last.ckpt: cannot be restored" in capsys.readouterr().err
 
 
+def test_running_out_of_memory_is_no_broken_checkpoint(project, monkeypatch, capsys):
+    from sparserefine.training.module import RefinerModule
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    killed_at(5)
+    monkeypatch.setattr(RefinerModule, "on_load_checkpoint", full)
+    assert train("--resume") == 1
+    message = capsys.readouterr().err
+    assert "not enough memory" in message
+    assert "cannot be restored" not in message
+
+
 def test_a_checkpoint_on_a_full_disk_is_an_error_with_path_and_cure_and_the_old_one_stays(tmp_path):
     path = tmp_path / "last.ckpt"
     write_checkpoint({"x": torch.zeros(10)}, path)
@@ -329,7 +346,9 @@ def test_a_run_says_what_it_was(project):
     assert run["starts"][0]["versions"]["torch"] == torch.__version__
     assert run["starts"][0]["threads"] == torch.get_num_threads()
     assert set(run["starts"][0]) >= {"time", "host", "command", "device", "precision", "git"}
-    assert run["origin"]["bases"]["unet:base.safetensors"].startswith("UNet:")
+    assert run["starts"][0]["engine"] in ENGINES
+    assert run["starts"][0]["versions"].keys() >= {"pillow", "numpy"}
+    assert run["origin"]["bases"]["base"].startswith("UNet:")
     assert len(run["origin"]["data"]["train"]) == len(run["origin"]["weights"]) == 64
     assert json.loads((project / "run" / "config.json").read_text())["training"]["steps"] == STEPS
 
@@ -340,7 +359,7 @@ def test_other_weights_of_the_base_under_the_same_name_are_refused(project, caps
     shutil.copy("other.safetensors", "base.safetensors")
     assert train("--resume") == 1
     message = capsys.readouterr().err
-    assert "run/run.json: the run was made from base unet:base.safetensors with identity UNet:" in message
+    assert "run/run.json: base had identity UNet:" in message
     assert "put the former weights back" in message
 
 
@@ -379,13 +398,81 @@ def test_a_run_and_its_data_can_be_moved(project):
     assert not (project / "run").exists()
 
 
-def test_another_number_of_threads_is_said(project, caplog):
+def test_bases_and_stored_logits_can_be_moved(project, capsys):
+    """They are compared by what is in them, not by their names."""
+    write_fold("first.safetensors")
+    stored = ["--logits.source", "stored", "--logits.folder"]
+    assert main(["logits", "config.yaml", *stored, "logits"]) == 0
+    killed_at(3, *stored, "logits")
+    (project / "elsewhere").mkdir()
+    for name in ("base.safetensors", "first.safetensors", "logits"):
+        (project / name).rename(project / "elsewhere" / name)
+    write_fold("elsewhere/first.safetensors")
+    moved = ["--base.name", "unet:elsewhere/base.safetensors", *stored, "elsewhere/logits"]
+    shutil.copy("elsewhere/base.safetensors", "same_as_base.safetensors")
+    write_fold("same_as_base.safetensors")
+    assert train("--resume", *moved) == 1
+    assert "the base of logits.crossfit for train had identity UNet:" in capsys.readouterr().err
+    write_fold("elsewhere/first.safetensors")
+    assert train("--resume", *moved) == 0
+    (project / "run" / "run.json").unlink()  # then names are all there is to compare
+    assert train("--resume", *moved, "--base.name", "unet:same_as_base.safetensors") == 1
+    assert "base.name = unet:elsewhere/base.safetensors, this" in capsys.readouterr().err
+
+
+def write_fold(file: str) -> None:
+    """Lets another base make the logits of the training split."""
+    if not Path(file).exists():
+        shutil.copy("other.safetensors", file)
+    config = yaml.safe_load(Path("config.yaml").read_text())
+    config["logits"]["crossfit"] = [{"split": "train", "base": f"unet:{file}"}]
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_a_checkpoint_needs_no_initial_weights(project, capsys):
+    assert train("--training.seed", "5", out="first") == 0
+    shutil.copytree("first/last", "init")
+    init = ["--training.init", "init"]
+    assert train(*init, out="whole") == 0
+    killed_at(3, *init)
+    killed_at(1, *init, out="early")
+    shutil.rmtree("init")
+    assert train("--resume", *init) == 0
+    assert_same_run("whole", "run")
+    assert train("--resume", *init, out="early") == 1  # no checkpoint
+    assert "init" in capsys.readouterr().err
+    assert train("--resume", out="early") == 1
+    assert "started from other weights" in capsys.readouterr().err
+    assert train("--resume", "--training.init", "first/last", out="early") == 0  # the same weights elsewhere
+    assert_same_run("whole", "early")
+
+
+@pytest.mark.parametrize(("what", "other"), [("threads", 0), ("engine", "abacus")])
+def test_another_number_of_threads_and_another_engine_are_said(project, caplog, what, other):
     killed_at(3)
     run = json.loads((project / "run" / "run.json").read_text())
-    run["starts"][0]["threads"] += 1
+    run["starts"][0][what] = other
     (project / "run" / "run.json").write_text(json.dumps(run))
     assert train("--resume") == 0
-    assert "goes on with other threads than before" in caplog.text
+    assert f"goes on with other {what} than before" in caplog.text
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_the_base_is_built(project, capsys):
+    huge = ["--augment.crop", "[8192, 8192]", "--training.batch", "65536", "--base.name", "unet:none.safetensors"]
+    assert train(*huge) == 1
+    assert "training.batch = 65536 crops of 8192 x 8192 pixels" in capsys.readouterr().err
+
+
+def test_images_are_hashed_once_at_a_start(project, monkeypatch):
+    from sparserefine.files import digest
+
+    stored = ["--logits.source", "stored", "--logits.folder", "logits"]
+    assert main(["logits", "config.yaml", *stored]) == 0
+    original, hashed = digest.regular_file, []
+    monkeypatch.setattr(digest, "regular_file", lambda path, *what: (hashed.append(path), original(path, *what))[1])
+    assert train(*stored) == 0
+    hashed = [path for path in hashed if path.is_relative_to("data")]
+    assert len(hashed) == len(set(hashed)) == 6  # two images and labels to train, one of each to validate
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -490,11 +577,12 @@ class OnGpu:
 def test_on_a_gpu_losses_are_read_now_and_then(monkeypatch):
     monkeypatch.setattr(OnGpu, "reads", 0)
     watch = FiniteWatch()
-    for step in range(checks.READ_EVERY - 1):
+    for step in range(checks.READ_EVERY):
         watch.add(Seen("loss", OnGpu(torch.nan if step in (7, 9) else 0.0), (f"image {step}",), step, 0.1))
+        watch.add(Seen("gradient norm", OnGpu(0.0), (f"image {step}",), step, 0.1))
     assert OnGpu.reads == 0
     with pytest.raises(DivergedError, match=r"^step 7: the loss of images image 7 is nan"):
-        watch.add(Seen("loss", OnGpu(0.0), ("last",), 49, 0.1))
+        watch.add(Seen("loss", OnGpu(0.0), ("last",), checks.READ_EVERY, 0.1))
     watch.check()  # what was read is forgotten
 
 
@@ -532,12 +620,9 @@ def test_a_threshold_that_no_pixel_reaches(project, caplog, capsys):
 
 
 @pytest.mark.parametrize("value", [255, 0])
-def test_nothing_to_score_is_said_at_the_start_and_is_an_error_at_the_end(project, caplog, capsys, monkeypatch, value):
-    """Nothing labelled; or nothing of class 1, neither in the labels nor, here, predicted."""
-    from sparserefine.stages.refinement import Refinement
-
+def test_nothing_to_score_is_said_at_the_start_and_is_an_error_at_the_end(project, caplog, capsys, value):
+    """Nothing labelled; or nothing as class 1, whatever is predicted."""
     relabel(project, "2", value)
-    monkeypatch.setattr(Refinement, "labels", lambda self, *_: torch.zeros_like(self.coarse_labels))
     assert train() == 1
     assert "validation split: no pixel is labelled as class 1, line" in caplog.text
     assert "no validation had a score, so there is no best refiner" in capsys.readouterr().err
@@ -566,3 +651,10 @@ def test_the_bar_tells_density_throughput_and_memory(project, capsys):
     assert train() == 0
     shown = "".join(capsys.readouterr())
     assert all(f"{name}=" in shown for name in ("loss", "density", "crops/s", "GB"))
+
+
+def test_the_bar_rarely_reads_the_gpu():
+    from sparserefine.training.trainer import RunBar
+
+    assert RunBar(2, torch.device("cuda")).refresh_rate == checks.READ_EVERY
+    assert RunBar(2, torch.device("cpu")).refresh_rate == 1

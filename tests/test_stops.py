@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from projects import assert_same_run, at_step, killed_at, steps_of, train, write_short_project
-from sparserefine.files.lock import locked
+from sparserefine.files.lock import Holder, locked
 from sparserefine.machine.signals import Terminated
 
 
@@ -33,7 +34,7 @@ def test_a_folder_that_another_run_writes_into_is_refused(project, capsys):
     with locked("run", "train"):
         assert train() == 1
     assert f"train (process {os.getpid()}" in capsys.readouterr().err
-    assert [file.name for file in (project / "run").iterdir()] == []
+    assert not (project / "run").exists()
     assert train() == 0
     assert not (project / "run" / ".sparserefine.lock").exists()
 
@@ -44,10 +45,12 @@ def test_what_killed_runs_left_is_swept(project, monkeypatch):
     killed_at(3)
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: 2**22 + 1)  # above the highest number of a process
-        left = project / "run" / whole.temporary_name()
-    left.write_text("half")
-    assert train("--resume") == 0
-    assert not left.exists()
+        left = [project / "run" / folder / whole.temporary_name() for folder in ("", "best", "last")]
+    left[2].parent.mkdir()
+    for path in left:
+        path.write_text("half")
+    killed_at(2, "--resume")
+    assert not any(path.exists() for path in left)
 
 
 # Clusters and signals
@@ -148,10 +151,21 @@ def test_a_signal_leaves_whole_files_to_go_on_with(project, monkeypatch, termina
         with pytest.raises(expected) as raised:
             train_by_function()
     assert type(raised.value) is expected
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C works afterwards
     assert not list((project / "run").glob(".sparserefine*"))
     assert steps_of("run") == [2]
     assert train("--resume") == 0
     assert_same_run("whole", "run")
+
+
+def test_ctrl_c_before_the_first_step_is_not_the_last_one(project, monkeypatch, terminating):
+    """Lightning ignores any further one, and so early it does not restore anything."""
+    from sparserefine.training.module import RefinerModule
+
+    monkeypatch.setattr(RefinerModule, "configure_callbacks", sending(signal.SIGINT), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        train_by_function()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sigterm_without_a_handler_ends_with_143(project, monkeypatch):
@@ -186,6 +200,37 @@ def test_a_slurm_job_about_to_end_is_queued_again_and_goes_on(project, monkeypat
     assert_same_run("whole", "run")
 
 
+def test_a_signal_that_a_library_makes_another_error_of_queues_the_job_too(project, monkeypatch, scontrol):
+    def swallowing(_):
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        except KeyboardInterrupt:
+            raise ValueError("cut short") from None
+
+    at_step(monkeypatch, 1, swallowing)
+    with pytest.raises(Terminated):
+        train_by_function(*REQUEUE)
+    assert scontrol.read_text() == "requeue 17\n"
+
+
+def test_a_second_signal_does_not_keep_a_job_from_being_queued(project, monkeypatch, scontrol, terminating):
+    (scontrol.parent / "bin" / "scontrol").write_text(
+        f'#!/bin/sh\nkill -TERM $PPID\nsleep 0.3\necho "$@" >> {scontrol}\n'
+    )
+    at_step(monkeypatch, 1, sending(signal.SIGUSR1))
+    with pytest.raises(Terminated):
+        train_by_function(*REQUEUE)
+    assert scontrol.read_text() == "requeue 17\n"
+
+
+def test_what_is_no_lock_stops_no_restarted_job_for_ever(project, monkeypatch, scontrol, capsys):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    (project / "run").mkdir()
+    os.mkfifo(project / "run" / ".sparserefine.lock")
+    assert train(*REQUEUE) == 1
+    assert "is no lock of a run" in capsys.readouterr().err
+
+
 def test_a_restarted_job_that_wrote_nothing_starts(project, monkeypatch, scontrol):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert train(*REQUEUE) == 0
@@ -195,14 +240,17 @@ def test_a_restarted_job_that_wrote_nothing_starts(project, monkeypatch, scontro
 def test_a_restarted_job_needs_no_lock_of_its_former_start(project, monkeypatch, scontrol, capsys):
     """The machine it ran on is gone, and with it any way to see whether it has ended."""
     killed_at(3)
-    held = {"host": "gone", "process": 1, "started": 0.0, "what": "train in SLURM job 17"}
+    gone = dataclasses.replace(Holder.this_process("train in SLURM job 17, start 0"), host="gone", machine="gone")
+    held = dataclasses.asdict(gone)
     lock = project / "run" / ".sparserefine.lock"
     lock.write_text(json.dumps(held))
     assert train(*REQUEUE, "--resume") == 1  # not restarted
     assert "on gone" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    lock.write_text(json.dumps({**held, "what": "train in SLURM job 18"}))
-    assert train(*REQUEUE) == 1
+    for other in ("train in SLURM job 18, start 0", "train in SLURM job 17, start 1", "train"):
+        lock.write_text(json.dumps({**held, "what": other}))
+        assert train(*REQUEUE) == 1
+        assert "on gone" in capsys.readouterr().err
     lock.write_text(json.dumps(held))
     assert train(*REQUEUE) == 0
 

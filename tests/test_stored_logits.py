@@ -16,10 +16,11 @@ from sparserefine.bases.base import BaseConfig
 from sparserefine.bases.families.unet import UNet, save_unet
 from sparserefine.commands.main import main
 from sparserefine.data.readers.config import DataConfig
-from sparserefine.data.readers.dataset import Sample
+from sparserefine.data.readers.dataset import Dataset, Sample
 from sparserefine.files import tensors, whole
 from sparserefine.files.digest import sha256_of
 from sparserefine.files.lock import locked
+from sparserefine.images.classes import Classes
 from sparserefine.training.config import Config, LogitsConfig
 from sparserefine.training.logits import Bases, CoarseLogits
 from sparserefine.training.stored_logits import StoredLogits, StoredSplit
@@ -139,7 +140,7 @@ def split(tmp_path: Path) -> StoredSplit:
         picture(tmp_path / f"{name}.png", value)
         samples.append(Sample(name, tmp_path / f"{name}.png", tmp_path / f"{name}.png"))
         written(store, name, digest=sha256_of(samples[-1].image))
-    return StoredSplit(store.folder, tuple(samples), ("UNet:1",) * 2)
+    return StoredSplit(store.folder, Dataset(tuple(samples), Classes.numbered(2)), ("UNet:1",) * 2)
 
 
 def test_a_split_that_fits(split: StoredSplit) -> None:

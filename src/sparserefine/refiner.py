@@ -330,6 +330,10 @@ class SparseRefiner(nn.Module):
         yield from self.extractor.parameters()
         yield from self.ensembler.parameters()
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """``state_dict()`` without the base: weights and statistics of the extractor and the ensembler."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("base.")}
+
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Writes ``config.json`` and ``model.safetensors``; see :func:`sparserefine.storage.write_refiner`.
 
@@ -341,8 +345,7 @@ class SparseRefiner(nn.Module):
             ValueError: weights are NaN or infinite, or not within the range of ``dtype``; nothing is written.
             OSError: a file cannot be written; ``folder`` then has its old files.
         """
-        trained = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("base.")}
-        write_refiner(folder, self.config, self.classes, self.base, trained, dtype=dtype)
+        write_refiner(folder, self.config, self.classes, self.base, self.trained_state(), dtype=dtype)
 
     @classmethod
     def from_pretrained(
@@ -397,7 +400,7 @@ class SparseRefiner(nn.Module):
 
     def _check_weights(self, weights: Mapping[str, Tensor], file: Path) -> None:
         """Raises ``ValueError`` unless these are weights for extractor and ensembler."""
-        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("base.")}
+        own = self.trained_state()
         for name, module in self.extractor.named_modules(prefix="extractor"):
             if isinstance(module, SparseConv):  # the range of its inputs is stored only if it was measured for 8 bits
                 own.pop(f"{name}.input_max", None)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic
 from types import FrameType
+
+_CLEAN_UP_S = 5
+"""Repeated signals are ignored for so long [s] after one that was raised."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -14,18 +18,23 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
+def sigterm_raises(numbers: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterator[None]:
     """While the block runs, SIGTERM raises :class:`Terminated` in it, as Ctrl-C raises ``KeyboardInterrupt``.
 
-    Further SIGTERM are ignored until the block has ended, so that they do not interrupt what cleans up after the first.
+    Repeats are ignored for a few seconds, so that they do not interrupt what cleans up after the first; then one is
+    raised again, since Python drops an exception that it has to raise in a ``__del__`` or in a callback of a library.
     Libraries may turn the exception into another one, compiled ones into any: after SIGTERM each leaves the block as
     :class:`Terminated`, after Ctrl-C as ``KeyboardInterrupt``. Signals belong to the main thread; in another one this
     does nothing.
+
+    Args:
+        numbers: the signals that are raised so, instead of SIGTERM alone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received = interrupted = False
+    raised_at: float | None = None
+    interrupted = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupted
@@ -33,23 +42,24 @@ def sigterm_raises() -> Iterator[None]:
         signal.default_int_handler(number, frame)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        if not received:
-            received = True
-            raise Terminated
+        nonlocal raised_at
+        now = monotonic()
+        if raised_at is None or now - raised_at >= _CLEAN_UP_S:
+            raised_at = now
+            raise Terminated(signal.Signals(number).name)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in numbers}
     default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if default:
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
-        if received and not isinstance(error, Terminated):
+        if raised_at is not None and not isinstance(error, Terminated):
             raise Terminated from error
         raise
     except Exception as error:
-        if received:
+        if raised_at is not None:
             raise Terminated from error
         if interrupted:
             raise KeyboardInterrupt from error
@@ -57,4 +67,5 @@ def sigterm_raises() -> Iterator[None]:
     finally:
         if default:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparserefine.files.tensors import check_finite
 from sparserefine.files.text import printable
 from sparserefine.images.classes import IGNORE
 from sparserefine.refiner import SparseRefiner
@@ -17,7 +18,7 @@ from sparserefine.training.items import WholeImage, WholeImages
 
 _log = logging.getLogger(__name__)
 READ_EVERY = 50
-"""On a GPU, losses are read after so many: reading one makes the host wait."""
+"""On a GPU, losses are read after so many optimiser steps: reading one makes the host wait."""
 
 
 class DivergedError(ValueError):
@@ -50,9 +51,9 @@ class FiniteWatch:
         self._seen: list[Seen] = []
 
     def add(self, seen: Seen) -> None:
-        """Takes a value; checks it at once on the CPU, and every :data:`READ_EVERY` values elsewhere."""
+        """Takes a value; checks it at once on the CPU, and every :data:`READ_EVERY` steps elsewhere."""
         self._seen.append(seen)
-        if seen.value.device.type == "cpu" or len(self._seen) >= READ_EVERY:
+        if seen.value.device.type == "cpu" or seen.step >= self._seen[0].step + READ_EVERY:
             self.check()
 
     def check(self) -> None:
@@ -72,15 +73,13 @@ class FiniteWatch:
 
 def check_finite_weights(refiner: SparseRefiner, step: int) -> None:
     """Raises ``DivergedError`` if a weight or a statistic of extractor or ensembler is NaN or infinite."""
-    tensors = {name: x for name, x in refiner.state_dict().items() if not name.startswith("base.")}
-    finite = torch.stack([x.isfinite().all() for x in tensors.values()]).tolist()
-    bad = [name for name, good in zip(tensors, finite, strict=True) if not good]
-    if bad:
+    try:
+        check_finite(refiner.trained_state(), f"step {step}")
+    except ValueError as error:
         raise DivergedError(
-            f"step {step}: {len(bad)} of {len(tensors)} weights and statistics are NaN or infinite, such as {bad[0]}; "
-            "they are not stored. Start a new run in another --out with a smaller training.lr or training.clip, or "
-            "with training.precision 32-true"
-        )
+            f"{error}; weights and statistics of this step are not stored. Start a new run in another --out with a "
+            "smaller training.lr or training.clip, or with training.precision 32-true"
+        ) from error
 
 
 def warn_if_vain(refiner: SparseRefiner, train: WholeImages, val: WholeImages, device: torch.device) -> None:

@@ -26,6 +26,8 @@ _MAX_SEED = 2**32 - 1
 _MAX_BOUNDARY_PX = 10_000
 _BYTES_PER_PIXEL = 11
 """Of a crop on the device: image 3, label 1, valid 1, entropy 4, coarse label 1, selected 1."""
+_STRIDE = 32
+"""Of the coarsest logits of usual bases [px of the base's input]."""
 _HOST_BYTES_PER_PIXEL = 5
 """Of a crop that waits for the device: image 3, label 1, valid 1."""
 
@@ -177,8 +179,9 @@ class Config(RefinerConfig):
 def check_batch_fits(config: Config, classes: int) -> None:
     """Refuses a batch that no memory holds, before anything is allocated.
 
-    Only the inputs are counted: the crops, and coarse logits at a quarter of the base's input size each way. The
-    network needs many times more, so that a batch which passes may still be too large.
+    Only the inputs are counted: the crops, and coarse logits at 1/32 of the base's input size each way, the coarsest
+    that models usually have. Many have finer ones, and the network needs many times more, so a batch that passes may
+    still be too large; one that is refused certainly is.
 
     Args:
         config: the whole configuration.
@@ -192,7 +195,7 @@ def check_batch_fits(config: Config, classes: int) -> None:
         seen = float(config.base.size[0] * config.base.size[1])
     else:
         seen = height * width * (config.base.ratio or 0) ** 2
-    logits = 4 * classes * seen / 16
+    logits = 4 * classes * seen / _STRIDE**2
     device = device_named(c.device)
     machine = psutil.virtual_memory().total
     on_gpu = device.type == "cuda"

@@ -98,7 +98,7 @@ class CoarseLogits:
             OSError: an image cannot be read.
         """
         bases = tuple(self.identity(sample.name) for sample in self.data.samples)
-        split = StoredSplit(Path(self.config.logits.folder), self.data.samples, bases)
+        split = StoredSplit(Path(self.config.logits.folder), self.data, bases)
         split.check()
         return split
 

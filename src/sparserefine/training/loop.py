@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +18,7 @@ from sparserefine.machine.device import device_named
 from sparserefine.refiner import SparseRefiner
 from sparserefine.training import slurm
 from sparserefine.training.checks import warn_if_vain
-from sparserefine.training.config import Config
+from sparserefine.training.config import Config, check_batch_fits
 from sparserefine.training.items import WholeImages
 from sparserefine.training.logits import Bases, CoarseLogits
 from sparserefine.training.provenance import provenance
@@ -75,25 +73,12 @@ def train(config: Config, *, resume: bool = False) -> Path:
     c, out = config.training, Path(config.out)
     if c.steps % min(c.val_every, c.steps):
         raise ValueError(f"training.steps = {c.steps}, expected a multiple of training.val_every = {c.val_every}")
-    with slurm.requeued_when_stopped() if c.slurm_requeue else nullcontext(), _removed_if_empty(out):
+    with slurm.requeued_when_stopped() if c.slurm_requeue else nullcontext():
         if c.slurm_requeue:
             slurm.unlock_former_start(out)
             resume = resume or (slurm.restarted() and holds_run(out))
         with locked(out, slurm.holder(c.slurm_requeue)):
             return _train(config, out, resume)
-
-
-@contextlib.contextmanager
-def _removed_if_empty(out: Path) -> Iterator[None]:
-    """Removes a folder that the block made, if the block fails before anything is in it."""
-    was_there = out.exists()
-    try:
-        yield
-    except BaseException:
-        if not was_there:
-            with contextlib.suppress(OSError):
-                out.rmdir()
-        raise
 
 
 def _train(config: Config, out: Path, resume: bool) -> Path:
@@ -104,16 +89,18 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
         check_config(config, out)
     else:
         check_fresh(out)
-    sweep(out)
+    for folder in (out, out / "best", out / "last"):
+        sweep(folder)
     c = config.training
     seed_everything(c.seed, verbose=False)
     data = [config.data.read(split) for split in (config.data.train, config.data.val)]
+    check_batch_fits(config, len(data[0].classes))
     refiner, device = build_refiner(config, data[0]), device_named(c.device)
-    if c.init:
-        refiner.load_weights(c.init)
     start = start_of(out, refiner) if resume else Start()
+    if c.init and start.checkpoint is None:  # a checkpoint holds all weights
+        refiner.load_weights(c.init)
     bases = Bases(config.base, device, refiner.base)
-    origin = Origin.of(config, data, bases, refiner)
+    origin = Origin.of(config, data, bases, refiner if start.checkpoint is None else None)
     if start.resumed:
         check_origin(out, origin, start)
     train, val = (WholeImages(part, _logits(config, part, device, bases)) for part in data)
@@ -121,9 +108,9 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     if start.checkpoint is None:
         warn_if_vain(refiner, train, val, device)
     set_aside_broken(out, start)
-    write_start(out, config, origin, start, provenance(device, c.precision))
+    write_start(out, config, origin, start, provenance(device, c.precision, refiner.engine.on(device).name))
     crops = CropDataset(data[0], train.logits, config.augment, c.seed, c.cache_gb / max(1, c.workers))
-    with closing(RunRecord(out, resumed_at=None if start.checkpoint is None else start.step)) as record:
+    with RunRecord(out, resumed_at=None if start.checkpoint is None else start.step) as record:
         module = RefinerModule(refiner, config, record)
         fit(module, crops, val, device, start.checkpoint)
     _check_result(module, out)

@@ -37,6 +37,7 @@ class RefinerModule(L.LightningModule):
 
     Attributes:
         best_score: the highest refined score so far; minus infinity if there was none.
+        density: share of the pixels that were refined in the last batch.
         learnt: number of labelled sites in all steps so far.
         restored: whether training has begun, so that nothing of a checkpoint is left to restore.
     """
@@ -46,6 +47,7 @@ class RefinerModule(L.LightningModule):
         self.refiner, self.config, self.record = refiner, config, record
         self.strict_loading = False  # checkpoints do not contain the base
         self.best_score = -math.inf
+        self.density = 0.0
         self.learnt = 0
         self.restored = False
         k = refiner.base.num_classes
@@ -66,7 +68,7 @@ class RefinerModule(L.LightningModule):
         truth = result.sites.gather(batch.label[:, None])[:, 0]
         loss = refinement_loss(result.sparse_logits, result.refined_logits, truth, self.config.training.dice)
         self.log("loss", loss.detach(), prog_bar=True)
-        self.log("density", result.density, prog_bar=True)
+        self.density = result.density  # logged, it would be copied to the GPU
         self._losses.append(loss.detach())
         self._labelled.append((truth != IGNORE).sum())
         self._names += batch.names
@@ -113,8 +115,7 @@ class RefinerModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Records the scores, and saves the refiner if it is the best so far."""
-        two = self.refiner.base.num_classes == 2
-        scores = {name: counts.dice() if two else counts.iou() for name, counts in self._counts.items()}
+        scores = {name: self._score(counts) for name, counts in self._counts.items()}
         self.log("val_score", scores["refined"], prog_bar=True)
         self.learnt += int(torch.stack(self._labelled).sum()) if self._labelled else 0
         self.record.scores(
@@ -125,13 +126,18 @@ class RefinerModule(L.LightningModule):
                 "val_density": round(sum(self._density) / len(self._density), 4),
             },
         )
-        # A score of NaN is never greater: no pixel is labelled, or class 1 of two neither occurs nor is predicted.
         if self.learnt and scores["refined"] > self.best_score:
             self.best_score = scores["refined"]
             self.refiner.save_pretrained(Path(self.config.out) / "best")
         self._counts = {name: Counts.zero(self.refiner.base.num_classes) for name in self._counts}
         for values in (self._density, self._losses, self._labelled):
             values.clear()
+
+    def _score(self, counts: Counts) -> float:
+        """NaN, which is never the best, if nothing can be scored: no pixel is labelled, or none as class 1 of two."""
+        if self.refiner.base.num_classes > 2:
+            return counts.iou()
+        return counts.dice() if counts.matrix[1].any() else math.nan
 
     def configure_optimizers(self) -> Any:
         """AdamW with weight decay on weights only; linear warm-up, then a cosine to zero."""

@@ -7,26 +7,29 @@ import shlex
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from sparserefine import __version__
 
+_LIBRARIES = ("torch", "lightning", "numpy", "pillow", "triton", "transformers", "timm", "onnxruntime")
 _GIT_S = 5
 """Longest time [s] to wait for git."""
 _RUNS_PROGRAMS = r"^(filter|include|includeif|extensions)\."
 """Settings of a repository with which ``git status`` runs programs, or that may lead to such settings."""
 
 
-def provenance(device: torch.device, precision: str) -> dict[str, Any]:
+def provenance(device: torch.device, precision: str, engine: str) -> dict[str, Any]:
     """What tells this start of a program from others, as values for JSON.
 
     Args:
         device: where it computes.
         precision: how.
+        engine: name of the engine in use.
     """
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -34,14 +37,24 @@ def provenance(device: torch.device, precision: str) -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": precision,
+        "engine": engine,
         "threads": torch.get_num_threads(),
         "versions": {
             "sparserefine": __version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "lightning", "numpy")},
+            **_versions(),
         },
         "git": _git_state(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on, of those that are installed; none is imported for it."""
+    found = {}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _git_state() -> dict[str, str | bool | None] | None:

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,9 @@ class RunRecord:
             if match is not None and int(match[1]) > last:
                 path.unlink()
         self._board = _board(out / "tensorboard", resumed_at)
+        self._former_hook = threading.excepthook
+        if self._board is not None:
+            threading.excepthook = self._unless_of_board
 
     def scores(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Writes a row; it is on the disk when this returns. Earlier rows of this step or later ones are removed.
@@ -103,10 +106,36 @@ class RunRecord:
                 self._board.add_image(printable(name), pixels.cpu(), step)
 
     def close(self) -> None:
-        """Ends the records; TensorBoard writes what it holds back."""
-        if self._board is not None:
+        """Ends the records; TensorBoard writes what it holds back.
+
+        Raises:
+            OSError: that cannot be written.
+        """
+        if self._board is None:
+            return
+        try:
             with _writing(self._board):
                 self._board.close()
+        finally:
+            if threading.excepthook == self._unless_of_board:
+                threading.excepthook = self._former_hook
+
+    def __enter__(self) -> RunRecord:
+        return self
+
+    def __exit__(self, _: object, failure: BaseException | None, __: object) -> None:
+        """Closes; an error of the block is not replaced by one of closing."""
+        try:
+            self.close()
+        except OSError as error:
+            if failure is None:
+                raise
+            _log.warning("%s", error)
+
+    def _unless_of_board(self, arguments: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread keeps its error for the next call of the writer; a traceback would say it twice."""
+        if type(arguments.thread).__name__ != "_AsyncWriterThread":
+            self._former_hook(arguments)
 
     def _start_with(self, rows: list[_Row]) -> None:
         """Makes ``rows`` the whole log."""
@@ -177,7 +206,6 @@ def _board(folder: Path, resumed_at: int | None) -> Any:
     except ImportError:
         _log.info("the package tensorboard is not installed: scores are in log.jsonl and log.csv only")
         return None
-    threading.excepthook = _unless_of_board
     # Hides what a killed run wrote after the step that it goes on from.
     return SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
 
@@ -192,9 +220,3 @@ def _writing(board: Any) -> Iterator[None]:
         explained = type(error)(f"{board.log_dir}: cannot be written ({reason}); free space, then go on with --resume")
         explained.errno = error.errno
         raise explained from error
-
-
-def _unless_of_board(arguments: Any, hook: Callable[[Any], object] = threading.excepthook) -> None:
-    """TensorBoard's thread keeps its error for the next call of the writer; a traceback would say it twice."""
-    if type(arguments.thread).__name__ != "_AsyncWriterThread":
-        hook(arguments)

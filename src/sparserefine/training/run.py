@@ -28,8 +28,14 @@ from sparserefine.training.logits import Bases
 
 CONFIG, RUN, BROKEN = "config.json", "run.json", "broken.ckpt"
 _FORMAT_VERSION = 1
-_MAY_DIFFER = ("workers", "device", "cache_gb", "slurm_requeue", "pictures")
-"""Fields of ``training`` that do not change the result."""
+_MAY_DIFFER = (
+    "out",
+    "base.runtime",
+    *(f"training.{name}" for name in ("workers", "device", "cache_gb", "slurm_requeue", "pictures")),
+)
+"""Fields of the configuration that do not change the result."""
+_MAY_MOVE = ("data.root", "base.name", "base.class_map", "logits.folder", "logits.crossfit.base", "training.init")
+"""Fields that say where something is. ``run.json`` has its digest, which tells whether it is the same elsewhere."""
 _ANEW = "start a new run in another --out"
 _log = logging.getLogger(__name__)
 
@@ -54,28 +60,39 @@ class Origin:
     """What a run is made from. Results are the same only if this is.
 
     Attributes:
-        bases: identity of each base by the name the configuration gives it.
+        bases: identity of each base by its role: ``base``, and ``fold:<split>`` for those of ``logits.crossfit``.
         data: digest of the images and labels of each split, ``train`` and ``val``.
-        weights: digest of the weights at step 0.
+        weights: digest of the weights at step 0; ``None`` if it is not known.
     """
 
     bases: Mapping[str, str]
     data: Mapping[str, str]
-    weights: str
+    weights: str | None
 
     @classmethod
-    def of(cls, config: Config, data: Sequence[Dataset], bases: Bases, refiner: SparseRefiner) -> Origin:
-        """The origin of a run with this configuration, training and validation data, and refiner, not yet trained."""
-        names = (config.base.name, *(fold.base for fold in config.logits.crossfit))
-        digest = hashlib.sha256()
-        for name, tensor in sorted(_trained(refiner).items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    def of(cls, config: Config, data: Sequence[Dataset], bases: Bases, refiner: SparseRefiner | None) -> Origin:
+        """The origin of a run.
+
+        Args:
+            config: of the run.
+            data: training and validation data.
+            bases: its bases.
+            refiner: the refiner, not yet trained; ``None`` where its first weights are not known.
+        """
+        names = {"base": config.base.name} | {f"fold:{fold.split}": fold.base for fold in config.logits.crossfit}
         return cls(
-            {name: bases.identity(name, data[0].classes) for name in names},
+            {role: bases.identity(name, data[0].classes) for role, name in names.items()},
             {split: part.digest() for split, part in zip(("train", "val"), data, strict=True)},
-            digest.hexdigest(),
+            None if refiner is None else _digest(refiner.trained_state()),
         )
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def holds_run(out: Path) -> bool:
@@ -102,18 +119,27 @@ def check_config(config: Config, out: Path) -> None:
         raise ValueError(f"{error}; put a copy of it back, or {_ANEW}") from error
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     stored = json.loads(json.dumps(_with_defaults(stored, config), default=dataclasses.asdict))
-    moved = (out / RUN).is_file()  # the digests in it tell whether data elsewhere are the same
+    left_out = _MAY_DIFFER + (_MAY_MOVE if (out / RUN).is_file() else ())
     for values in (stored, now):
-        values.pop("out", None)
-        for section, names in (("base", ("runtime",)), ("training", _MAY_DIFFER), ("data", ("root",) if moved else ())):
-            if isinstance(values.get(section), dict):
-                values[section] = {name: x for name, x in values[section].items() if name not in names}
+        for name in left_out:
+            _leave_out(values, name.split("."))
     for key in sorted({*stored, *now}):
         if stored.get(key) != now.get(key):
             raise ValueError(
                 f"{path}: the run was made with {_difference(key, stored.get(key), now.get(key))}; resume with the "
                 f"same value, or {_ANEW}"
             )
+
+
+def _leave_out(values: Any, names: Sequence[str]) -> None:
+    """Removes ``a.b`` from a tree of values; of a list, from each entry. The tree may be of any shape."""
+    if isinstance(values, list):
+        for entry in values:
+            _leave_out(entry, names)
+    elif isinstance(values, dict) and len(names) > 1:
+        _leave_out(values.get(names[0]), names[1:])
+    elif isinstance(values, dict) and not str(values.get(names[0])).startswith("python:"):  # code does not move
+        values.pop(names[0], None)
 
 
 def _with_defaults(stored: Any, like: object) -> Any:
@@ -147,7 +173,7 @@ def start_of(out: Path, refiner: SparseRefiner) -> Start:
     Raises:
         CheckpointError: there are checkpoints, but none can be read.
     """
-    weights = {f"refiner.{name}": tensor for name, tensor in _trained(refiner).items()}
+    weights = {f"refiner.{name}": tensor for name, tensor in refiner.trained_state().items()}
     broken: list[CheckpointError] = []
     for path in (out / LAST, out / PREVIOUS):
         if not path.exists():
@@ -168,10 +194,6 @@ def start_of(out: Path, refiner: SparseRefiner) -> Start:
     return Start(resumed=True)
 
 
-def _trained(refiner: SparseRefiner) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in refiner.state_dict().items() if not name.startswith("base.")}
-
-
 def set_aside_broken(out: Path, start: Start) -> None:
     """Renames a broken last checkpoint, so that the next one does not push it over the good one before it."""
     if start.checkpoint == out / PREVIOUS and (out / LAST).exists():
@@ -185,11 +207,12 @@ def check_origin(out: Path, now: Origin, start: Start) -> None:
         _log.warning("%s: missing, so base and data are not compared with those the run was made from", path)
         return
     origin, _ = _read(path)
-    for name, identity in now.bases.items():
-        if origin.bases.get(name, identity) != identity:
+    for role, identity in now.bases.items():
+        if origin.bases.get(role) != identity:
+            known = "base" if role == "base" else f"the base of logits.crossfit for {role.removeprefix('fold:')}"
             raise ValueError(
-                f"{path}: the run was made from base {name} with identity {origin.bases[name]}, that base is "
-                f"{identity} now; put the former weights back, or {_ANEW}"
+                f"{path}: {known} had identity {origin.bases.get(role)} when the run was started, it has {identity} "
+                f"now; put the former weights back, or {_ANEW}"
             )
     for split, digest in now.data.items():
         if origin.data.get(split, digest) != digest:
@@ -197,7 +220,7 @@ def check_origin(out: Path, now: Origin, start: Start) -> None:
                 f"{path}: images, labels or classes of data.{split} have changed since the run was started; put the "
                 f"former files back, or {_ANEW}"
             )
-    if start.checkpoint is None and origin.weights != now.weights:
+    if start.checkpoint is None and origin.weights not in (None, now.weights):
         raise ValueError(
             f"{path}: the run was started from other weights; put the former training.init back, use the former "
             f"version of torch, or {_ANEW}"
@@ -237,7 +260,7 @@ def _read(path: Path) -> tuple[Origin, list[dict[str, Any]]]:
 
 
 def _warn_of_other_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differing = [key for key in ("device", "threads", "versions") if before.get(key) != now[key]]
+    differing = [key for key in ("device", "engine", "threads", "versions") if before.get(key) != now[key]]
     if differing:
         _log.warning(
             "the run goes on with other %s than before, see %s: its last digits will differ from those of an "

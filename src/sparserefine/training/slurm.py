@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -11,11 +10,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from sparserefine.files import lock
 from sparserefine.files.text import first_line
-from sparserefine.machine.signals import Terminated
+from sparserefine.machine.signals import Terminated, sigterm_raises
 
 _log = logging.getLogger(__name__)
 _SCONTROL_S = 60
@@ -29,22 +27,31 @@ def job() -> str | None:
 
 def restarted() -> bool:
     """Whether SLURM has started this job before."""
-    return job() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    return job() is not None and _restarts() != "0"
+
+
+def _restarts() -> str:
+    """How often SLURM has restarted this job."""
+    return os.environ.get("SLURM_RESTART_COUNT") or "0"
 
 
 def holder(requeue: bool) -> str:
     """Who holds the lock of a run, for :func:`sparserefine.files.lock.locked`."""
-    return f"train in SLURM job {job()}" if requeue and job() else "train"
+    return f"{_of_job()}, start {_restarts()}" if requeue and job() else "train"
+
+
+def _of_job() -> str:
+    return f"train in SLURM job {job()}"
 
 
 def unlock_former_start(out: Path) -> None:
-    """Removes the lock that an earlier start of this very job left, maybe on another machine: SLURM has ended it."""
+    """Removes the lock that an earlier start of this very job left, maybe on another machine: SLURM has ended it.
+
+    The lock of another process of this start stays.
+    """
     path = out / lock.NAME
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))["what"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return
-    if restarted() and held == holder(True):
+    held = lock.holder_of(path) if path.is_file() else None
+    if restarted() and held is not None and held.what != holder(True) and held.what.split(",")[0] == _of_job():
         path.unlink(missing_ok=True)
 
 
@@ -63,17 +70,11 @@ def requeued_when_stopped() -> Iterator[None]:
         return
     if threading.current_thread() is not threading.main_thread():
         raise ValueError("training.slurm_requeue = true in a thread; signals reach the main thread only, train there")
-    received = False
-
-    def stop(number: int, _: FrameType | None) -> None:
-        nonlocal received
-        if not received:  # one is enough: a second must not interrupt what cleans up after the first
-            received = True
-            raise Terminated(f"{signal.Signals(number).name} from SLURM")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    numbers = (signal.SIGUSR1, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}  # nothing interrupts `scontrol`
     try:
-        yield
+        with sigterm_raises(numbers):
+            yield
     except Terminated:
         _requeue()
         raise

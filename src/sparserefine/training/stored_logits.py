@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from sparserefine.data.readers.dataset import Sample
-from sparserefine.files.digest import sha256_of
+from sparserefine.data.readers.dataset import Dataset
 from sparserefine.files.regular import regular_file
 from sparserefine.files.tensors import read_header, read_tensors, write_tensors
 from sparserefine.files.text import first_line, printable
@@ -162,33 +160,33 @@ class StoredSplit:
 
     Attributes:
         folder: folder of the stored logits.
-        samples: the samples.
+        data: the split.
         bases: identity of the base for each sample.
     """
 
     folder: Path
-    samples: tuple[Sample, ...]
+    data: Dataset
     bases: tuple[str, ...]
 
     def check(self) -> None:
         """Checks that the logits of all samples are stored, and were made by their bases of the images as they are now.
 
-        Reads all image files.
+        Reads all image files, unless their digests are known already.
 
         Raises:
             ValueError: the logits of a sample do not fit, or an image is no regular file.
             OSError: an image cannot be read.
         """
-        store, pairs = StoredLogits(self.folder), list(zip(self.samples, self.bases, strict=True))
-        for sample, base in pairs:  # first what is said at once
+        store = StoredLogits(self.folder)
+        for sample, base in zip(self.data.samples, self.bases, strict=True):  # first what is said at once
             store.check(sample.name, base=base)
-        for sample, base in tqdm(pairs, desc="comparing images with stored logits", unit="image", delay=2):
-            store.check(sample.name, base=base, digest=sha256_of(sample.image, "an image"))
+        for sample, base, digest in zip(self.data.samples, self.bases, self.data.image_digests, strict=True):
+            store.check(sample.name, base=base, digest=digest)
 
     def __call__(self, index: int, image_size: tuple[int, int]) -> Tensor:
         """``float32 [K, h, w]`` of sample ``index``."""
         store = StoredLogits(self.folder)
-        return store.read(self.samples[index].name, base=self.bases[index], image_size=image_size).float()
+        return store.read(self.data.samples[index].name, base=self.bases[index], image_size=image_size).float()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader
 from sparserefine.data.crops import CropBatch, CropDataset, EpochSampler
 from sparserefine.files.text import first_line
 from sparserefine.training.checkpoint import LAST, CheckpointError, read_checkpoint, write_checkpoint
+from sparserefine.training.checks import READ_EVERY
 from sparserefine.training.items import WholeImages
 from sparserefine.training.module import RefinerModule
 
@@ -61,7 +64,8 @@ class RunBar(TQDMProgressBar):
     """A progress bar with loss and density, crops per second and memory in use."""
 
     def __init__(self, batch: int, device: torch.device) -> None:
-        super().__init__()
+        # Each time it is drawn, it reads the loss.
+        super().__init__(refresh_rate=1 if device.type == "cpu" else READ_EVERY)
         self._batch, self._device, self._process = batch, device, psutil.Process()
         self._began, self._batches = time.perf_counter(), 0
 
@@ -76,12 +80,14 @@ class RunBar(TQDMProgressBar):
         super().on_train_batch_end(trainer, *args)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """What the module logs for the bar, and what is measured here."""
+        """What the module logs for the bar, its density, and what is measured here."""
+        assert isinstance(pl_module, RefinerModule)
         on_gpu = self._device.type == "cuda"
         used = torch.cuda.max_memory_allocated(self._device) if on_gpu else self._process.memory_info().rss
         seconds = max(time.perf_counter() - self._began, 1e-9)
         return {
             **super().get_metrics(trainer, pl_module),
+            "density": f"{pl_module.density:.3f}",
             "crops/s": f"{self._batches * self._batch / seconds:.1f}",
             "GB": f"{used / 1e9:.1f}",
         }
@@ -134,6 +140,7 @@ def fit(
     with warnings.catch_warnings():
         for message in _NOT_SO:
             warnings.filterwarnings("ignore", message)
+        interrupt = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit(module, loader, val_loader, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:  # Lightning makes this of Ctrl-C and SIGTERM
@@ -142,7 +149,12 @@ def fit(
             if trainer.received_sigterm:
                 raise SystemExit(_EXIT_SIGTERM) from None
             raise
+        except (MemoryError, torch.OutOfMemoryError, OSError, ImportError):  # of the machine, not of the checkpoint
+            raise
         except Exception as error:
             if checkpoint is None or module.restored:
                 raise
             raise CheckpointError(f"{checkpoint}: cannot be restored ({first_line(error)})") from error
+        finally:  # Lightning answers Ctrl-C by ignoring any further one, for ever
+            if interrupt is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, interrupt)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -70,6 +71,12 @@ class Dataset:
             )
         return image, label.to(torch.uint8)
 
+    @cached_property
+    def image_digests(self) -> tuple[str, ...]:
+        """SHA-256 of each image file, as it was when this was first asked. Errors as in :meth:`digest`."""
+        shown = tqdm(self.samples, desc="digest of the images", unit="image", delay=2)
+        return tuple(sha256_of(sample.image, "an image") for sample in shown)
+
     def digest(self) -> str:
         """Fingerprint of all that training reads: names, contents of the files, and what their label values mean.
 
@@ -86,8 +93,9 @@ class Dataset:
 
     def _parts_of_digest(self) -> Iterator[list[object]]:
         yield [self.classes.names, self.classes.ignore, self.black_white]
-        for sample in tqdm(self.samples, desc="digest of the data", unit="image", delay=2):
-            yield [sample.name, sha256_of(sample.image, "an image"), sha256_of(sample.label, "a label image")]
+        shown = tqdm(self.samples, desc="digest of the labels", unit="image", delay=2)
+        for sample, image in zip(shown, self.image_digests, strict=True):
+            yield [sample.name, image, sha256_of(sample.label, "a label image")]
 
 
 def existing(root: Path, *names: str) -> Path:
