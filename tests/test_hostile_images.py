@@ -17,7 +17,7 @@ import torch
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 from torch import Tensor
 
-from sparserefine.files import images
+from sparserefine.files import claims, images
 from sparserefine.files.images import ImageError, read_image, read_label
 
 HEIGHT, WIDTH, CLAIMED = 16, 50, 300
@@ -167,6 +167,104 @@ def test_jpeg_2000_with_fewer_tiles_than_claimed(boxes: bool, tmp_path: Path) ->
     assert "claims 76 tiles, holds 4 of them" in refused(tmp_path / "a.jp2", data)
 
 
+def test_a_sparse_tiff_is_named(tmp_path: Path) -> None:
+    entries = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 277: 1, 322: 16, 323: 16, 324: 0, 325: 0}
+    data = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
+    data += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items()) + bytes(4)
+    message = refused(tmp_path / "a.tif", data + bytes(300))
+    assert "a sparse TIFF: number 1 of its 1 tiles is not stored; rewrite it" in message
+
+
+@pytest.mark.parametrize("changes", [{259: 34712}, {258: 7}], ids=["compression", "bits"])
+def test_a_tiff_that_pillow_cannot_read_may_be_rewritten(changes: dict[int, int], tmp_path: Path) -> None:
+    message = refused(tmp_path / "a.tif", tiff("tiff_lzw", changes, "L"))
+    assert message.endswith(
+        "; the file may be of a kind that Pillow cannot read: rewrite it, such as with "
+        "`gdal_translate -co COMPRESS=DEFLATE -co INTERLEAVE=PIXEL`"
+    )
+    assert "gdal" not in refused(tmp_path / "a.png", encoded("PNG")[:60])
+
+
+# ---- JPEG: data that end early
+
+
+SMOOTH = Image.fromarray(PIXELS).resize((200, 256))
+JPEGS: dict[str, dict[str, object]] = {
+    "baseline": {},
+    "optimised": {"optimize": True},
+    "restarts": {"restart_marker_blocks": 3},
+    "restarts at rows": {"restart_marker_rows": 1},
+    "whole colours": {"subsampling": 0},
+    "progressive": {"progressive": True},
+    "progressive with restarts": {"progressive": True, "restart_marker_rows": 1},
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+def test_jpeg_whose_data_end_early(options: dict[str, object], mode: str, tmp_path: Path) -> None:
+    image = SMOOTH.convert(mode)
+    if mode == "CMYK":  # Pillow leaves black empty
+        image = Image.merge(mode, (*SMOOTH.split(), SMOOTH.convert("L")))
+    for width, height in ((200, 256), (97, 113)):  # the second: blocks of which one pixel is seen
+        data = encoded("JPEG", image.crop((0, 0, width, height)), **options)
+        path, middle = tmp_path / "a.jpg", (data.rfind(b"\xff\xda") + len(data)) // 2  # of the last scan
+        assert "its data end early" in refused(path, data[:middle] + b"\xff\xd9")
+        assert "its data end early" in refused(path, data[:middle] + b"\xff\xd9" + data)
+
+
+def test_jpeg_with_fewer_rows_than_claimed(tmp_path: Path) -> None:
+    for options in (JPEGS["baseline"], JPEGS["restarts"], JPEGS["progressive"]):
+        data = encoded("JPEG", SMOOTH, **options)
+        frame = data.find(b"\xff\xc2" if "progressive" in options else b"\xff\xc0")
+        data[frame + 5 : frame + 7] = struct.pack(">H", 2000)
+        assert "claims 200 x 2000 pixels, its data end early" in refused(tmp_path / "a.jpg", data)
+
+
+def test_jpeg_cut_before_a_restart(tmp_path: Path) -> None:
+    data = encoded("JPEG", SMOOTH, restart_marker_rows=1)
+    assert "its data end early" in refused(tmp_path / "a.jpg", data[: data.find(b"\xff\xd3")] + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+def test_whole_jpegs(options: dict[str, object], mode: str, tmp_path: Path) -> None:
+    """Some end with the grey of missing data, by right."""
+    path = tmp_path / "a.jpg"
+    for width, height in ((1, 1), (7, 9), (64, 48), (97, 113)):
+        for level in (None, 0, 127, 128, 255):
+            image = SMOOTH.crop((0, 0, width, height)).copy()
+            for top in () if level is None else (0, height // 2):  # blank, with a border
+                image = SMOOTH.crop((0, 0, width, height)).copy()
+                image.paste((level, level, level), (0, top, width, height))
+                path.write_bytes(encoded("JPEG", image.convert(mode), **options) + b"trailing" * (top > 0))
+                assert read_image(path).shape == (3, height, width)
+            path.write_bytes(encoded("JPEG", image.convert(mode), **options))
+            assert read_image(path).shape == (3, height, width)
+
+
+@pytest.mark.parametrize("options", [JPEGS["baseline"], JPEGS["progressive"]], ids=["baseline", "progressive"])
+def test_jpegs_with_others_inside_or_behind(options: dict[str, object], tmp_path: Path) -> None:
+    grey, exif = Image.new("RGB", (40, 30), (128, 128, 128)), Image.Exif()
+    path, thumbnail = tmp_path / "a.jpg", bytes(encoded("JPEG", SMOOTH.resize((16, 16))))
+    data = encoded("JPEG", grey, exif=exif, **options)
+    block = b"Exif\0\0" + thumbnail
+    data[2:2] = b"\xff\xe1" + struct.pack(">H", 2 + len(block)) + block
+    path.write_bytes(data + thumbnail)
+    assert (read_image(path) == 128).all()
+    grey.save(path, "MPO", save_all=True, append_images=[SMOOTH], **options)
+    with Image.open(path) as image:
+        assert image.format == "MPO"
+    assert (read_image(path) == 128).all()
+
+
+def test_zeros_at_the_end_of_an_arithmetically_coded_jpeg_are_left_out_by_right() -> None:
+    data = encoded("JPEG", SMOOTH)
+    assert claims._with_longer_scans(bytes(data)) is not None
+    data[data.find(b"\xff\xc0") + 1] = 0xC9
+    assert claims._with_longer_scans(bytes(data)) is None
+
+
 # ---- PNG: rows of zeros are rows, and so are interlaced ones
 
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -224,7 +322,8 @@ def test_pillows_own_limit_plays_no_part(
 def test_claims_beyond_any_file_of_that_length_take_no_memory(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, side = encoded(kind, **({"lossless": True} if kind == "WEBP" else {})), 30_000
+    blank = Image.new("RGB", (WIDTH, HEIGHT)) if kind in ("WEBP", "JPEG2000") else None
+    data, side = encoded(kind, blank, **({"lossless": True, "method": 0} if kind == "WEBP" else {})), 30_000
     if kind == "PNG":
         data[16:24] = struct.pack(">II", side, side)
         data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -245,6 +344,20 @@ def test_claims_beyond_any_file_of_that_length_take_no_memory(
     assert f"claims {side} x {side} pixels, more than its {len(data)} bytes can hold" in refused(
         tmp_path / "a.png", data
     )
+
+
+def test_blank_images_take_few_bytes(tmp_path: Path) -> None:
+    for suffix, side, options in ((".webp", 1024, {"lossless": True, "method": 0}), (".jp2", 2048, {})):
+        path = tmp_path / f"a{suffix}"
+        Image.new("RGB", (side, side)).save(path, **options)
+        assert path.stat().st_size < side * side / 10_000
+        assert read_image(path).shape == (3, side, side)
+
+
+@pytest.mark.slow
+def test_a_blank_jpeg_2000_of_36_megapixels(tmp_path: Path) -> None:
+    Image.new("RGB", (6000, 6000)).save(tmp_path / "a.jp2")
+    assert read_image(tmp_path / "a.jp2").shape == (3, 6000, 6000)
 
 
 @pytest.mark.slow

@@ -161,11 +161,19 @@ def _other_liars() -> list[tuple[str, bytes, str]]:
         *(b"Pf\n5 5\n-1.0\n" + bytes(100), b"P2\n2 2\n9\n1 2 3 x"),
     ]
     sizes = struct.pack(">8I", *(big,) * 8)
+    noisy = Image.effect_noise((200, 256), 60).convert("RGB")
+    cut = [
+        data[: len(data) // 2] + b"\xff\xd9" for p in (False, True) for data in [_saved(noisy, "JPEG", progressive=p)]
+    ]
+    high = bytearray(_saved(noisy, "JPEG"))
+    frame = high.find(b"\xff\xc0")
+    high[frame + 5 : frame + 7] = struct.pack(">H", 20_000)
     return [
         *(("bmp", bmp(w, h, bits, c), f"{w} x {h}, {bits} bits, compression {c}") for w, h, bits, c in bmps),
         *(("gif", gif(w, h), f"{w} x {h}") for w, h in ((65535, 65535), (0, 0), (1, 65535))),
         *(("ppm", text, f"header {text[:24]!r}") for text in headers),
         *(("jpg", jpg(w, h), f"claims {w} x {h}") for w, h in ((65535, 65535), (0, 0), (65535, 1))),
+        *(("jpg", data, "claims rows behind the end of its data") for data in (*cut, bytes(high))),
         ("jpg", b"\xff\xd8" + b"\xff\xe1\xff\xff" + bytes(100), "EXIF longer than the file"),
         ("webp", b"RIFF\xff\xff\xff\xffWEBPVP8 \xff\xff\xff\xff", "claims lengths of 4 GB"),
         ("webp", b"RIFF\x1a\0\0\0WEBPVP8L\x0d\0\0\0\x2f\xff\xff\xff\x1f" + bytes(8), "claims 16384 x 16384"),

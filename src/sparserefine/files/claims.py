@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import struct
 import zlib
 from itertools import islice
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image, JpegImagePlugin, TiffImagePlugin
 
 _PIXELS_A_BYTE = {
     "PPM": 8,
@@ -19,8 +21,8 @@ _PIXELS_A_BYTE = {
     "JPEG": 1024,
     "MPO": 1024,
     "PNG": 10_000,
-    "JPEG2000": 50_000,
-    "WEBP": 30_000,
+    "JPEG2000": 500_000,
+    "WEBP": 2_000_000,
     "raw": 8,
     "packbits": 1024,
     "jpeg": 1024,
@@ -30,13 +32,21 @@ _PIXELS_A_BYTE = {
     "tiff_adobe_deflate": 10_000,
 }
 """More pixels than a byte of a file can describe, by format or TIFF compression. Deflate: 1032 bytes of 8 one-bit
-pixels. LZW: the longest string, for 12 bits. JPEG: 64 pixels take 1 bit or more. JPEG 2000 and
-WebP have no such limit: their numbers allow for an empty image of 10 megapixels and of the largest size. The other
-compressions of TIFF have none."""
+pixels. LZW: the longest string, for 12 bits. JPEG: 64 pixels take 1 bit or more. The other compressions of TIFF have
+none, nor have JPEG 2000 and WebP: their numbers hold only above ``_BLANK``, where they refuse some blank images."""
+_BLANK = 2**26
+"""Pixels that a JPEG 2000 or WebP of any length may claim: a blank WebP of any size can take 34 bytes."""
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """Passes of an interlaced PNG: first column, first row, step of columns, step of rows."""
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Of a PNG, by its colour type."""
+REWRITE = "rewrite it, such as with `gdal_translate -co COMPRESS=DEFLATE -co INTERLEAVE=PIXEL`"
+"""The cure for a TIFF of a kind that Pillow cannot read."""
+_NOISE = bytes(range(1, 255))
+_MORE = _NOISE + b"".join(b"\xff" + bytes([0xD0 + n]) + _NOISE for n in range(8))
+"""Data of a JPEG that any scan can go on with, from its middle or from a restart on."""
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+"""Ends the data of a scan: zeros are stuffing, the others restarts."""
 
 
 class ClaimError(ValueError):
@@ -62,7 +72,8 @@ def check_size(image: Image.Image, path: Path, most_pixels: int) -> None:
         )
     kind = image.info.get("compression") if image.format == "TIFF" else image.format
     stored, most = path.stat().st_size, _PIXELS_A_BYTE.get(str(kind))
-    if most is not None and width * height > most * stored:
+    allowed = _BLANK if kind in ("JPEG2000", "WEBP") else 0
+    if most is not None and width * height > max(allowed, most * stored):
         raise ClaimError(f"claims {width} x {height} pixels, more than its {stored} bytes can hold; it is damaged")
 
 
@@ -102,6 +113,8 @@ def check_tiff(image: TiffImagePlugin.TiffImageFile, path: Path) -> None:
             rows_here = rows if full else height - rows * (down - 1)
             needed = row_bytes * rows_here if compression == "raw" else 1
             held = needed if counts is None else counts[n]
+            if kind == "tiles" and counts is not None and offset == held == 0:
+                raise ClaimError(f"a sparse TIFF: number {n + 1} of its {wanted} tiles is not stored; {REWRITE}")
             short = held < needed or offset < 8 or offset + needed > stored
             # libtiff is content with a JPEG of fewer rows than its strip; separate planes may be subsampled.
             if short or (compression == "jpeg" and not separate and _jpeg_rows(file, offset) < rows_here):
@@ -153,6 +166,50 @@ def _seek_codestream(file: BinaryIO) -> None:
         length = int.from_bytes(head[:4], "big")
         file.seek(int.from_bytes(file.read(8), "big") - 16 if length == 1 else length - 8, os.SEEK_CUR)
     file.seek(10 if head[:4] == b"\0\0\0\1" else 2, os.SEEK_CUR)  # a long box has 8 bytes of length
+
+
+def check_jpeg(image: Image.Image, path: Path) -> None:
+    """Checks, after it is loaded, that no scan of the file ends early.
+
+    libjpeg fills what is missing with grey. With more data where a scan ends, it decodes those instead, but skips them
+    behind a whole scan. So the file is decoded again if its last pixel may be that grey, or if it is progressive, where
+    what is missing may be detail only.
+
+    Raises:
+        ClaimError: some scan does.
+    """
+    width, height = image.size
+    corner = np.asarray(image.getpixel((width - 1, height - 1)))
+    grey = ((corner == 127) | (corner == 128)).all()
+    blended = 1 in (width % 16, height % 16)  # colours of a block's first pixels are blended with the block before
+    if not (grey or blended or image.info.get("progressive")):
+        return
+    longer = _with_longer_scans(path.read_bytes())
+    if longer is None:
+        return
+    with JpegImagePlugin.JpegImageFile(io.BytesIO(longer)) as other:
+        if not np.array_equal(np.asarray(other), np.asarray(image)):
+            raise ClaimError(f"claims {width} x {height} pixels, its data end early; it is cut short")
+
+
+def _with_longer_scans(data: bytes) -> bytes | None:
+    """A JPEG with more data at the end of each scan, and nothing behind it.
+
+    None if it is arithmetically coded, where zeros at the end are left out by right, or has no end.
+    """
+    parts: list[bytes] = []
+    start, at = 0, 2
+    while marker := _MARKER.search(data, at):
+        kind, at = data[marker.end() - 1], marker.end()
+        if kind == 0xD9:
+            return b"".join([*parts, data[start:at]])
+        if 0xC9 <= kind <= 0xCF and kind != 0xCC:
+            return None
+        at += int.from_bytes(data[at : at + 2], "big")
+        if kind == 0xDA and (end := _MARKER.search(data, at)):
+            parts += [data[start : end.start()], _MORE]
+            start = at = end.start()
+    return None
 
 
 def check_png(image: Image.Image, path: Path) -> None:

@@ -12,7 +12,15 @@ import torch
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from sparserefine.files.claims import ClaimError, check_jpeg_2000, check_png, check_size, check_tiff
+from sparserefine.files.claims import (
+    REWRITE,
+    ClaimError,
+    check_jpeg,
+    check_jpeg_2000,
+    check_png,
+    check_size,
+    check_tiff,
+)
 from sparserefine.files.regular import regular_file
 from sparserefine.files.text import first_line, printable
 from sparserefine.files.whole import written_whole
@@ -75,8 +83,10 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
         regular_file(path, what)
     except (OSError, ValueError) as error:
         raise ImageError(str(error)) from error
-    shown = printable(path)
+    shown, start = printable(path), b""
     try:
+        with path.open("rb") as file:
+            start = file.read(4)
         with _OURS, Image.open(path, formats=FORMATS) as image:
             check_size(image, path, MAX_PIXELS)
             if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -86,6 +96,8 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
             image.load()
             if image.format == "PNG":
                 check_png(image, path)
+            elif image.format in ("JPEG", "MPO"):
+                check_jpeg(image, path)
             yield _upright(image)
     except ImageError:
         raise
@@ -94,10 +106,20 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
     except MemoryError as error:
         raise ImageError(f"{shown}: there is not enough memory to read it; cut it into parts") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{shown}: not a readable image; expected {', '.join(FORMATS)}, whatever its name") from error
+        raise ImageError(
+            f"{shown}: not a readable image; expected {', '.join(FORMATS)}, whatever its name{_advice(start)}"
+        ) from error
     except Exception as error:  # damaged files raise almost anything in Pillow
         reason = printable(first_line(error))
-        raise ImageError(f"{shown}: not a readable image, or cut short ({reason}); check the file") from error
+        raise ImageError(
+            f"{shown}: not a readable image, or cut short ({reason}); check the file{_advice(start)}"
+        ) from error
+
+
+def _advice(start: bytes) -> str:
+    """What else may be wrong with a file of these first bytes."""
+    kinds = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    return f"; the file may be of a kind that Pillow cannot read: {REWRITE}" if start in kinds else ""
 
 
 def _upright(image: Image.Image) -> Image.Image:
