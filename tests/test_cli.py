@@ -355,10 +355,11 @@ def test_signals_to_a_process(signals, code, word):
 
 
 def test_a_reader_that_leaves():
-    """``sparserefine --help | head -1``. argparse itself says nothing about the help of a command, and ends with 0."""
+    """``sparserefine --help | head -1``. From Python 3.11 on argparse swallows it for the help of a command."""
     reader, writer = os.pipe()
     os.close(reader)
-    for arguments, code in ((["--help"], 1), (["--version"], 1), (["demo", "--help"], 0)):
+    swallowed = 0 if sys.version_info >= (3, 11) else 1
+    for arguments, code in ((["--help"], 1), (["--version"], 1), (["demo", "--help"], swallowed)):
         run = subprocess.run(
             [sys.executable, "-m", "sparserefine", *arguments], stdout=writer, stderr=subprocess.PIPE, text=True
         )

@@ -294,6 +294,8 @@ def test_weights_outside_the_folder_are_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("location", ["Berlin", "/dev/zero", "../other", "", "b" * 300, "\0"], ids=ascii)
 def test_notes_that_look_like_a_weights_file(tmp_path: Path, location: str) -> None:
     """They are neither read nor missing; the file beside, which is a weights file, is still read."""
+    if location == "../other" and tuple(map(int, runtime.__version__.split(".")[:2])) < (1, 24):
+        pytest.skip("this ONNX Runtime would read it if it were a weights file, so we refuse it")
     (tmp_path / "folder").mkdir()
     (tmp_path / "other").write_text("not read")
     path = written(tmp_path / "folder" / "m.onnx", external="m.weights")

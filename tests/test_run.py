@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -343,7 +344,7 @@ def test_a_run_says_what_it_was(project):
     run = json.loads((project / "run" / "run.json").read_text())
     assert run["seed"] == 0
     assert [start["step"] for start in run["starts"]] == [0, 2]
-    assert run["starts"][0]["versions"]["torch"] == torch.__version__
+    assert run["starts"][0]["versions"]["torch"] == version("torch")
     assert run["starts"][0]["threads"] == torch.get_num_threads()
     assert set(run["starts"][0]) >= {"time", "host", "command", "device", "precision", "git"}
     assert run["starts"][0]["engine"] in ENGINES

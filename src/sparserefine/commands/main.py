@@ -13,7 +13,7 @@ import importlib
 import sys
 import traceback
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparserefine import __version__
@@ -99,8 +99,9 @@ def _main(arguments: list[str]) -> int:
             return _interrupted(name, error.__context__)
         raise
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and reader_has_left():
-            raise
+        pipe = next((one for one in _chain(error) if isinstance(one, BrokenPipeError)), None)
+        if pipe is not None and reader_has_left():
+            raise pipe from None
         if with_traceback:
             print_error("".join(traceback.format_exception(error)).rstrip())
         code, message = _explained(name, error)
@@ -135,6 +136,13 @@ def _explained(name: str, error: Exception) -> tuple[int, str]:
     if isinstance(error, RecursionError):
         return EXIT_FAILED, f"something is nested too deeply, a file or a model ({line})\n{_REPORT}"
     return EXIT_FAILED, f"{type(error).__name__}: {line}\n{_REPORT}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those it arose from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _is_of_memory(error: Exception) -> bool:

@@ -16,9 +16,13 @@ from torch import Tensor
 
 from sparserefine.bases.loaded import LoadedModel
 from sparserefine.files.regular import regular_file
-from sparserefine.files.text import first_line
+from sparserefine.files.text import first_line, printable
 
 _log = logging.getLogger(__name__)
+_CHECKS_PATHS = (1, 24)
+"""The first ONNX Runtime that refuses weights outside of the model's folder by itself."""
+_MAX_NAME, _MAX_PATH = 255, 4096
+"""Longest name of a file, and longest path, on most systems."""
 
 _FLOATS: dict[str, type[np.floating[Any]]] = {
     "tensor(float)": np.float32,
@@ -139,6 +143,13 @@ def open_session(path: Path, device: torch.device | None = None, *, optimize: bo
         import onnxruntime
     except ImportError as error:
         raise ImportError(f"{path}: ONNX files need ONNX Runtime; pip install 'sparserefine[onnx]'") from error
+    if _version_of(onnxruntime) < _CHECKS_PATHS:
+        outside = [name for name in _locations(path) if not _is_inside(name) and (path.parent / name).is_file()]
+        if outside:
+            raise ValueError(
+                f"{path}: not an ONNX file that can be run: its weights are in {printable(outside[0])}, outside of its "
+                "folder; put them beside it"
+            )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # only errors; its warnings are about missed optimizations
     options.intra_op_num_threads = torch.get_num_threads()
@@ -203,12 +214,25 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _version_of(onnxruntime: Any) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", onnxruntime.__version__)[:2])
+
+
 def _weight_files(path: Path) -> list[Path]:
-    """The files beside ``path`` that hold its weights.
+    """The files beside ``path`` that hold its weights. Names that point outside the folder are left out."""
+    return [path.parent / name for name in _locations(path) if _is_inside(name) and len(str(name)) <= _MAX_NAME]
+
+
+def _is_inside(name: Path) -> bool:
+    return not name.is_absolute() and ".." not in name.parts
+
+
+def _locations(path: Path) -> list[Path]:
+    """The names of files with weights that ``path`` mentions.
 
     An external tensor has a pair of strings, "location" and the name of its file. In protocol buffers that is: tag,
     length, text, tag, length (seven bits a byte), text. Metadata of an exporter may look the same, so a file found here
-    need not exist. Names that point outside the folder are left out.
+    need not exist.
     """
     with path.open("rb") as stream:
         if not path.stat().st_size:
@@ -217,7 +241,6 @@ def _weight_files(path: Path) -> list[Path]:
             names = set()
             for match in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", data):
                 length = sum((byte & 127) << 7 * i for i, byte in enumerate(match[1]))
-                if 0 < length <= 255:  # no file has a longer name
+                if 0 < length <= _MAX_PATH:
                     names.add(data[match.end() : match.end() + length].decode(errors="replace"))
-    local = (name for name in map(Path, sorted(names)) if not name.is_absolute() and ".." not in name.parts)
-    return [path.parent / name for name in local]
+    return [Path(name) for name in sorted(names) if "\0" not in name]
