@@ -19,7 +19,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from sparserefine.files.text import printable
-from sparserefine.files.whole import temporary_name
+from sparserefine.files.whole import temporary_name, unwritable
 from sparserefine.machine.process import birth_of, this_machine
 
 NAME = ".sparserefine.lock"
@@ -169,11 +169,7 @@ def _remove_stale(path: Path, holder: Holder | None) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> OSError:
-    explained = type(error)(
-        f"{printable(folder)}: cannot be written ({error.strerror}); free space or choose another folder, then repeat"
-    )
-    explained.errno = error.errno
-    return explained
+    return unwritable(printable(folder), error, "free space or choose another folder, then repeat")
 
 
 def holder_of(path: Path) -> Holder | None:

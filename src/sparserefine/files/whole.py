@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from sparserefine.files.text import first_line
 from sparserefine.machine.process import this_machine
 
 NEXT = ".sparserefine-next"
@@ -152,12 +153,14 @@ def _explained(path: Path, temporary: Path | None = None) -> Iterator[None]:
             raise
         if about is not None and about not in mine and (temporary is None or temporary not in about.parents):
             raise
-        reason = error.strerror or str(error)
-        explained = type(error)(
-            f"{path}: cannot be written ({reason}); free space or choose another place, then repeat"
-        )
-        explained.errno = error.errno
-        raise explained from error
+        raise unwritable(path, error, "free space or choose another place, then repeat") from error
+
+
+def unwritable(place: object, error: OSError, cure: str) -> OSError:
+    """The same kind of error, saying what cannot be written, why, and what to do."""
+    explained = type(error)(f"{place}: cannot be written ({error.strerror or first_line(error)}); {cure}")
+    explained.errno = error.errno
+    return explained
 
 
 def _sync(file: Path) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from sparserefine.files.images import write_png
-from sparserefine.files.text import first_line, printable
-from sparserefine.files.whole import sweep, written_whole
+from sparserefine.files.text import printable
+from sparserefine.files.whole import sweep, unwritable, written_whole
 
 _log = logging.getLogger(__name__)
 
@@ -185,9 +185,7 @@ def _append(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        explained = type(error)(f"{path}: cannot be written ({error.strerror or error}); free space, then --resume")
-        explained.errno = error.errno
-        raise explained from error
+        raise unwritable(path, error, "free space, then --resume") from error
 
 
 def _file_name(name: str) -> str:
@@ -216,7 +214,4 @@ def _writing(board: Any) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or first_line(error)
-        explained = type(error)(f"{board.log_dir}: cannot be written ({reason}); free space, then go on with --resume")
-        explained.errno = error.errno
-        raise explained from error
+        raise unwritable(board.log_dir, error, "free space, then go on with --resume") from error
