@@ -6,33 +6,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from lines import lines_image
 from sparserefine.bases.families.unet import UNet, save_unet
 from sparserefine.commands.main import main
 
 STEPS, EVERY = 6, 2
 """Of a short run: its steps, and the steps between validations."""
-
-
-def lines_image(path: Path, seed: int, size: tuple[int, int] = (72, 88)) -> None:
-    """Bright lines on noise, and their label: something a few steps can learn."""
-    generator = np.random.default_rng(seed)
-    label = Image.new("L", size[::-1])
-    draw = ImageDraw.Draw(label)
-    for _ in range(5):
-        draw.line([tuple(generator.integers(0, size[::-1]).tolist()) for _ in range(2)], fill=1, width=3)
-    mask = np.array(label)
-    noisy = np.stack([mask * 120 + 60] * 3, axis=-1) + generator.normal(0, 12, (*size, 3))
-    for folder, picture in (("images", Image.fromarray(noisy.clip(0, 255).astype(np.uint8))), ("labels", label)):
-        target = path / folder / f"{seed}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(target)
 
 
 def write_project(folder: Path) -> None:

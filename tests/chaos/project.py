@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
-from PIL import Image, ImageDraw
 
+from lines import lines_image
 from sparserefine.bases.families.unet import UNet, save_unet
 
 CONFIG = {
@@ -27,7 +26,7 @@ CONFIG = {
 def make(folder: Path) -> Path:
     """Writes the project; the same bytes each time."""
     for index in range(4):
-        _lines(folder / "data", index, (32 + 4 * (index % 2), 40))
+        lines_image(folder / "data", index, (32 + 4 * (index % 2), 40), lines=3)
     (folder / "data" / "train.txt").write_text("0 1\n")
     (folder / "data" / "val.txt").write_text("2\n")
     (folder / "data" / "test.txt").write_text("3\n")
@@ -36,17 +35,3 @@ def make(folder: Path) -> Path:
     save_unet(UNet(2, (4, 8)), folder / "base.safetensors")
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     return folder
-
-
-def _lines(root: Path, index: int, size: tuple[int, int]) -> None:
-    """Bright lines on noise, and their label."""
-    generator = np.random.default_rng(index)
-    label = Image.new("L", size[::-1])
-    draw = ImageDraw.Draw(label)
-    for _ in range(3):
-        draw.line([tuple(generator.integers(0, size[::-1]).tolist()) for _ in range(2)], fill=1, width=3)
-    mask = np.array(label)
-    noisy = np.stack([mask * 120 + 60] * 3, axis=-1) + generator.normal(0, 12, (*size, 3))
-    for name, picture in (("images", Image.fromarray(noisy.clip(0, 255).astype(np.uint8))), ("labels", label)):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        picture.save(root / name / f"{index}.png")
