@@ -159,12 +159,10 @@ class RefinerModule(L.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves crops with :meth:`CropBatch.to`, and anything else as Lightning does."""
-        return (
-            batch.to(device)
-            if isinstance(batch, CropBatch)
-            else super().transfer_batch_to_device(batch, device, dataloader_idx)
-        )
+        """Makes the crops of a training batch on the device; moves anything else as Lightning does."""
+        if isinstance(batch, list):
+            return CropBatch.of(batch, self.config.augment.crop, device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Removes the base from the checkpoint, as it is not trained."""
