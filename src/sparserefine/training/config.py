@@ -21,6 +21,7 @@ _MAX_BATCH = 65_536
 _MAX_STEPS = 1_000_000_000
 _MAX_WORKERS = 1024
 _MAX_PICTURES = 1000
+_MAX_EMA = 0.999_999
 _MAX_SEED = 2**32 - 1
 """Of the random number generators of NumPy."""
 _MAX_BOUNDARY_PX = 10_000
@@ -84,6 +85,8 @@ class TrainingConfig:
         weight_decay: decay of weights; biases and normalisation layers have none.
         warmup: share of the steps in which the learning rate rises linearly.
         dice: weight of a Dice loss on sparse and refined logits; 0: cross entropy only, as in the paper.
+        ema: validate and store an exponential mean of the weights, of which this share stays at each step, such as
+            0.999; 0: the weights themselves.
         val_every: steps between validations; each validation also writes checkpoints.
         seed: seed of initialisation and crops.
         workers: number of threads that prepare crops; 0: they are cut out when they are needed, which is enough where
@@ -105,6 +108,7 @@ class TrainingConfig:
     weight_decay: float = 0.05
     warmup: float = 0.02
     dice: float = 0.0
+    ema: float = 0.0
     val_every: int = 500
     seed: int = 0
     workers: int = 0
@@ -135,6 +139,7 @@ class TrainingConfig:
         for name in ("weight_decay", "dice", "cache_gb"):
             check_number(f"training.{name}", getattr(self, name), 0)
         check_number("training.warmup", self.warmup, 0, 1)
+        check_number("training.ema", self.ema, 0, _MAX_EMA)
 
 
 @dataclass(frozen=True)
