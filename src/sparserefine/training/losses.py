@@ -1,7 +1,7 @@
 """Losses at the sites (paper, section 3.4).
 
-Logits are transposed to ``[K, N]`` first: sums and softmax over the short rows of ``[N, K]`` are several times slower on
-the CPU.
+Logits are transposed to ``[K, N]`` first: on the CPU, sums and softmax over the short rows of ``[N, K]`` are several
+times slower.
 """
 
 from __future__ import annotations
