@@ -1,13 +1,17 @@
-"""The primitive on compiled kernels, with gradients, as ``torch.library`` operators like those of the torch engine."""
+"""The primitive on compiled kernels, with gradients, as ``torch.library`` operators like those of the torch engine.
+
+In float32, or in bfloat16 with sums in float32.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sparserefine.engines.cpu.kernels import kernels
+from sparserefine.engines.cpu.kernels import Kernels, kernels
 from sparserefine.sparse.epilogue import Epilogue
 
 Relation = tuple[Tensor, Tensor, list[int]]
@@ -45,15 +49,28 @@ def cpu_conv(
     n = len(rows) if counts else len(table)
     y = x.new_empty(n, weight.shape[2])
     if not counts:
-        kernel.convolve(x, table, kernel.pack(weight), Epilogue(raw=y), n)
+        _convolve(kernel, x, table, weight, y, None)
         return y
     first_row = first = 0
     for count, taps in zip(counts, parity_taps(weight.shape[0]), strict=True):
         part = table[first : first + count * len(taps)].view(count, len(taps))
-        packed = kernel.pack(weight[taps].contiguous())
-        kernel.convolve(x, part, packed, Epilogue(raw=y), n, rows=rows[first_row : first_row + count])
+        _convolve(kernel, x, part, weight[taps].contiguous(), y, rows[first_row : first_row + count])
         first_row, first = first_row + count, first + count * len(taps)
     return y
+
+
+def _convolve(kernel: Kernels, x: Tensor, table: Tensor, weight: Tensor, y: Tensor, rows: Tensor | None) -> None:
+    """Writes the outputs ``rows``, or all, into ``y``. Processors without products of bfloat16 compute in float32."""
+    if x.dtype == torch.bfloat16 and kernel.has_bf16:
+        if x.shape[1] % 2:  # channels are multiplied in pairs
+            x, weight = F.pad(x, (0, 1)), F.pad(weight, (0, 0, 0, 1))
+        kernel.convolve_bf16(x, table, weight, y, rows=rows)
+        return
+    sums = y if y.dtype == torch.float32 else torch.empty(y.shape)
+    kernel.convolve(x.float(), table, kernel.pack(weight.float()), Epilogue(raw=sums), len(y), rows=rows)
+    if sums is not y:
+        written = slice(None) if rows is None else rows.long()
+        y[written] = sums[written].to(y.dtype)
 
 
 @cpu_conv.register_fake
@@ -75,7 +92,10 @@ def _(
 @torch.library.custom_op("sparserefine::cpu_conv_weight", mutates_args=())
 def cpu_conv_weight(x: Tensor, grad: Tensor, table: Tensor, instruction_set: str) -> Tensor:
     """Gradient of the weight: ``dW[t] = sum_n outer(x[table[n, t]], grad[n])``, ``[T, C_in, C_out]``."""
-    return kernels(instruction_set).weight_gradient(x.contiguous(), grad.contiguous(), table)
+    kernel, dtype, x, grad = kernels(instruction_set), x.dtype, x.contiguous(), grad.contiguous()
+    if dtype == torch.bfloat16 and not kernel.has_bf16:
+        x, grad = x.float(), grad.float()
+    return kernel.weight_gradient(x, grad, table).to(dtype)
 
 
 @cpu_conv_weight.register_fake

@@ -177,7 +177,7 @@ class Around(Stencil):
         return 9
 
     def conv(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See :meth:`Stencil.conv`. Compiled for float32 on the CPU, otherwise falls back to the torch engine."""
+        """See :meth:`Stencil.conv`. Compiled for float32 and bfloat16 on the CPU; others fall back to engine ``torch``."""
         return _conv(x, weight, self)
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
@@ -241,7 +241,7 @@ class Across(Stencil):
         return self.between.size**2
 
     def conv(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See :meth:`Stencil.conv`. Compiled for float32 on the CPU, otherwise falls back to the torch engine."""
+        """See :meth:`Stencil.conv`. Compiled for float32 and bfloat16 on the CPU; others fall back to engine ``torch``."""
         return _conv(x, weight, self)
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
@@ -257,7 +257,7 @@ class Across(Stencil):
 
 
 def _conv(x: Tensor, weight: Tensor, stencil: Around | Across) -> Tensor:
-    if x.dtype != torch.float32 or x.device.type != "cpu":
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
         return convolve(x, weight, stencil)
     y: Tensor = cpu_conv(*stencil.operands(x, weight))
     return y

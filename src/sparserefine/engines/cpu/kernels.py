@@ -88,6 +88,13 @@ class Kernels:
             self._packed_int8_bytes = function("sr_packed_int8_bytes", i, i, i)
             self._pack_int8 = function("sr_pack_int8", p, i, i, i, p)
             self._convolve_int8 = function("sr_convolve_int8", POINTER(c.Int8Convolution))
+        self.has_bf16 = bool(function("sr_bf16_runs")())
+        if self.has_bf16:
+            self._packed_bf16 = function("sr_packed_bf16", i, i, i)
+            self._pack_bf16 = function("sr_pack_bf16", p, i, i, i, p)
+            self._convolve_bf16 = function("sr_convolve_bf16", POINTER(c.Bf16Convolution))
+            self._bf16_gradient_scratch = function("sr_bf16_gradient_scratch", i, i)
+            self._gradient_bf16 = function("sr_weight_gradient_bf16", POINTER(c.Bf16Gradient))
         g = POINTER(c.Grid)
         self.grid_words = function("sr_grid_words", i, i, i)
         self.grid_from_sites = function("sr_grid_from_sites", g, p, i)
@@ -264,8 +271,49 @@ class Kernels:
         )  # fmt: skip
         _raise_on_error(self._convolve_int8(call), "table")
 
+    def convolve_bf16(
+        self, x: Tensor, table: Tensor, weight: Tensor, out: Tensor, *, rows: Tensor | None = None
+    ) -> None:
+        """:meth:`convolve` in bfloat16, summed in float32, without epilogue: ``out[n] = sum_t x[table[n, t]] @ W[t]``.
+
+        Args:
+            x: ``bfloat16 [N_in, C_in]``, C_in even.
+            table: ``int32 [n, T]``, ``N_in`` where there is no neighbour.
+            weight: ``bfloat16 [T, C_in, C_out]``, T at most 9.
+            out: ``bfloat16 [N_out, C_out]``.
+            rows: ``int32 [n]``, output row of each result; ``None``: row n.
+
+        Raises:
+            IndexError: ``table`` or ``rows`` has entries out of range.
+        """
+        taps, c_in, c_out = weight.shape
+        shapes = [tuple(tensor.shape) for tensor in (x, table, weight, out)]
+        fits = x.dim() == out.dim() == table.dim() == 2 and x.shape[1] == c_in and table.shape[1] == taps
+        if not self.has_bf16 or not fits or c_in % 2 or not 1 <= taps <= 9 or out.shape[1] != c_out:
+            raise ValueError(
+                f"x, table, weight, out are {shapes}; expected [N_in, C_in], [n, T], [T, C_in, C_out], [N_out, C_out] "
+                "with C_in even and T from 1 to 9, on a processor with AVX512-BF16"
+            )
+        n = len(table)
+        if (rows is None and n != len(out)) or (rows is not None and tuple(rows.shape) != (n,)):
+            raise ValueError(
+                f"rows are {None if rows is None else tuple(rows.shape)}, {len(out)} outputs; expected [{n}]"
+            )
+        half = torch.bfloat16
+        packed = torch.empty(self._packed_bf16(taps, c_in, c_out), dtype=half)
+        self._pack_bf16(pointer(weight, half, "weight"), taps, c_in, c_out, packed.data_ptr())
+        zeros = torch.zeros(c_in, dtype=half)
+        call = c.Bf16Convolution(
+            pointer(x, half, "x"), c_in, len(x), c_in, pointer(table, torch.int32, "table"), n, taps,
+            packed.data_ptr(), c_out, pointer(rows, torch.int32, "rows"), len(out), pointer(out, half, "out"),
+            zeros.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        _raise_on_error(self._convolve_bf16(call), "table")
+
     def weight_gradient(self, x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
         """``dW[t] = sum_n outer(x[table[n, t]], grad[n])``: ``float32 [T, C_in, C_out]``.
+
+        ``x`` and ``grad`` are both float32, or both bfloat16 where :attr:`has_bf16`.
 
         Raises:
             IndexError: the table has entries out of range.
@@ -274,14 +322,16 @@ class Kernels:
             shapes = [tuple(t.shape) for t in (x, grad, table)]
             raise ValueError(f"x, grad, table are {shapes}; expected [N_in, C_in], [n, C_out], [n, T]")
         result = torch.empty(table.shape[1], x.shape[1], grad.shape[1])
-        threads = torch.get_num_threads()
-        scratch = torch.empty(threads * self._gradient_scratch(grad.shape[1]))
-        call = c.WeightGradient(
-            pointer(x, torch.float32, "x"), len(x), x.shape[1], pointer(grad, torch.float32, "grad"), grad.shape[1],
+        threads, half = torch.get_num_threads(), self.has_bf16 and x.dtype == torch.bfloat16
+        dtype = torch.bfloat16 if half else torch.float32
+        floats = self._bf16_gradient_scratch(*result.shape[1:]) if half else self._gradient_scratch(grad.shape[1])
+        scratch = torch.empty(threads * floats)
+        call = (c.Bf16Gradient if half else c.WeightGradient)(
+            pointer(x, dtype, "x"), len(x), x.shape[1], pointer(grad, dtype, "grad"), grad.shape[1],
             pointer(table, torch.int32, "table"), len(table), table.shape[1], result.data_ptr(), scratch.data_ptr(),
             threads,
         )  # fmt: skip
-        _raise_on_error(self._gradient(call), "table")
+        _raise_on_error((self._gradient_bf16 if half else self._gradient)(call), "table")
         return result
 
     def _check(

@@ -116,6 +116,31 @@ class WeightGradient(Structure):
     )
 
 
+class Bf16Convolution(Structure):
+    """Arguments of ``sr_convolve_bf16``."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("n_in", c_int64),
+        ("cin", c_int64),
+        ("table", c_void_p),
+        ("n", c_int64),
+        ("taps", c_int64),
+        ("weight", c_void_p),
+        ("cout", c_int64),
+        ("rows", c_void_p),
+        ("n_out", c_int64),
+        ("out", c_void_p),
+        ("zeros", c_void_p),
+        ("threads", c_int64),
+    )
+
+
+class Bf16Gradient(WeightGradient):
+    """Arguments of ``sr_weight_gradient_bf16``."""
+
+
 class Grid(Structure):
     """The active cells of one level, see ``geometry.cpp``."""
 
@@ -167,6 +192,7 @@ class Image(Structure):
 
 STRUCTURES: tuple[type[Structure], ...] = (
     *(Activated, Epilogue, Convolution, Winograd, Int8Convolution, WeightGradient),
+    *(Bf16Convolution, Bf16Gradient),
     *(Grid, Mlp, Axis, Sites, Image),
 )
 """All structures. The compiled objects have an entry point for the size of each."""
