@@ -177,7 +177,7 @@ class Around(Stencil):
         return 9
 
     def conv(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See :meth:`Stencil.conv`. Compiled for float32 and bfloat16 on the CPU; others fall back to engine ``torch``."""
+        """See :meth:`Stencil.conv`. Compiled for float32 and bfloat16 on the CPU; for others, as engine ``torch``."""
         return _conv(x, weight, self)
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
@@ -241,7 +241,7 @@ class Across(Stencil):
         return self.between.size**2
 
     def conv(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See :meth:`Stencil.conv`. Compiled for float32 and bfloat16 on the CPU; others fall back to engine ``torch``."""
+        """See :meth:`Stencil.conv`. Compiled for float32 and bfloat16 on the CPU; for others, as engine ``torch``."""
         return _conv(x, weight, self)
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
