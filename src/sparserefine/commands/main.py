@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "demo": "Run the method on a photograph that comes with the package; writes pictures.",
     "predict": "Segment images with a trained refiner; writes label images.",
-    "logits": "Compute and store a base's coarse logits, to train from them later.",
+    "logits": "Compute and store a base's coarse logits, and a teacher's predictions, to train from them.",
     "train": "Train a refiner for a frozen base model.",
     "evaluate": "Score and time a refiner on labelled images, next to its base alone.",
     "benchmark": "Time base models with and without refinement; needs no trained weights.",

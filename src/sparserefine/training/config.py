@@ -85,7 +85,8 @@ class TrainingConfig:
         clip: maximum norm of the gradient; a longer gradient is scaled down to it.
         weight_decay: decay of weights; biases and normalisation layers have none.
         warmup: share of the steps in which the learning rate rises linearly.
-        dice: weight of a Dice loss on sparse and refined logits; 0: cross entropy only, as in the paper.
+        dice: weight of a Dice loss on sparse and refined logits, for labels and teacher; 0: cross entropy only, as in
+            the paper.
         targets: what the refiner learns: ``labels``; ``teacher``: the predictions of ``teacher``, so that images need
             no labels; ``both``: the sum of both losses.
         teacher_weight: weight of the teacher's loss with ``both``.
