@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparserefine.bases.families.unet import UNet, load_unet, save_unet
+from sparserefine.data.readers.dataset import Dataset
 from sparserefine.data.readers.hrf import hrf
+from sparserefine.machine.device import device_named
 from sparserefine.scores.confusion import confusion, dice
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--val-every", type=int, default=200)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
@@ -47,7 +50,7 @@ def arguments() -> argparse.Namespace:
 
 def normalised(image: Tensor) -> Tensor:
     """``uint8 [..., 3, H, W]`` -> float32, zero mean and unit spread."""
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in (MEAN, STD))
     return ((image.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
@@ -68,7 +71,7 @@ def crops(data: list[tuple[Tensor, Tensor]], args: argparse.Namespace, rng: torc
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=rng))
 
-    images, shares = [], []
+    images, shares, colours = [], [], []
     for _ in range(args.batch):
         image, share = data[int(torch.randint(len(data), (), generator=rng))]
         scale = math.exp(uniform(-0.29, 0.29))
@@ -87,11 +90,14 @@ def crops(data: list[tuple[Tensor, Tensor]], args: argparse.Namespace, rng: torc
                 both = both.flip(axis)
         if args.crop[0] == args.crop[1] and uniform(0, 1) < 0.5:
             both = both.transpose(1, 2)
-        gain = torch.tensor([uniform(0.9, 1.1) for _ in range(3)]).view(3, 1, 1) * uniform(0.75, 1.25)
-        colour = (both[:3] * gain + uniform(-20, 20)).clamp(0, 255)
-        images.append(255 * (colour / 255) ** uniform(0.8, 1.25))
+        brightness = uniform(0.75, 1.25)
+        colours.append([*(uniform(0.9, 1.1) * brightness for _ in range(3)), uniform(-20, 20), uniform(0.8, 1.25)])
+        images.append(both[:3])
         shares.append(both[3] / 255)
-    return normalised(torch.stack(images)), torch.stack(shares)
+    colour = torch.tensor(colours).to(images[0].device)[:, :, None, None]
+    gain, shift, gamma = colour[:, :3], colour[:, 3:4], colour[:, 4:]
+    recoloured = 255 * ((torch.stack(images) * gain + shift).clamp(0, 255) / 255) ** gamma
+    return normalised(recoloured), torch.stack(shares)
 
 
 def loss_of(logits: Tensor, share: Tensor) -> Tensor:
@@ -108,11 +114,11 @@ def validate(model: UNet, data: list[tuple[Tensor, Tensor]]) -> float:
     model.eval()
     matrix = torch.zeros(2, 2, dtype=torch.int64)
     for image, label in data:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(image.device.type, torch.bfloat16):
             logits = model(normalised(image[None]))
         margin = (logits[:, 1:] - logits[:, :1]).float()
         full = F.interpolate(margin, label.shape, mode="bilinear", align_corners=False)[0, 0]
-        matrix += confusion(full > 0, label, 2)
+        matrix += confusion(full > 0, label, 2).cpu()
     model.train()
     return float(dice(matrix)[1])
 
@@ -124,32 +130,41 @@ def main() -> None:
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
+    device = device_named(args.device)
     train_set, val_set = hrf(args.data, args.train), hrf(args.data, args.val)
-    train = [downsized(*train_set.read(i), args.ratio) for i in range(len(train_set))]
-    val = [(downsized(image, label, args.ratio)[0], label) for image, label in map(val_set.read, range(len(val_set)))]
 
-    model = (load_unet(args.init) if args.init else UNet(2, args.planes)).to(memory_format=torch.channels_last).train()
+    def read(data: Dataset, index: int) -> tuple[Tensor, Tensor]:
+        image, label = data.read(index)
+        return image.to(device), label.to(device)
+
+    train = [downsized(*read(train_set, i), args.ratio) for i in range(len(train_set))]
+    val = [
+        (downsized(image, label, args.ratio)[0], label) for image, label in (read(val_set, i) for i in range(len(val_set)))
+    ]
+
+    model = load_unet(args.init) if args.init else UNet(2, args.planes)
+    model = model.to(device, memory_format=torch.channels_last).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, args.lr, total_steps=args.steps, pct_start=0.1)
-    best, started, running = 0.0, time.monotonic(), 0.0
+    best, started, running = 0.0, time.monotonic(), torch.zeros((), device=device)
     with (args.out / "curve.jsonl").open("w") as curve:
         for step in range(1, args.steps + 1):
             image, share = crops(train, args, rng)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 logits = model(image)
             loss = loss_of(logits.float(), share)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
             schedule.step()
-            running += loss.item()
+            running += loss.detach()
             if step % args.val_every == 0 or step == args.steps:
                 score = validate(model, val)
-                line = {"step": step, "val_dice": round(score, 4), "loss": round(running / args.val_every, 4)}
+                line = {"step": step, "val_dice": round(score, 4), "loss": round(float(running) / args.val_every, 4)}
                 line["minutes"] = round((time.monotonic() - started) / 60, 2)
                 print(json.dumps(line), file=curve, flush=True)
                 print(args.out.name, line, flush=True)
-                running = 0.0
+                running.zero_()
                 if score > best:
                     best = score
                     save_unet(model, args.out / "best.safetensors")
