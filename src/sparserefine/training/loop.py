@@ -94,6 +94,8 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     c = config.training
     seed_everything(c.seed, verbose=False)
     data = [config.data.read(split) for split in (config.data.train, config.data.val)]
+    for part in data:
+        part.check_labelled("training")
     check_batch_fits(config, len(data[0].classes))
     refiner, device = build_refiner(config, data[0]), device_named(c.device)
     start = start_of(out, refiner) if resume else Start()
