@@ -130,6 +130,8 @@ def write_refiner(
         **asdict(config),
         "base": asdict(base_config),
     }
+    if not config.extractor.context:  # versions that do not know it can still read the refiner
+        del values["extractor"]["context"]
     with folder_written_whole(folder, last=CONFIG) as temporary:
         write_tensors(temporary / WEIGHTS, stored)
         values["weights_sha256"] = sha256_of(temporary / WEIGHTS)
@@ -173,7 +175,7 @@ def read_refiner(name: str | Path) -> StoredRefiner:
         raise ValueError(
             f"{files.weights}: missing, or not the file that {CONFIG} was written with; save the refiner again"
         )
-    config = from_json(RefinerConfig, {name: values[name] for name in config_keys}, where)
+    config = from_json(RefinerConfig, {name: values[name] for name in config_keys}, where, optional=("context",))
     classes = _classes(values, where)
     try:
         config.selector.check(len(classes))
