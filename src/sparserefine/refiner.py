@@ -27,13 +27,14 @@ from sparserefine.images.normalisation import check_image, constant
 from sparserefine.images.uncertainty import entropy
 from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.machine.timing import StageTimer
-from sparserefine.sparse import Engine, PaddedPlan, Plan, Sites, SparseConv, calibrating
+from sparserefine.sparse import Engine, PaddedPlan, Plan, Sites, SparseConv, SparseUNet, calibrating
 from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.ensembler import build_ensembler
 from sparserefine.stages.gather import pixels, sample
 from sparserefine.stages.refinement import Refinement
 from sparserefine.stages.selector import Selector
-from sparserefine.storage import CONFIG, read_refiner, weights_of, write_refiner
+from sparserefine.stages.warm_start import Shape, WarmStart, weights_to_start
+from sparserefine.storage import CONFIG, DEMO, read_refiner, weights_of, write_refiner
 
 
 class SparseRefiner(nn.Module):
@@ -381,7 +382,8 @@ class SparseRefiner(nn.Module):
             raise ValueError(f"{where}: {count} classes, the base given has {base.num_classes}")
         weights = read_tensors(stored.weights)
         with torch.device("meta"):  # shapes only: a configuration may claim any size, and the weights decide
-            cls(base, stored.config, classes=stored.classes, engine=engine)._check_weights(weights, stored.weights)
+            shapes = cls(base, stored.config, classes=stored.classes, engine=engine)
+        _check_weights(weights, shapes.extractor, shapes.ensembler, stored.weights)
         refiner = cls(base, stored.config, classes=stored.classes, engine=engine)
         refiner.load_state_dict(weights, strict=False)  # checked above
         return refiner.eval()
@@ -395,18 +397,45 @@ class SparseRefiner(nn.Module):
         """
         file = weights_of(folder)
         weights = read_tensors(file)
-        self._check_weights(weights, file)
+        _check_weights(weights, self.extractor, self.ensembler, file)
         self.load_state_dict(weights, strict=False)
 
-    def _check_weights(self, weights: Mapping[str, Tensor], file: Path) -> None:
-        """Raises ``ValueError`` unless these are weights for extractor and ensembler."""
-        own = self.trained_state()
-        for name, module in self.extractor.named_modules(prefix="extractor"):
-            if isinstance(module, SparseConv):  # the range of its inputs is stored only if it was measured for 8 bits
-                own.pop(f"{name}.input_max", None)
-                if f"{name}.input_max" in weights:
-                    own[f"{name}.input_max"] = module.weight[0, :, 0]
-        check_weights(weights, own, file)
+    def start_from(self, name: str | Path) -> WarmStart:
+        """Takes over the weights of a stored refiner where they fit; its classes may be others.
+
+        What depends on the number of classes keeps its own initialisation if that differs, and so do context layers
+        if the stored refiner has none; the result names them.
+
+        Args:
+            name: a folder that :meth:`save_pretrained` wrote, a hub id, or ``demo``: the refiner in this package.
+
+        Raises:
+            ValueError: the extractors differ in another way; or as :meth:`from_pretrained`. No weight has changed then.
+            FileNotFoundError: ``name`` is neither a folder nor a hub id.
+        """
+        stored = read_refiner(DEMO if name == "demo" else name)
+        weights, former = read_tensors(stored.weights), Shape(stored.config, len(stored.classes))
+        with torch.device("meta"):
+            extractor = stored.config.extractor.build(former.num_classes)
+            ensembler = build_ensembler(stored.config.ensembler, former.num_classes)
+        _check_weights(weights, extractor, ensembler, stored.weights)
+        shape = Shape(self.config, self.base.num_classes)
+        # Ranges for 8 bits are neither taken nor kept: other weights make other activations.
+        own = {key: tensor for key, tensor in self.trained_state().items() if not key.endswith(".input_max")}
+        chosen, report = weights_to_start(str(name), weights, former, own, shape)
+        self.load_state_dict(chosen, strict=False)
+        return report
+
+
+def _check_weights(weights: Mapping[str, Tensor], extractor: SparseUNet, ensembler: nn.Module, file: Path) -> None:
+    """Raises ``ValueError`` unless these are weights for extractor and ensembler."""
+    own = {**extractor.state_dict(prefix="extractor."), **ensembler.state_dict(prefix="ensembler.")}
+    for name, module in extractor.named_modules(prefix="extractor"):
+        if isinstance(module, SparseConv):  # the range of its inputs is stored only if it was measured for 8 bits
+            own.pop(f"{name}.input_max", None)
+            if f"{name}.input_max" in weights:
+                own[f"{name}.input_max"] = module.weight[0, :, 0]
+    check_weights(weights, own, file)
 
 
 def _check_batch(coarse: Coarse, batch: int, valid: Tensor | None) -> None:

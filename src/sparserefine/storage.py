@@ -30,6 +30,8 @@ from sparserefine.stages.config import RefinerConfig
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, BASE = "config.json", "model.safetensors", "base.safetensors"
+DEMO = Path(__file__).parent / "assets" / "demo" / "refiner"
+"""The refiner in this package and its base, trained on HRF subjects 06-13 (``examples/hrf``)."""
 
 _OPTIONAL = ("class_map", "runtime")
 """Keys of the base that files of the first weeks of version 0.1.0 lack."""
