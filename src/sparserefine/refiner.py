@@ -10,7 +10,7 @@ that computes: PyTorch, C++ on the CPU, or Triton on the GPU. Start with :meth:`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine.bases.base import FrozenBase
+from sparserefine.bases.loaded import LoadedModel
+from sparserefine.bases.refined import refined
 from sparserefine.capture import CapturedRefiner, Recipe, capture
 from sparserefine.engines.choose import EngineChoice
 from sparserefine.files.tensors import check_weights, read_tensors
+from sparserefine.files.text import printable
 from sparserefine.images.classes import Classes
 from sparserefine.images.coarse import Coarse
 from sparserefine.images.normalisation import check_image, constant
@@ -36,6 +39,9 @@ from sparserefine.stages.selector import Selector
 from sparserefine.stages.warm_start import Shape, WarmStart, weights_to_start
 from sparserefine.storage import CONFIG, DEMO, read_refiner, weights_of, write_refiner
 
+_MOST_REFINERS = 8
+"""Of which each is the base of the one before it."""
+
 
 class SparseRefiner(nn.Module):
     """A frozen base plus the three stages that refine its prediction where it is uncertain.
@@ -45,7 +51,8 @@ class SparseRefiner(nn.Module):
         config: which pixels are refined, the network that refines them, and how both predictions are blended; default:
             :class:`RefinerConfig` with its own defaults.
         classes: names and colours; default: the base's own, or else "class 0", "class 1", ...
-        engine: name of the engine that runs the sparse network; ``sparserefine info`` lists them.
+        engine: name of the engine that runs the sparse network; ``sparserefine info`` lists them. A base that is itself
+            a refiner runs on it from now on.
 
     Attributes:
         config: the configuration in use. Only :attr:`selector` can be replaced later.
@@ -73,6 +80,7 @@ class SparseRefiner(nn.Module):
         self.extractor = config.extractor.build(k)
         self.ensembler = build_ensembler(config.ensembler, k)
         self.engine = EngineChoice(engine)
+        base.run_on(engine)
 
     @property
     def selector(self) -> Selector:
@@ -372,9 +380,16 @@ class SparseRefiner(nn.Module):
                 ``config.json`` is wrong; or weights are NaN, infinite, or of a foreign dtype.
             FileNotFoundError: ``name`` is neither a folder nor a hub id.
         """
-        stored = read_refiner(name)
+        return cls._load(name, base, Loading(trust_base, engine, runtime))
+
+    @classmethod
+    def _load(cls, name: str | Path, base: FrozenBase | None, loading: Loading) -> SparseRefiner:
+        """See :meth:`from_pretrained`."""
+        stored, runtime, engine = read_refiner(name), loading.runtime, loading.engine
         if base is None:
-            base = stored.load_base(trust_base=trust_base, runtime=runtime)
+            base = stored.load_base(
+                trust_base=loading.trust_base, runtime=runtime, refiners=loading.inside(stored.folder).as_base
+            )
         elif runtime is not None:
             raise ValueError(f"runtime {runtime!r} with a base: give the runtime to the base, BaseConfig(runtime=...)")
         elif base.num_classes != len(stored.classes):
@@ -425,6 +440,40 @@ class SparseRefiner(nn.Module):
         chosen, report = weights_to_start(str(name), weights, former, own, shape)
         self.load_state_dict(chosen, strict=False)
         return report
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a refiner is loaded, and its base if that is a refiner, and so on.
+
+    Attributes:
+        trust_base: allows bases ``python:<module>:<callable>``.
+        engine: name of the engine of all of them.
+        runtime: runtime of the innermost base.
+        outer: the folders of the refiners that it is the base of, the outermost first.
+    """
+
+    trust_base: bool = False
+    engine: str = "auto"
+    runtime: Literal["onnxruntime", "openvino"] | None = None
+    outer: tuple[Path, ...] = ()
+
+    def as_base(self, name: str) -> LoadedModel:
+        """The refiner of that name, a folder, a hub id or ``demo``, as the model of a base."""
+        return refined(SparseRefiner._load(DEMO if name == "demo" else name, None, self))
+
+    def inside(self, folder: Path) -> Loading:
+        """For the base of the refiner in ``folder``.
+
+        Raises:
+            ValueError: its base is the refiner itself, or there are too many.
+        """
+        outer = (*self.outer, folder.resolve())
+        if outer[-1] in self.outer or len(outer) > _MOST_REFINERS:
+            chain = " -> ".join(map(printable, outer[-3:]))
+            many = f"expected at most {_MOST_REFINERS} refiners, one the base of the other, and none twice"
+            raise ValueError(f"base refiner:{printable(folder)}: {chain}: {many}; give the first one another base")
+        return replace(self, outer=outer)
 
 
 def _check_weights(weights: Mapping[str, Tensor], extractor: SparseUNet, ensembler: nn.Module, file: Path) -> None:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparserefine.bases.load import load_base
 from sparserefine.data.crops import CropDataset
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.files.lock import locked
 from sparserefine.files.whole import sweep
+from sparserefine.loading import load_base
 from sparserefine.machine.device import device_named
 from sparserefine.refiner import SparseRefiner
 from sparserefine.training import slurm
