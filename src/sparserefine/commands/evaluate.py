@@ -39,10 +39,10 @@ def run(arguments: Namespace) -> int:
     """Prints the table of :func:`sparserefine.evaluate`."""
     from tqdm import tqdm
 
-    from sparserefine.bases.load import load_base
     from sparserefine.files.regular import given_path
     from sparserefine.files.results import write_results
     from sparserefine.files.whole import sweep
+    from sparserefine.loading import load_base
     from sparserefine.machine.device import check_precision, device_named, gpu_precision
     from sparserefine.studies.evaluate import evaluate
 
@@ -61,7 +61,9 @@ def run(arguments: Namespace) -> int:
             f"selector: {used} (the refiner's, not the configuration's; set them with --threshold and --budget)",
             file=sys.stderr,
         )
-    dense = load_base(_dense_config(arguments, config.base), data.classes).to(device) if arguments.dense else None
+    dense = None
+    if arguments.dense:
+        dense = load_base(_dense_config(arguments, config.base), data.classes, engine=arguments.engine).to(device)
     images = (data.read(index) for index in tqdm(range(len(data)), desc=arguments.split, unit="image"))
     with gpu_precision(arguments.precision, device):
         result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)

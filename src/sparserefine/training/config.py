@@ -74,7 +74,8 @@ class TrainingConfig:
     """Optimisation: AdamW with a cosine schedule (paper, section 4.1).
 
     Attributes:
-        init: folder of a refiner with the same extractor and ensembler to start from; empty: start from random weights.
+        init: refiner to start from, a folder or ``demo``, the one in this package; it needs the same extractor, but may
+            have other classes: what depends on them begins anew. Empty: start from random weights.
         steps: optimiser steps.
         batch: crops that are computed at once.
         accumulate: an optimiser step follows after so many batches: ``batch * accumulate`` crops a step, in the memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparserefine.bases.load import load_base
 from sparserefine.data.crops import CropDataset
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.files.lock import locked
 from sparserefine.files.whole import sweep
+from sparserefine.loading import load_base
 from sparserefine.machine.device import device_named
 from sparserefine.refiner import SparseRefiner
 from sparserefine.training import slurm
@@ -38,6 +39,8 @@ from sparserefine.training.stored_logits import LiveSplit, StoredSplit
 
 if TYPE_CHECKING:
     from sparserefine.training.module import RefinerModule
+
+_log = logging.getLogger(__name__)
 
 
 def build_refiner(config: Config, data: Dataset) -> SparseRefiner:
@@ -99,8 +102,9 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     check_batch_fits(config, len(data[0].classes))
     refiner, device = build_refiner(config, data[0]), device_named(c.device)
     start = start_of(out, refiner) if resume else Start()
-    if c.init and start.checkpoint is None:  # a checkpoint holds all weights
-        refiner.load_weights(c.init)
+    init = refiner.start_from(c.init) if c.init and start.checkpoint is None else None  # a checkpoint has all weights
+    if init is not None:
+        _log.warning("%s", init)
     bases = Bases(config.base, device, refiner.base)
     origin = Origin.of(config, data, bases, refiner if start.checkpoint is None else None)
     if start.resumed:
@@ -110,7 +114,8 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     if start.checkpoint is None:
         warn_if_vain(refiner, train, val, device)
     set_aside_broken(out, start)
-    write_start(out, config, origin, start, provenance(device, c.precision, refiner.engine.on(device).name))
+    now = provenance(device, c.precision, refiner.engine.on(device).name)
+    write_start(out, config, origin, start, now if init is None else {**now, "init": str(init)})
     crops = CropDataset(data[0], train.logits, config.augment, c.seed, c.cache_gb / max(1, c.workers))
     with RunRecord(out, resumed_at=None if start.checkpoint is None else start.step) as record:
         module = RefinerModule(refiner, config, record)
