@@ -18,7 +18,7 @@ class WholeImage(NamedTuple):
         name: the sample's name.
         image: ``uint8 [3, H, W]``.
         label: ``uint8 [H, W]``, 255 where ignored.
-        logits: the base's outputs, ``[K, h, w]``.
+        logits: the base's outputs, ``float32 [K, h, w]``.
     """
 
     name: str
@@ -38,7 +38,7 @@ class WholeImages(TorchDataset[WholeImage]):
 
     def __getitem__(self, index: int) -> WholeImage:
         image, label = self.data.read(index)
-        logits = self.logits(index, (label.shape[0], label.shape[1]))
+        logits = self.logits(index, (label.shape[0], label.shape[1])).float()
         return WholeImage(self.data.samples[index].name, image, label, logits)
 
     @staticmethod

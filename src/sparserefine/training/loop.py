@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparserefine.data.crops import CropDataset
+from sparserefine.data.focus import Focus
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.files.lock import locked
 from sparserefine.files.whole import sweep
+from sparserefine.images.upsampling import Upsampling
 from sparserefine.loading import load_base
 from sparserefine.machine.device import device_named
 from sparserefine.refiner import SparseRefiner
@@ -116,7 +118,16 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     set_aside_broken(out, start)
     now = provenance(device, c.precision, refiner.engine.on(device).name)
     write_start(out, config, origin, start, now if init is None else {**now, "init": str(init)})
-    crops = CropDataset(data[0], train.logits, config.augment, c.seed, c.cache_gb / max(1, c.workers))
+    crops = CropDataset(
+        data[0],
+        train.logits,
+        config.augment,
+        c.seed,
+        c.cache_gb,
+        focus=Focus(config.selector.threshold, Upsampling(outputs=refiner.base.outputs)),
+        whole_logits=config.upsampling == "nearest",  # which needs the grid of the base's whole input
+        pin=device.type == "cuda",
+    )
     with RunRecord(out, resumed_at=None if start.checkpoint is None else start.step) as record:
         module = RefinerModule(refiner, config, record)
         fit(module, crops, val, device, start.checkpoint)
