@@ -22,9 +22,9 @@ HERE = Path(os.path.relpath(Path(__file__).parent))
 NETWORKS = {
     "base4": (0.25, (80, 112), 2400, "2e-3", None),
     "base2": (0.5, (160, 208), 2400, "1e-3", "base4"),
-    "dense1": (1.0, (320, 416), 2400, "1e-3", "base2"),
+    "dense1": (1.0, (320, 416), 2400, "1e-3", "base4"),
 }
-"""Ratio, crop [px], steps, peak rate, and the network to begin with. ``base2`` is the dense peer at 1/2, too."""
+"""Ratio, crop [px], steps, peak rate, and the network to begin with."""
 CHOOSING = (0.70, 0.85)
 """The stretch of each drive that chooses, in parts of its frames."""
 

@@ -29,6 +29,17 @@ NETWORKS = {
 RATIOS = (4, 2, 8)
 """Refiners for bases at 1/4, 1/2 and 1/8."""
 
+LEVERS = {
+    "plain": (),
+    "focus": ("--augment.focus", "0.75"),
+    "ema": ("--training.ema", "0.995"),
+    "large_batch": ("--training.accumulate", "2"),
+    "wide": ("--extractor.planes", "[32,64,128,256]"),
+    "deep": ("--extractor.blocks", "2"),
+    "from_demo": ("--training.init", "demo"),
+}
+"""Options that are tried, one at a time."""
+
 
 def networks(o: Options) -> Iterator[Stage]:
     """Bases, the bases of the folds, and the dense peers, each from the weights of the lower resolution."""
@@ -63,17 +74,25 @@ def refiners(o: Options) -> Iterator[Stage]:
         folds = tuple(f"base{ratio}_without_{subjects}" for subjects in FOLDS)
         needs = (f"base{ratio}", *folds, "base2", *(("dense1",) if ratio == 2 else ()))
         yield Stage(f"logits{ratio}", ("-m", "sparserefine", "logits", *config(ratio), "--device", o.device), needs)
-    runs = [(4, targets, seed) for seed in (0, 1) for targets in ("both", "labels", "teacher")]
-    runs += [(ratio, "both", seed) for seed in (0, 1) for ratio in (2, 8)]
-    for ratio, targets, seed in runs:
-        name = f"refiner{ratio}_{targets}{f'_seed{seed}' if seed else ''}"
-        total, every = o.steps(2400, 6)
+
+    def run(ratio: int, variant: str, seed: int, steps: int, *options: str) -> Stage:
+        name = f"refiner{ratio}_{variant}{f'_seed{seed}' if seed else ''}"
+        total, every = o.steps(steps, 6)
         command = [
             *("-m", "sparserefine", "train", *config(ratio), "--out", f"{o.out}/{name}", "--device", o.device),
-            *("--training.targets", targets, "--training.seed", str(seed)),
-            *("--training.steps", total, "--training.val_every", every),
+            *("--training.seed", str(seed), "--training.steps", total, "--training.val_every", every, *options),
         ]
-        yield Stage(name, tuple(command), (f"logits{ratio}",), again=("--resume",))
+        return Stage(name, tuple(command), (f"logits{ratio}",), again=("--resume",))
+
+    without_context = ("--extractor.context", "false")
+    for seed in (0, 1):
+        for targets in ("both", "labels", "teacher"):
+            yield run(4, targets, seed, 2400, "--training.targets", targets)
+        yield run(4, "both_without_context", seed, 2400, *without_context)
+        yield run(2, "both", seed, 2400)
+        yield run(8, "both", seed, 2400)
+    for name, options in LEVERS.items():  # a quarter of the steps
+        yield run(4, f"short_{name}", 0, 600, *options)
 
 
 def stages(o: Options) -> list[Stage]:
