@@ -33,7 +33,7 @@ def test_counts_are_added_and_scores_not_averaged():
     images = [counts(0, 0, 0, 1000)] * 3 + [counts(0, 1, 0, 0)] * 3  # one pixel is wrong where a thousand are right
     low, high = interval(accuracy, images)
     assert low > 0.99
-    assert high == 1
+    assert low < high <= 1
 
 
 def test_a_difference_is_drawn_together():

@@ -1,4 +1,4 @@
-"""How far a score would move with other images: bootstrap intervals (Efron 1979), the images drawn again with repeats."""
+"""How far a score would move with other images: bootstrap intervals (Efron 1979), images drawn again with repeats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def interval(
 ) -> tuple[float, float] | None:
     """The 95 % percentile interval of a score over images, or of the difference of two scores of the same images.
 
-    Images are drawn with repeats, as many as there are, 2000 times, and their counts added: a score over a dataset is no
+    Images are drawn with repeats, as many as there are, 2000 times, and their counts added: a score of a dataset is no
     mean over its images. Equal images give equal intervals, whatever the order of calls.
 
     Args:
