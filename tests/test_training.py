@@ -98,7 +98,7 @@ def test_logits_train_evaluate_predict(project, capsys):
 def test_images_without_labels_are_refused_where_labels_teach(project, capsys):
     (project / "data" / "labels").rename(project / "data" / "gone")
     assert main(["train", "config.yaml"]) == 1
-    assert "0.png: has no label, and training needs labels" in capsys.readouterr().err
+    assert "0.png: has no label, and training.targets = 'labels' needs labels" in capsys.readouterr().err
     assert not (project / "run" / "config.json").exists()
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import Sampler
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.images.classes import IGNORE
 from sparserefine.images.resize import resize
+from sparserefine.images.soft_labels import SoftLabels
 from sparserefine.images.upsampling import Window
 from sparserefine.machine.bounds import check_number, check_whole
 
@@ -85,7 +86,9 @@ class Crop:
         colour: affine map of the colours, ``float32 [3, 4]``; ``None``: as they are.
         mirrored: upside down, and left-right; applied to image, label and logits.
         window: the part that the crop shows of the image that ``logits`` are of, once resized and mirrored.
+        whole: the part of the whole image that the crop shows, once resized and mirrored.
         name: name of the sample it is cut from, for messages.
+        teacher: the part of the teacher's prediction that the crop needs, mirrored like the crop; ``None``: no teacher.
     """
 
     image: Tensor
@@ -95,7 +98,9 @@ class Crop:
     colour: Tensor | None
     mirrored: tuple[bool, bool]
     window: Window
+    whole: Window
     name: str
+    teacher: SoftLabels | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ class CropBatch:
         logits: the base's outputs, B times ``float32 [K, h', w']``: their sizes may differ.
         windows: the part of the image of ``logits`` that each crop shows.
         names: names of the samples.
+        teacher: the parts of the teacher's predictions that the crops need; ``None``: no teacher.
+        wholes: the part of the whole image that each crop shows.
     """
 
     image: Tensor
@@ -117,6 +124,8 @@ class CropBatch:
     logits: list[Tensor]
     windows: list[Window]
     names: list[str]
+    wholes: list[Window]
+    teacher: list[SoftLabels] | None = None
 
     @classmethod
     def of(cls, crops: Sequence[Crop], size: tuple[int, int], device: torch.device) -> CropBatch:
@@ -138,7 +147,9 @@ class CropBatch:
             valid[here] = True
             logits.append(outputs.float().flip(axes).to(device))
         image, label, valid = (x.to(device) for x in (image, label, valid))
-        return cls(image, label, valid, logits, [crop.window for crop in crops], [crop.name for crop in crops])
+        windows, wholes, names = ([getattr(crop, name) for crop in crops] for name in ("window", "whole", "name"))
+        teacher = [crop.teacher.to(device) for crop in crops if crop.teacher is not None]
+        return cls(image, label, valid, logits, windows, names, wholes, teacher or None)
 
 
 def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -159,8 +170,8 @@ def _recoloured(pixels: Tensor, colour: Tensor | None) -> Tensor:
     return pixels.round_().clamp_(0, 255).to(torch.uint8) if pixels.is_floating_point() else pixels
 
 
-_Whole = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Image, label, logits, and the pixels of the logits that crops are drawn around."""
+_Whole = tuple[Tensor, Tensor, Tensor, Tensor | None, SoftLabels | None]
+"""Image, label, logits, the pixels of the logits that crops are drawn around, and the teacher's prediction."""
 
 
 class Uniform:
@@ -182,6 +193,7 @@ def random_crop(
     uniform: Uniform,
     name: str = "",
     *,
+    teacher: SoftLabels | None = None,
     focus: Tensor | None = None,
     whole_logits: bool = False,
     pin: bool = False,
@@ -195,6 +207,7 @@ def random_crop(
         config: the augmentation.
         uniform: the random number generator.
         name: of the sample.
+        teacher: the teacher's prediction for the whole image.
         focus: for ``config.focus``: pixels of ``logits``, as indices into h' x w', around which crops are drawn.
         whole_logits: keep the logits of the whole image.
         pin: into memory from which a GPU copies by itself.
@@ -216,23 +229,35 @@ def random_crop(
             break
     colour = _photometric(uniform) if config.photometric else None
     size, ratio = (target[0], target[1]), (target[0] / source[0], target[1] / source[1])
-    window = Window((height * ratio[0], width * ratio[1]), (top * ratio[0], left * ratio[1]))
-    rows, columns, window = _read_by(window, size, logits.shape[1:], whole=whole_logits)
-    full, offset, mirrored = window.full, [*window.offset], [False, False]
+    whole = Window((height * ratio[0], width * ratio[1]), (top * ratio[0], left * ratio[1]))
+    rows, columns, window = _read_by(whole, size, logits.shape[1:], whole=whole_logits)
+    mirrored = [False, False]
     for axis, wanted in ((1, config.flip), (0, config.flip_vertical)):
         if wanted and uniform(0, 1) < 0.5:
             mirrored[axis] = True
-            offset[axis] = full[axis] - offset[axis] - size[axis]
+    flipped = (mirrored[0], mirrored[1])
+    whole, window = (_mirrored(one, size, flipped) for one in (whole, window))
     return Crop(
         _cut(image, slice(top, top + source[0]), slice(left, left + source[1]), pin=pin),
         _cut(label, slice(top, top + source[0]), slice(left, left + source[1]), pin=pin),
         _cut(logits, rows, columns, pin=pin),
         size,
         colour,
-        (mirrored[0], mirrored[1]),
-        Window(full, (offset[0], offset[1])),
+        flipped,
+        window,
+        whole,
         name,
+        None if teacher is None else teacher.seen_by(whole, config.crop, flipped),
     )
+
+
+def _mirrored(window: Window, size: tuple[int, int], mirrored: tuple[bool, bool]) -> Window:
+    """The window of a crop of ``size`` in the mirrored image."""
+    offset = [
+        full - start - pixels if flipped else start
+        for full, start, pixels, flipped in zip(window.full, window.offset, size, mirrored, strict=True)
+    ]
+    return Window(window.full, (offset[0], offset[1]))
 
 
 def _is_varied(label: Tensor, share: float) -> bool:
@@ -314,6 +339,7 @@ class CropDataset(TorchDataset[Crop]):
         config: augmentation.
         seed: seed of order and augmentation.
         cache_gb: maximum size of the cache of decoded images and of their logits [GB].
+        teacher: function from the same to the teacher's prediction for the whole image; default: no teacher.
         focus: for ``config.focus``: function from logits to the pixels of them that crops are drawn around.
         whole_logits: crops come with the logits of the whole image, not only with the part that they read.
         pin: crops are in memory from which a GPU copies by itself.
@@ -327,12 +353,13 @@ class CropDataset(TorchDataset[Crop]):
         seed: int,
         cache_gb: float,
         *,
+        teacher: Callable[[int, tuple[int, int]], SoftLabels] | None = None,
         focus: Callable[[Tensor], Tensor] | None = None,
         whole_logits: bool = False,
         pin: bool = False,
     ) -> None:
         self.data, self.logits, self.config, self.seed = data, logits, config, seed
-        self._focus, self._whole_logits, self._pin = focus, whole_logits, pin
+        self._teacher, self._focus, self._whole_logits, self._pin = teacher, focus, whole_logits, pin
         self._cache: dict[int, _Whole] = {}
         self._cache_bytes_left = cache_gb * 1e9
         self._one_reads: defaultdict[int, Lock] = defaultdict(Lock)
@@ -342,7 +369,7 @@ class CropDataset(TorchDataset[Crop]):
             len(self.data), generator=torch.Generator().manual_seed(self.seed + index // len(self.data))
         )
         image_index = int(order[index % len(self.data)])
-        image, label, logits, focus = self._read(image_index)
+        image, label, logits, focus, teacher = self._read(image_index)
         return random_crop(
             image,
             label,
@@ -350,6 +377,7 @@ class CropDataset(TorchDataset[Crop]):
             self.config,
             Uniform(self.seed * 1_000_003 + index),
             self.data.samples[image_index].name,
+            teacher=teacher,
             focus=focus,
             whole_logits=self._whole_logits,
             pin=self._pin,
@@ -360,8 +388,11 @@ class CropDataset(TorchDataset[Crop]):
             if image_index in self._cache:
                 return self._cache[image_index]
             image, label = self.data.read(image_index)
-            logits = self.logits(image_index, (label.shape[0], label.shape[1]))
-            whole = image, label, logits, self._focus(logits) if self._focus and self.config.focus else None
+            image_size = (label.shape[0], label.shape[1])
+            logits = self.logits(image_index, image_size)
+            focus = self._focus(logits) if self._focus and self.config.focus else None
+            teacher = self._teacher(image_index, image_size) if self._teacher else None
+            whole = image, label, logits, focus, teacher
             size = sum(x.nbytes for x in whole if x is not None)
             if size <= self._cache_bytes_left:
                 self._cache_bytes_left -= size
