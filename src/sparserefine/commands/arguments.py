@@ -6,8 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jsonargparse import ArgumentParser, Namespace
 
+    from sparserefine.bases.base import BaseConfig
     from sparserefine.refiner import SparseRefiner
     from sparserefine.training.config import Config
 
@@ -71,6 +74,55 @@ def add_refiner(parser: ArgumentParser) -> None:
         "--budget", type=int, help="maximum number of refined pixels per image; default: the refiner's own"
     )
     add_device(parser)
+
+
+def add_dense(parser: ArgumentParser, default: str) -> None:
+    """``--dense``, a dense model to compare with, and its settings."""
+    parser.add_argument(
+        "--dense",
+        help="dense model to compare with: a base's name, as in base.name; it sees images at --dense_ratio; "
+        f"default: {default}",
+    )
+    parser.add_argument(
+        "--dense_class_map", help="class map of --dense; default: base.class_map if both names are of the same kind"
+    )
+    parser.add_argument(
+        "--dense_ratio", type=float, default=1.0, help="input size of --dense relative to the image; 1: full resolution"
+    )
+
+
+def dense_config(arguments: Namespace, base: BaseConfig) -> BaseConfig:
+    """Configuration of ``--dense``: the base's settings if both are of the same kind, else those in its own files.
+
+    Args:
+        arguments: those of :func:`add_dense`; without ``--dense`` it is the base itself, at ``--dense_ratio``.
+        base: the configuration's base.
+    """
+    name = arguments.dense or base.name
+    config = replace(base, name=name, ratio=arguments.dense_ratio, size=None)
+    if name.partition(":")[0] != base.name.partition(":")[0]:
+        config = replace(config, mean=None, std=None, outputs=None, class_map=None)
+    if arguments.dense_class_map:
+        config = replace(config, class_map=arguments.dense_class_map)
+    return config
+
+
+def results_file(given: str | None) -> Path | None:
+    """Where ``--json`` asks to write results; refuses what cannot be written before anything long starts.
+
+    Raises:
+        ValueError: the path is empty, or a folder.
+    """
+    from sparserefine.files.regular import given_path
+    from sparserefine.files.whole import sweep
+
+    if given is None:
+        return None
+    path = given_path(given, "--json")
+    if path.is_dir():
+        raise ValueError(f"--json {path}: is a folder, expected the name of a file")
+    sweep(path.parent)
+    return path
 
 
 def add_base(parser: ArgumentParser) -> None:

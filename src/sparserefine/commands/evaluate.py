@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from sparserefine.commands.arguments import add_config, add_precision, add_refiner, config_of, refiner_of
+from sparserefine.commands.arguments import (
+    add_config,
+    add_dense,
+    add_precision,
+    add_refiner,
+    config_of,
+    dense_config,
+    refiner_of,
+    results_file,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
-
-    from sparserefine.bases.base import BaseConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,15 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--split", default="test", choices=("train", "val", "test"), help="which part of the data to score"
     )
-    parser.add_argument(
-        "--dense", help="dense model to compare with: a base's name, as in base.name; it sees images at --dense_ratio"
-    )
-    parser.add_argument(
-        "--dense_class_map", help="class map of --dense; default: base.class_map if both names are of the same kind"
-    )
-    parser.add_argument(
-        "--dense_ratio", type=float, default=1.0, help="input size of --dense relative to the image; 1: full resolution"
-    )
+    add_dense(parser, "none; data without labels need one")
     parser.add_argument("--repeats", type=int, default=1, help="timed runs of each image; their median is reported")
     parser.add_argument("--json", help="also write all scores and costs to this JSON file")
 
@@ -40,20 +39,19 @@ def run(arguments: Namespace) -> int:
     from tqdm import tqdm
 
     from sparserefine.bases.load import load_base
-    from sparserefine.files.regular import given_path
     from sparserefine.files.results import write_results
-    from sparserefine.files.whole import sweep
     from sparserefine.machine.device import check_precision, device_named, gpu_precision
     from sparserefine.studies.evaluate import evaluate
 
-    results = None if arguments.json is None else given_path(arguments.json, "--json")
-    if results is not None:
-        if results.is_dir():
-            raise ValueError(f"--json {results}: is a folder, expected the name of a file")
-        sweep(results.parent)
+    results = results_file(arguments.json)
     config, device = config_of(arguments), device_named(arguments.device)
     check_precision(arguments.precision, device)
     data = config.data.read(getattr(config.data, arguments.split))
+    if not data.labelled and arguments.dense is None:
+        raise ValueError(
+            f"the {arguments.split} data in {config.data.root} have no labels to score by; name a dense model to agree "
+            f"with: --dense {config.base.name} (the base at full resolution), or a better one"
+        )
     refiner = refiner_of(arguments, base=load_base(config.base, data.classes))
     if refiner.selector != config.selector:
         used = f"threshold {refiner.selector.threshold}, budget {refiner.selector.budget}"
@@ -61,7 +59,9 @@ def run(arguments: Namespace) -> int:
             f"selector: {used} (the refiner's, not the configuration's; set them with --threshold and --budget)",
             file=sys.stderr,
         )
-    dense = load_base(_dense_config(arguments, config.base), data.classes).to(device) if arguments.dense else None
+    dense = None
+    if arguments.dense is not None:
+        dense = load_base(dense_config(arguments, config.base), data.classes).to(device)
     images = (data.read(index) for index in tqdm(range(len(data)), desc=arguments.split, unit="image"))
     with gpu_precision(arguments.precision, device):
         result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)
@@ -69,13 +69,3 @@ def run(arguments: Namespace) -> int:
     if results is not None:
         write_results(results, asdict(result))
     return 0
-
-
-def _dense_config(arguments: Namespace, base: BaseConfig) -> BaseConfig:
-    """Configuration of ``--dense``: the base's settings if both are of the same kind, else those in its own files."""
-    config = replace(base, name=arguments.dense, ratio=arguments.dense_ratio, size=None)
-    if arguments.dense.partition(":")[0] != base.name.partition(":")[0]:
-        config = replace(config, mean=None, std=None, outputs=None, class_map=None)
-    if arguments.dense_class_map:
-        config = replace(config, class_map=arguments.dense_class_map)
-    return config
