@@ -340,6 +340,18 @@ def judged():
     return Assessment((), 0.0, "labels", "dice", COARSE, DENSE, 1, (), *judgement)
 
 
+def test_the_dense_model_is_the_teacher_unless_another_is_named(project, capsys):
+    def described(*options):
+        assert main(["assess", "config.yaml", "--device", "cpu", "--images", "1", *options]) == 0
+        return capsys.readouterr().out.splitlines()[0].partition("; dense ")[2]
+
+    teacher = ["--teacher.name", "unet:other.safetensors", "--teacher.ratio", "0.5"]
+    assert described(*teacher) == "unet:other.safetensors at ratio 0.5"
+    assert described(*teacher, "--dense", "teacher", "--dense_ratio", "1") == "unet:other.safetensors at ratio 1"
+    assert described(*teacher, "--dense", "unet:base.safetensors") == "unet:base.safetensors at ratio 1"
+    assert described("--teacher.size", "[72, 88]") == "python:bright_model:build at 72x88"
+
+
 def test_the_command_without_labels(project, capsys):
     shutil.rmtree(project / "data/labels")
     assert main(["assess", "config.yaml", "--minutes", "0.0001", "--split", "train", "--device", "cpu"]) == 0
@@ -364,7 +376,7 @@ def test_the_command_says_how_to_train(project, capsys, clock):
         (["--images", "11"], "--images = 11, expected"),
         (["--minutes", "0"], "--minutes = 0"),
         (["--json", "."], "is a folder"),
-        (["--dense_ratio", "2"], "ratio = 2"),
+        (["--dense_ratio", "2"], "--dense_ratio = 2.0, expected"),
     ],
 )
 def test_what_cannot_be_is_refused(project, options, words, capsys):

@@ -101,7 +101,7 @@ def test_logits_train_evaluate_predict(project, capsys):
 def test_images_without_labels_are_refused_where_labels_teach(project, capsys):
     (project / "data" / "labels").rename(project / "data" / "gone")
     assert main(["train", "config.yaml"]) == 1
-    assert "0.png: has no label, and training needs labels" in capsys.readouterr().err
+    assert "0.png: has no label, and training.targets = 'labels' needs labels" in capsys.readouterr().err
     assert not (project / "run" / "config.json").exists()
 
 
@@ -114,7 +114,7 @@ def test_evaluate_without_labels(project, capsys):
     assert main(arguments) == 1
     refusal = capsys.readouterr().err
     assert "the test data in data have no labels to score by" in refusal
-    assert "--dense unet:base.safetensors" in refusal
+    assert "--dense teacher (here unet:base.safetensors)" in refusal
     assert main([*arguments, "--dense", "unet:other.safetensors"]) == 0
     assert "no labels: agreement with the dense model" in capsys.readouterr().out
     report = json.loads((project / "scores.json").read_text())

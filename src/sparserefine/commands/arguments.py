@@ -80,31 +80,35 @@ def add_dense(parser: ArgumentParser, default: str) -> None:
     """``--dense``, a dense model to compare with, and its settings."""
     parser.add_argument(
         "--dense",
-        help="dense model to compare with: a base's name, as in base.name; it sees images at --dense_ratio; "
-        f"default: {default}",
+        help="dense model to compare with: a base's name, as in base.name, or teacher, that of the configuration: the "
+        f"base at full resolution unless it says otherwise; default: {default}",
     )
     parser.add_argument(
         "--dense_class_map", help="class map of --dense; default: base.class_map if both names are of the same kind"
     )
     parser.add_argument(
-        "--dense_ratio", type=float, default=1.0, help="input size of --dense relative to the image; 1: full resolution"
+        "--dense_ratio",
+        type=float,
+        help="input size of --dense relative to the image; default: 1, full resolution, or the teacher's own",
     )
 
 
-def dense_config(arguments: Namespace, base: BaseConfig) -> BaseConfig:
-    """Configuration of ``--dense``: the base's settings if both are of the same kind, else those in its own files.
+def dense_config(arguments: Namespace, config: Config) -> BaseConfig:
+    """The dense model that the arguments of :func:`add_dense` describe: the teacher, unless they name another.
 
-    Args:
-        arguments: those of :func:`add_dense`; without ``--dense`` it is the base itself, at ``--dense_ratio``.
-        base: the configuration's base.
+    Raises:
+        ValueError: ``--dense_ratio`` is out of range.
     """
-    name = arguments.dense or base.name
-    config = replace(base, name=name, ratio=arguments.dense_ratio, size=None)
-    if name.partition(":")[0] != base.name.partition(":")[0]:
-        config = replace(config, mean=None, std=None, outputs=None, class_map=None)
-    if arguments.dense_class_map:
-        config = replace(config, class_map=arguments.dense_class_map)
-    return config
+    from sparserefine.training.teacher_config import TeacherConfig
+
+    teacher = config.teacher if arguments.dense in (None, "teacher") else TeacherConfig(arguments.dense)
+    if arguments.dense_ratio is not None:
+        if not 0 < arguments.dense_ratio <= 1:
+            raise ValueError(f"--dense_ratio = {arguments.dense_ratio}, expected more than 0 and at most 1")
+        teacher = replace(teacher, ratio=arguments.dense_ratio, size=None)
+    if arguments.dense_class_map is not None:
+        teacher = replace(teacher, class_map=arguments.dense_class_map)
+    return teacher.base_config(config.base)
 
 
 def results_file(given: str | None) -> Path | None:

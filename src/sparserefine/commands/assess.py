@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: ArgumentParser) -> None:
     """Configuration, dense model, images and time."""
     add_config(parser)
-    add_dense(parser, "the base itself")
+    add_dense(parser, "teacher")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="which part of the data")
     parser.add_argument("--images", type=int, default=10, help="look at so many images at most, 1 to 10")
     parser.add_argument(
@@ -65,7 +65,7 @@ def run(arguments: Namespace) -> int:
     refiner = build_refiner(config, data)
     refiner.engine = EngineChoice(arguments.engine)
     refiner = refiner.to(device)
-    peer = dense_config(arguments, config.base)
+    peer = dense_config(arguments, config)
     dense = load_base(peer, data.classes).to(device)
     with gpu_precision(arguments.precision, device):
         result = assess(

@@ -40,6 +40,7 @@ def run(arguments: Namespace) -> int:
 
     from sparserefine.bases.load import load_base
     from sparserefine.files.results import write_results
+    from sparserefine.files.text import printable
     from sparserefine.machine.device import check_precision, device_named, gpu_precision
     from sparserefine.studies.evaluate import evaluate
 
@@ -50,7 +51,7 @@ def run(arguments: Namespace) -> int:
     if not data.labelled and arguments.dense is None:
         raise ValueError(
             f"the {arguments.split} data in {config.data.root} have no labels to score by; name a dense model to agree "
-            f"with: --dense {config.base.name} (the base at full resolution), or a better one"
+            f"with: --dense teacher (here {printable(config.teacher.name or config.base.name)}), or --dense NAME"
         )
     refiner = refiner_of(arguments, base=load_base(config.base, data.classes))
     if refiner.selector != config.selector:
@@ -61,7 +62,7 @@ def run(arguments: Namespace) -> int:
         )
     dense = None
     if arguments.dense is not None:
-        dense = load_base(dense_config(arguments, config.base), data.classes).to(device)
+        dense = load_base(dense_config(arguments, config), data.classes).to(device)
     images = (data.read(index) for index in tqdm(range(len(data)), desc=arguments.split, unit="image"))
     with gpu_precision(arguments.precision, device):
         result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)

@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.images.classes import IGNORE
 from sparserefine.images.resize import resize
+from sparserefine.images.soft_labels import SoftLabels
 from sparserefine.images.upsampling import Window
 from sparserefine.machine.bounds import check_number, check_whole
 
@@ -73,6 +74,7 @@ class Crop:
         logits: the base's outputs for the whole image, ``float32 [K, h', w']``, mirrored like the crop.
         window: the part of the whole image that the crop shows.
         name: name of the sample it is cut from, for messages.
+        teacher: the part of the teacher's prediction that the crop needs, mirrored like the crop; ``None``: no teacher.
     """
 
     image: Tensor
@@ -81,11 +83,12 @@ class Crop:
     logits: Tensor
     window: Window
     name: str
+    teacher: SoftLabels | None = None
 
 
 @dataclass(frozen=True)
 class CropBatch:
-    """Crops of one size. The logits are a list, because they are of whole images, whose sizes may differ."""
+    """Crops of one size. Logits and teacher are lists, because the sizes of images and of windows may differ."""
 
     image: Tensor
     label: Tensor
@@ -93,6 +96,7 @@ class CropBatch:
     logits: list[Tensor]
     windows: list[Window]
     names: list[str]
+    teacher: list[SoftLabels] | None = None
 
     @classmethod
     def collate(cls, crops: list[Crop]) -> CropBatch:
@@ -104,13 +108,15 @@ class CropBatch:
             [c.logits for c in crops],
             [c.window for c in crops],
             [c.name for c in crops],
+            [c.teacher for c in crops if c.teacher is not None] or None,
         )
 
     def to(self, device: torch.device) -> CropBatch:
         """The same batch on another device."""
         logits = [item.to(device, non_blocking=True) for item in self.logits]
         image, label, valid = (x.to(device, non_blocking=True) for x in (self.image, self.label, self.valid))
-        return CropBatch(image, label, valid, logits, self.windows, self.names)
+        teacher = None if self.teacher is None else [item.to(device) for item in self.teacher]
+        return CropBatch(image, label, valid, logits, self.windows, self.names, teacher)
 
 
 class Uniform:
@@ -125,7 +131,13 @@ class Uniform:
 
 
 def random_crop(
-    image: Tensor, label: Tensor, logits: Tensor, config: AugmentConfig, uniform: Uniform, name: str = ""
+    image: Tensor,
+    label: Tensor,
+    logits: Tensor,
+    config: AugmentConfig,
+    uniform: Uniform,
+    name: str = "",
+    teacher: SoftLabels | None = None,
 ) -> Crop:
     """One augmented crop of a whole image.
 
@@ -136,6 +148,7 @@ def random_crop(
         config: the augmentation.
         uniform: the random number generator.
         name: of the sample.
+        teacher: the teacher's prediction for the whole image.
     """
     height, width = label.shape
     scale = math.exp(uniform(math.log(config.scale[0]), math.log(config.scale[1])))
@@ -158,19 +171,24 @@ def random_crop(
     ratio = (target[0] / source[0], target[1] / source[1])
     full = (height * ratio[0], width * ratio[1])
     offset = [top * ratio[0], left * ratio[1]]
+    mirrored = [False, False]
     for axis, wanted in ((1, config.flip), (0, config.flip_vertical)):
         if wanted and uniform(0, 1) < 0.5:
             pixels, part, logits = pixels.flip(axis + 1), part.flip(axis), logits.flip(axis + 1)
             offset[axis] = full[axis] - offset[axis] - size[axis]
+            mirrored[axis] = True
 
+    window = Window(full, (offset[0], offset[1]))
+    seen = None if teacher is None else teacher.seen_by(window, config.crop, (mirrored[0], mirrored[1]))
     pad = (0, config.crop[1] - size[1], 0, config.crop[0] - size[0])
     return Crop(
         F.pad(pixels.round().clamp(0, 255).to(torch.uint8), pad),
         F.pad(part, pad, value=IGNORE),
         F.pad(torch.ones(size, dtype=torch.bool), pad),
         logits.float(),
-        Window(full, (offset[0], offset[1])),
+        window,
         name,
+        seen,
     )
 
 
@@ -204,6 +222,7 @@ class CropDataset(TorchDataset[Crop]):
         config: augmentation.
         seed: seed of order and augmentation.
         cache_gb: maximum size of the cache of decoded images [GB].
+        teacher: function from the same to the teacher's prediction for the whole image; default: no teacher.
     """
 
     def __init__(
@@ -213,8 +232,10 @@ class CropDataset(TorchDataset[Crop]):
         config: AugmentConfig,
         seed: int,
         cache_gb: float,
+        teacher: Callable[[int, tuple[int, int]], SoftLabels] | None = None,
     ) -> None:
         self.data, self.logits, self.config, self.seed = data, logits, config, seed
+        self.teacher = teacher
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         self._cache_bytes_left = cache_gb * 1e9
 
@@ -224,9 +245,11 @@ class CropDataset(TorchDataset[Crop]):
         )
         image_index = int(order[index % len(self.data)])
         image, label = self._read(image_index)
-        logits = self.logits(image_index, (label.shape[0], label.shape[1]))
+        size = (label.shape[0], label.shape[1])
+        logits = self.logits(image_index, size)
+        teacher = None if self.teacher is None else self.teacher(image_index, size)
         name = self.data.samples[image_index].name
-        return random_crop(image, label, logits, self.config, Uniform(self.seed * 1_000_003 + index), name)
+        return random_crop(image, label, logits, self.config, Uniform(self.seed * 1_000_003 + index), name, teacher)
 
     def _read(self, image_index: int) -> tuple[Tensor, Tensor]:
         if image_index in self._cache:

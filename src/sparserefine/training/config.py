@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -15,6 +16,7 @@ from sparserefine.machine.bounds import check_number, check_positive, check_whol
 from sparserefine.machine.device import device_named
 from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.extractor import PRESETS
+from sparserefine.training.teacher_config import TeacherConfig
 
 _MAX_BATCH = 65_536
 """Most crops per optimiser step, accumulated ones included."""
@@ -84,6 +86,11 @@ class TrainingConfig:
         weight_decay: decay of weights; biases and normalisation layers have none.
         warmup: share of the steps in which the learning rate rises linearly.
         dice: weight of a Dice loss on sparse and refined logits; 0: cross entropy only, as in the paper.
+        targets: what the refiner learns: ``labels``; ``teacher``: the predictions of ``teacher``, so that images need
+            no labels; ``both``: the sum of both losses.
+        teacher_weight: weight of the teacher's loss with ``both``.
+        temperature: divides the teacher's and the refiner's logits in the teacher's cross entropy; above 1, the
+            teacher's less probable classes count more.
         val_every: steps between validations; each validation also writes checkpoints.
         seed: seed of initialisation and crops.
         workers: number of processes that prepare crops.
@@ -104,6 +111,9 @@ class TrainingConfig:
     weight_decay: float = 0.05
     warmup: float = 0.02
     dice: float = 0.0
+    targets: Literal["labels", "teacher", "both"] = "labels"
+    teacher_weight: float = 1.0
+    temperature: float = 1.0
     val_every: int = 500
     seed: int = 0
     workers: int = 0
@@ -129,9 +139,12 @@ class TrainingConfig:
                 f"training.batch = {self.batch}, training.accumulate = {self.accumulate}: "
                 f"{self.batch * self.accumulate} crops a step, expected at most {_MAX_BATCH}"
             )
+        if self.targets not in ("labels", "teacher", "both"):
+            raise ValueError(f"training.targets = {self.targets!r}, expected 'labels', 'teacher' or 'both'")
+        check_number("training.temperature", self.temperature, 0.01, 100)
         for name in ("lr", "clip"):
             check_positive(f"training.{name}", getattr(self, name))
-        for name in ("weight_decay", "dice", "cache_gb"):
+        for name in ("weight_decay", "dice", "teacher_weight", "cache_gb"):
             check_number(f"training.{name}", getattr(self, name), 0)
         check_number("training.warmup", self.warmup, 0, 1)
 
@@ -146,6 +159,7 @@ class Config(RefinerConfig):
         out: folder of the trained refiner: ``best/``, ``last/``, ``last.ckpt``, and the records of the run.
         preset: named extractor shape, used instead of ``extractor``: ``paper``, ``slim`` or ``slim16``.
         logits: where coarse logits come from in training.
+        teacher: the model whose predictions are learnt, if ``training.targets`` says so.
         augment: random crops and augmentation.
         training: optimisation.
         boundary_px: width of the boundary IoU band [px]; ``null``: 2 % of the image's diagonal, as published.
@@ -156,6 +170,7 @@ class Config(RefinerConfig):
     out: str
     preset: Literal["paper", "slim", "slim16"] | None = None
     logits: LogitsConfig = LogitsConfig()
+    teacher: TeacherConfig = TeacherConfig()
     augment: AugmentConfig = AugmentConfig()
     training: TrainingConfig = TrainingConfig()
     boundary_px: int | None = None
@@ -166,6 +181,8 @@ class Config(RefinerConfig):
             raise ValueError("out is empty, expected a folder for the trained refiner")
         if self.preset is not None and self.extractor not in (PRESETS["slim"], PRESETS[self.preset]):
             raise ValueError(f"preset = {self.preset!r} and extractor = {self.extractor}: give only one")
+        if self.teacher.folder.strip() and Path(self.teacher.folder) == Path(self.logits.folder):
+            raise ValueError(f"teacher.folder = logits.folder = {self.teacher.folder!r}, expected a folder for each")
         if self.boundary_px is not None:
             check_whole("boundary_px", self.boundary_px, 1, _MAX_BOUNDARY_PX)
 

@@ -25,6 +25,7 @@ from sparserefine.refiner import SparseRefiner
 from sparserefine.training.checkpoint import LAST, PREVIOUS, CheckpointError, check_weights, read_checkpoint
 from sparserefine.training.config import Config
 from sparserefine.training.logits import Bases
+from sparserefine.training.teacher import Teacher
 
 CONFIG, RUN, BROKEN = "config.json", "run.json", "broken.ckpt"
 _FORMAT_VERSION = 1
@@ -34,7 +35,10 @@ _MAY_DIFFER = (
     *(f"training.{name}" for name in ("workers", "device", "cache_gb", "slurm_requeue", "pictures")),
 )
 """Fields of the configuration that do not change the result."""
-_MAY_MOVE = ("data.root", "base.name", "base.class_map", "logits.folder", "logits.crossfit.base", "training.init")
+_MAY_MOVE = (
+    *("data.root", "base.name", "base.class_map", "logits.folder", "logits.crossfit.base", "training.init"),
+    *("teacher.name", "teacher.class_map", "teacher.folder"),
+)
 """Fields that say where something is. ``run.json`` has its digest, which tells whether it is the same elsewhere."""
 _ANEW = "start a new run in another --out"
 _log = logging.getLogger(__name__)
@@ -60,7 +64,8 @@ class Origin:
     """What a run is made from. Results are the same only if this is.
 
     Attributes:
-        bases: identity of each base by its role: ``base``, and ``fold:<split>`` for those of ``logits.crossfit``.
+        bases: identity of each model by its role: ``base``, ``fold:<split>`` for those of ``logits.crossfit``, and
+            ``teacher`` if there is one.
         data: digest of the images and labels of each split, ``train`` and ``val``.
         weights: digest of the weights at step 0; ``None`` if it is not known.
     """
@@ -70,7 +75,14 @@ class Origin:
     weights: str | None
 
     @classmethod
-    def of(cls, config: Config, data: Sequence[Dataset], bases: Bases, refiner: SparseRefiner | None) -> Origin:
+    def of(
+        cls,
+        config: Config,
+        data: Sequence[Dataset],
+        bases: Bases,
+        refiner: SparseRefiner | None,
+        teacher: Teacher | None = None,
+    ) -> Origin:
         """The origin of a run.
 
         Args:
@@ -78,10 +90,12 @@ class Origin:
             data: training and validation data.
             bases: its bases.
             refiner: the refiner, not yet trained; ``None`` where its first weights are not known.
+            teacher: its teacher; default: none.
         """
         names = {"base": config.base.name} | {f"fold:{fold.split}": fold.base for fold in config.logits.crossfit}
         return cls(
-            {role: bases.identity(name, data[0].classes) for role, name in names.items()},
+            {role: bases.identity(name, data[0].classes) for role, name in names.items()}
+            | ({} if teacher is None else {"teacher": teacher.identity}),
             {split: part.digest() for split, part in zip(("train", "val"), data, strict=True)},
             None if refiner is None else _digest(refiner.trained_state()),
         )
@@ -209,7 +223,8 @@ def check_origin(out: Path, now: Origin, start: Start) -> None:
     origin, _ = _read(path)
     for role, identity in now.bases.items():
         if origin.bases.get(role) != identity:
-            known = "base" if role == "base" else f"the base of logits.crossfit for {role.removeprefix('fold:')}"
+            fold = f"the base of logits.crossfit for {role.removeprefix('fold:')}"
+            known = {"base": "base", "teacher": "the teacher"}.get(role, fold)
             raise ValueError(
                 f"{path}: {known} had identity {origin.bases.get(role)} when the run was started, it has {identity} "
                 f"now; put the former weights back, or {_ANEW}"
