@@ -23,22 +23,27 @@ NETWORKS = {
     "base8": (0.125, 288, 2400, "2e-3", None),
     "base4": (0.25, 448, 2400, "2e-3", None),
     "base2": (0.5, 512, 2400, "1e-3", "base4"),
-    "dense1": (1.0, 640, 1800, "1e-3", "base2"),
+    "dense2": (0.5, 512, 1200, "7e-4", "base2"),
+    "dense1": (1.0, 640, 1200, "7e-4", "base2"),
 }
-"""Ratio, crop [px], steps, peak rate, and the network to begin with. ``base2`` is the dense peer at 1/2, too."""
+"""Ratio, crop [px], steps, peak rate, and the network to begin with. ``dense2`` is ``base2``, trained for longer."""
 RATIOS = (4, 2, 8)
 """Refiners for bases at 1/4, 1/2 and 1/8."""
 
 LEVERS = {
     "plain": (),
-    "focus": ("--augment.focus", "0.75"),
+    "without_context": ("--extractor.context", "false"),
+    "focus": ("--augment.focus", "0.5"),
     "ema": ("--training.ema", "0.995"),
-    "large_batch": ("--training.accumulate", "2"),
-    "wide": ("--extractor.planes", "[32,64,128,256]"),
-    "deep": ("--extractor.blocks", "2"),
+    "twice_the_batch": ("--training.accumulate", "2"),
+    "five_levels": ("--extractor.planes", "[16,32,64,128,192]"),
+    "two_blocks": ("--extractor.blocks", "2"),
     "from_demo": ("--training.init", "demo"),
+    "deep_supervision": ("--training.deep_supervision", "0.3"),
+    "boundary_weight": ("--training.boundary_weight", "1.0"),
 }
 """Options that are tried, one at a time."""
+STRONG = (*LEVERS["five_levels"], *LEVERS["focus"], *LEVERS["ema"])
 
 
 def networks(o: Options) -> Iterator[Stage]:
@@ -60,7 +65,7 @@ def networks(o: Options) -> Iterator[Stage]:
         if kind.startswith("base"):
             for held_out, subjects in FOLDS.items():
                 yield stage(kind, subjects, f"_without_{held_out}")
-    for kind in ("base4", "base2", "dense1"):
+    for kind in ("base4", "base2", "dense2", "dense1"):
         yield stage(kind, "06-13", "_seed1", 1)
 
 
@@ -72,7 +77,7 @@ def refiners(o: Options) -> Iterator[Stage]:
 
     for ratio in RATIOS:
         folds = tuple(f"base{ratio}_without_{subjects}" for subjects in FOLDS)
-        needs = (f"base{ratio}", *folds, "base2", *(("dense1",) if ratio == 2 else ()))
+        needs = (f"base{ratio}", *folds, "base2")
         yield Stage(f"logits{ratio}", ("-m", "sparserefine", "logits", *config(ratio), "--device", o.device), needs)
 
     def run(ratio: int, variant: str, seed: int, steps: int, *options: str) -> Stage:
@@ -89,7 +94,8 @@ def refiners(o: Options) -> Iterator[Stage]:
         for targets in ("both", "labels", "teacher"):
             yield run(4, targets, seed, 2400, "--training.targets", targets)
         yield run(4, "both_without_context", seed, 2400, *without_context)
-        yield run(2, "both", seed, 2400)
+        yield run(4, "both_strong", seed, 2400, *STRONG)
+        yield run(2, "labels", seed, 2400)
         yield run(8, "both", seed, 2400)
     for name, options in LEVERS.items():  # a quarter of the steps
         yield run(4, f"short_{name}", 0, 600, *options)
