@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
-from sparserefine.bases.load import load_base
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.files.digest import sha256_of
 from sparserefine.files.lock import locked
 from sparserefine.files.whole import sweep
 from sparserefine.images.classes import Classes
+from sparserefine.loading import load_base
 from sparserefine.training.config import Config
 from sparserefine.training.forecast import Forecast
 from sparserefine.training.stored_logits import LiveSplit, StoredLogits, StoredSplit, quantised

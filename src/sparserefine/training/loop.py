@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparserefine.bases.load import load_base
 from sparserefine.data.crops import CropDataset
 from sparserefine.data.focus import Focus
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.files.lock import locked
 from sparserefine.files.whole import sweep
 from sparserefine.images.upsampling import Upsampling
+from sparserefine.loading import load_base
 from sparserefine.machine.device import device_named
 from sparserefine.refiner import SparseRefiner
 from sparserefine.training import slurm
@@ -43,6 +44,8 @@ from sparserefine.training.teacher_predictions import TeacherPredictions
 
 if TYPE_CHECKING:
     from sparserefine.training.module import RefinerModule
+
+_log = logging.getLogger(__name__)
 
 
 def build_refiner(config: Config, data: Dataset) -> SparseRefiner:
@@ -106,8 +109,9 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     check_batch_fits(config, len(data[0].classes))
     refiner, device = build_refiner(config, data[0]), device_named(c.device)
     start = start_of(out, refiner) if resume else Start()
-    if c.init and start.checkpoint is None:  # a checkpoint holds all weights
-        refiner.load_weights(c.init)
+    init = refiner.start_from(c.init) if c.init and start.checkpoint is None else None  # a checkpoint has all weights
+    if init is not None:
+        _log.warning("%s", init)
     bases = Bases(config.base, device, refiner.base)
     teacher = None if c.targets == "labels" else Teacher(config.teacher, config.base, data[0].classes, device)
     origin = Origin.of(config, data, bases, refiner if start.checkpoint is None else None, teacher)
@@ -118,14 +122,15 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     if start.checkpoint is None:
         warn_if_vain(refiner, train, val, device)
     set_aside_broken(out, start)
-    write_start(out, config, origin, start, provenance(device, c.precision, refiner.engine.on(device).name))
+    now = provenance(device, c.precision, refiner.engine.on(device).name)
+    write_start(out, config, origin, start, now if init is None else {**now, "init": str(init)})
     crops = CropDataset(
         data[0],
         train.logits,
         config.augment,
         c.seed,
         c.cache_gb,
-        train.teacher,
+        teacher=train.teacher,
         focus=Focus(config.selector.threshold, Upsampling(outputs=refiner.base.outputs)),
         whole_logits=config.upsampling == "nearest",  # which needs the grid of the base's whole input
         pin=device.type == "cuda",

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
-from sparserefine.bases.load import load_base
 from sparserefine.files.text import first_line
 from sparserefine.images.classes import Classes
 from sparserefine.images.coarse import Coarse
 from sparserefine.images.resize import resize
 from sparserefine.images.soft_labels import SoftLabels
+from sparserefine.loading import load_base
 from sparserefine.sparse import Engine
 from sparserefine.training.teacher_config import ALIGNED, TeacherConfig
 
