@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ class Bases:
     """The bases that a configuration names. Each is loaded and identified once, when it is first needed.
 
     Args:
-        config: input size and normalisation of all bases.
+        config: input size of all bases, and the other settings of those of the same kind.
         device: the device they run on.
         loaded: a base that is loaded already, under the name ``config.name``.
     """
@@ -46,8 +46,12 @@ class Bases:
     def base(self, name: str, classes: Classes) -> FrozenBase:
         """The base called ``name``, for data with these classes."""
         if name not in self._bases:
-            self._bases[name] = load_base(replace(self._config, name=name), classes).to(self._device)
+            self._bases[name] = load_base(self._config.of(name), classes).to(self._device)
         return self._bases[name]
+
+    def first(self, classes: Classes) -> FrozenBase:
+        """The base of the configuration."""
+        return self.base(self._config.name, classes)
 
     def identity(self, name: str, classes: Classes) -> str:
         """Identity of :meth:`base`."""
@@ -56,25 +60,50 @@ class Bases:
         return self._identities[name]
 
 
+def check_outputs(bases: Bases, name: str, classes: Classes) -> None:
+    """Raises ``ValueError`` unless the base of that name returns what ``config.base`` does: logits, or scores."""
+    first, other = bases.first(classes), bases.base(name, classes)
+    if other.outputs != first.outputs:
+        raise ValueError(
+            f"bases: {other.label} returns {other.outputs}, {first.label} returns {first.outputs}; a refiner reads one "
+            "of both, so name bases that return the same"
+        )
+
+
 class CoarseLogits:
-    """Coarse logits of the images of one split. ``logits.crossfit`` decides which base makes them for which image.
+    """Coarse logits of the images of one split by one base; ``logits.crossfit`` names others that stand in for it.
 
     Args:
         config: names the bases.
         data: the split. A cross-fit base is used for the images that its own split shares with this one.
         device: the device the bases run on.
         bases: the loaded bases, which several splits can share.
+        of: name of the base, one of ``config.bases``; default: ``config.base``.
     """
 
-    def __init__(self, config: Config, data: Dataset, device: torch.device, bases: Bases) -> None:
+    def __init__(
+        self, config: Config, data: Dataset, device: torch.device, bases: Bases, of: str | None = None
+    ) -> None:
         self.config, self.data, self.device, self._bases = config, data, device, bases
+        self._name = of or config.base.name
         self._crossfit_base = {
-            sample.name: fold.base for fold in config.logits.crossfit for sample in config.data.read(fold.split).samples
+            sample.name: fold.base
+            for fold in config.logits.crossfit
+            if self._name == (fold.instead_of or config.base.name)
+            for sample in config.data.read(fold.split).samples
         }
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the stored logits: ``logits.folder``, and in it one for each of ``config.bases``."""
+        folder = Path(self.config.logits.folder)
+        if self._name == self.config.base.name:
+            return folder
+        return folder / f"base-{self._bases.identity(self._name, self.data.classes).rpartition(':')[2]}"
 
     def _base_name(self, name: str) -> str:
         """Name of the base for the sample called ``name``."""
-        return self._crossfit_base.get(name, self.config.base.name)
+        return self._crossfit_base.get(name, self._name)
 
     def base(self, name: str) -> FrozenBase:
         """The base for the sample called ``name``."""
@@ -98,7 +127,7 @@ class CoarseLogits:
             OSError: an image cannot be read.
         """
         bases = tuple(self.identity(sample.name) for sample in self.data.samples)
-        split = StoredSplit(Path(self.config.logits.folder), self.data, bases)
+        split = StoredSplit(self.folder, self.data, bases)
         split.check()
         return split
 
@@ -110,6 +139,8 @@ class CoarseLogits:
 
 def store_logits(config: Config, *, device: torch.device, overwrite: bool = False) -> LogitsReport:
     """Stores the coarse logits of the training and validation splits. Skips images whose logits are stored already.
+
+    Those of ``config.bases``, which only training needs, are stored for the training split, in folders of their own.
 
     Args:
         config: the whole configuration.
@@ -124,13 +155,20 @@ def store_logits(config: Config, *, device: torch.device, overwrite: bool = Fals
     if not config.logits.folder.strip():
         raise ValueError("logits.folder is empty, expected the folder to store coarse logits in")
     splits = {split: config.data.read(split) for split in (config.data.train, config.data.val)}
-    store, bases = StoredLogits(config.logits.folder), Bases(config.base, device)
-    with locked(store.folder, "logits"):
-        for folder in {store.path(sample.name).parent for data in splits.values() for sample in data.samples}:
+    bases = Bases(config.base, device)
+    sources = [(split, CoarseLogits(config, data, device, bases)) for split, data in splits.items()]
+    for name in config.bases:
+        data = splits[config.data.train]
+        check_outputs(bases, name, data.classes)
+        sources.append((config.data.train, CoarseLogits(config, data, device, bases, name)))
+    with locked(Path(config.logits.folder), "logits"):
+        for folder in {
+            StoredLogits(source.folder).path(sample.name).parent
+            for _, source in sources
+            for sample in source.data.samples
+        }:
             sweep(folder)
-        parts = [
-            _store(split, CoarseLogits(config, data, device, bases), store, overwrite) for split, data in splits.items()
-        ]
+        parts = [_store(split, source, StoredLogits(source.folder), overwrite) for split, source in sources]
     return LogitsReport(sum(part.computed for part in parts), sum(part.present for part in parts))
 
 

@@ -21,7 +21,8 @@ from sparserefine.training import slurm
 from sparserefine.training.checks import warn_if_vain
 from sparserefine.training.config import Config, check_batch_fits
 from sparserefine.training.items import WholeImages
-from sparserefine.training.logits import Bases, CoarseLogits
+from sparserefine.training.logits import Bases, CoarseLogits, check_outputs
+from sparserefine.training.mixing import Mixed, repeated
 from sparserefine.training.provenance import provenance
 from sparserefine.training.record import RunRecord
 from sparserefine.training.run import (
@@ -108,13 +109,18 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     if start.resumed:
         check_origin(out, origin, start)
     train, val = (WholeImages(part, _logits(config, part, device, bases)) for part in data)
-    del bases  # frees the cross-fit bases, which training does not need
+    logits = [train.logits]
+    for name in config.bases:
+        check_outputs(bases, name, data[0].classes)
+        logits.append(_logits(config, data[0], device, bases, name))
+    del bases  # frees the other bases, which training does not need
     if start.checkpoint is None:
         warn_if_vain(refiner, train, val, device)
     set_aside_broken(out, start)
     now = provenance(device, c.precision, refiner.engine.on(device).name)
     write_start(out, config, origin, start, now if init is None else {**now, "init": str(init)})
-    crops = CropDataset(data[0], train.logits, config.augment, c.seed, c.cache_gb / max(1, c.workers))
+    mixed, images = Mixed(logits, len(data[0])), repeated(data[0], len(logits))
+    crops = CropDataset(images, mixed, config.augment, c.seed, c.cache_gb / max(1, c.workers))
     with RunRecord(out, resumed_at=None if start.checkpoint is None else start.step) as record:
         module = RefinerModule(refiner, config, record)
         fit(module, crops, val, device, start.checkpoint)
@@ -123,9 +129,11 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     return out / "best"
 
 
-def _logits(config: Config, data: Dataset, device: torch.device, bases: Bases) -> LiveSplit | StoredSplit:
-    """The coarse logits of one split."""
-    source = CoarseLogits(config, data, device, bases)
+def _logits(
+    config: Config, data: Dataset, device: torch.device, bases: Bases, of: str | None = None
+) -> LiveSplit | StoredSplit:
+    """The coarse logits of one split by the base called ``of``; default: by ``config.base``."""
+    source = CoarseLogits(config, data, device, bases, of)
     return source.stored() if config.logits.source == "stored" else source.live()
 
 
