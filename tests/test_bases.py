@@ -111,9 +111,11 @@ def test_logits_of_all_bases_are_stored_apart(project: Path, capsys: Any) -> Non
     assert {StoredLogits("logits").header(name)["base"] for name in "012"} == {first}
     assert {StoredLogits(folder).header(name)["base"] for name in "01"} == {other}
     assert not (folder / "2.safetensors").exists()  # of the validation split
-    assert "5 stored" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "3 stored in logits" in shown
+    assert f"2 stored in {folder.relative_to(project)}" in shown
     assert main(["logits", "config.yaml", *BOTH, *STORED]) == 0
-    assert "5 were there" in capsys.readouterr().out
+    assert "2 were there" in capsys.readouterr().out
     (folder / "1.safetensors").write_bytes((project / "logits" / "1.safetensors").read_bytes())
     assert train(*BOTH, *STORED) == 1
     assert f"this configuration has base {other}" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from sparserefine.engines.choose import EngineChoice, engine_report, get_engine
 from sparserefine.engines.reference.engine import TorchEngine
 from sparserefine.sparse import Engine
 from sparserefine.sparse.interface import Unavailable
-from sparserefine.studies.evaluate import dense_labels
+from sparserefine.studies.scoring import dense_labels
 from support import engine_of, needs_triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -18,6 +18,7 @@ from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.extractor import ExtractorConfig
 from sparserefine.stages.selector import Selector
 from sparserefine.studies import evaluate as module
+from sparserefine.studies import scoring
 from sparserefine.studies.evaluate import evaluate
 
 
@@ -95,14 +96,14 @@ def gpu_clock(monkeypatch):
             pass
 
     now = [0.0]
-    monkeypatch.setattr(module, "now_ms", lambda device: now[0])
-    monkeypatch.setattr(module, "PeakMemory", NoMemory)
+    monkeypatch.setattr(scoring, "now_ms", lambda device: now[0])
+    monkeypatch.setattr(scoring, "PeakMemory", NoMemory)
     return now
 
 
 def test_on_a_gpu_what_only_the_first_run_does_is_not_timed(gpu_clock):
     """The first run of each way compiles its kernels for 500 ms; predicting takes 13 ms."""
-    watch, runs = module.Stopwatch(torch.device("cuda"), 1), {"coarse": 0, "refined": 0}
+    watch, runs = scoring.Stopwatch(torch.device("cuda"), 1), {"coarse": 0, "refined": 0}
     for image in range(3):
         for way in runs:
 
@@ -122,7 +123,7 @@ def test_runs_of_each_way_of_predicting(device, untimed, refiner, images, monkey
     """Coarse and refined run the base, dense runs its own: on each image as often as asked for."""
     if device == "cuda":
         request.getfixturevalue("gpu_clock")
-        stopwatch = module.Stopwatch
+        stopwatch = scoring.Stopwatch
         monkeypatch.setattr(module, "Stopwatch", lambda _, repeats: stopwatch(torch.device(device), repeats))
     dense = FrozenBase(UNet(2, (4, 8)), 2, BaseConfig(ratio=1.0))
     calls = {"base": 0, "dense": 0}

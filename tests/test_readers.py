@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from sparserefine.data.readers.config import DataConfig
@@ -180,6 +181,56 @@ def test_classes_that_are_a_pipe_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "classes.txt")
     with pytest.raises(ValueError, match=r"classes\.txt: is a FIFO .*, expected a list of classes"):
         read_classes(tmp_path / "classes.txt")
+
+
+# ---- without labels
+
+
+def test_a_folder_without_labels(data: Path) -> None:
+    assert folder(data).labelled
+    (data / "labels").rename(data / "gone")
+    dataset = folder(data)
+    assert names(dataset) == ["a", "city/b.left", "my photo"]
+    assert not dataset.labelled
+    assert all(sample.label is None for sample in dataset.samples)
+    image, label = dataset.read(1)
+    assert image.unique().tolist() == [2]
+    assert label.dtype == torch.uint8
+    assert label.shape == (4, 6)
+    assert label.unique().tolist() == [255]
+
+
+def test_a_split_without_labels_beside_one_that_has_some(data: Path) -> None:
+    sample(data, "train/c")
+    sample(data, "val/d")
+    shutil.rmtree(data / "labels" / "train")
+    assert not folder(data, "train").labelled
+    assert folder(data, "val").labelled
+    with pytest.raises(ValueError, match=r"train/c\.png: no label .*train/c\.png"):
+        folder(data)
+
+
+def test_masks_without_labels_are_ignored_too(data: Path) -> None:
+    (data / "classes.txt").write_text("ground\nline\n")
+    (data / "labels").rename(data / "gone")
+    assert folder(data, black_white=True).read(0)[1].unique().tolist() == [255]
+
+
+def test_what_needs_labels_says_so(data: Path) -> None:
+    folder(data).check_labelled("this")
+    (data / "labels").rename(data / "gone")
+    with pytest.raises(ValueError, match=r"images/a\.png: has no label, and this needs labels; put a label image"):
+        folder(data).check_labelled("this")
+
+
+def test_without_labels_the_digest_is_of_the_images(data: Path) -> None:
+    with_labels = folder(data).digest()
+    (data / "labels").rename(data / "gone")
+    without = folder(data).digest()
+    assert without != with_labels
+    path = data / "images" / "a.png"
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert folder(data).digest() != without
 
 
 # ---- digest

@@ -95,6 +95,13 @@ def test_logits_train_evaluate_predict(project, capsys):
         assert set(np.unique(np.array(mask))) <= {0, 1}
 
 
+def test_images_without_labels_are_refused_where_labels_teach(project, capsys):
+    (project / "data" / "labels").rename(project / "data" / "gone")
+    assert main(["train", "config.yaml"]) == 1
+    assert "0.png: has no label, and training.targets = 'labels' needs labels" in capsys.readouterr().err
+    assert not (project / "run" / "config.json").exists()
+
+
 def test_logits_of_another_base_are_refused(project, capsys):
     assert main(["logits", "config.yaml"]) == 0
     other = ["--base.name", "unet:other.safetensors"]

@@ -32,6 +32,7 @@ from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.machine.timing import StageTimer
 from sparserefine.sparse import Engine, PaddedPlan, Plan, Sites, SparseConv, SparseUNet, calibrating
 from sparserefine.stages.config import RefinerConfig
+from sparserefine.stages.context import block_means
 from sparserefine.stages.ensembler import build_ensembler
 from sparserefine.stages.gather import pixels, sample
 from sparserefine.stages.refinement import Refinement
@@ -178,11 +179,15 @@ class SparseRefiner(nn.Module):
             # What the next two stages read at the sites: coarse logits [N, K], image features [N, F].
             coarse_logits = sample(coarse, sites, engine)
             features = self._features(image, sites, coarse_logits, engine)
+            # At each level, means over the pixels of each active cell's block, [n_l, 3 + K].
+            context = None
+            if self.config.extractor.context:
+                context = block_means(image, coarse, valid, plan, *self._normalisation(image), engine)
         with timer.stage("extractor"):
             # Section 3.2: the sparse U-Net, [N, F] -> [N, K]; for inference the engine may have a faster version of it.
             packed = None if torch.is_grad_enabled() else engine.prepare(self.extractor)
             network: Callable[..., Tensor] = packed or self.extractor
-            sparse_logits = network(features, plan)
+            sparse_logits = network(features, plan, context)
         with timer.stage("ensembler"):
             # Section 3.3: the gate blends both predictions, [N, K].
             refined = self.ensembler(coarse_logits, sparse_logits.float(), engine)
@@ -239,10 +244,7 @@ class SparseRefiner(nn.Module):
         parts = []
         for name in self.config.extractor.features:
             if name == "rgb":
-                mean, std = (constant(v, image.device) for v in (self.config.mean, self.config.std))
-                white = 255 if image.dtype == torch.uint8 else 1
-                # (pixel / white - mean) / std, written as pixel * scale + shift.
-                parts.append(pixels(image, sites, 1 / (std * white), -mean / std, engine))
+                parts.append(pixels(image, sites, *self._normalisation(image), engine))
             elif name == "coords":
                 extents = ((1, sites.height), (2, sites.width))
                 parts += [((2 * sites.coords[:, axis] + 1) / extent - 1)[:, None] for axis, extent in extents]
@@ -251,6 +253,12 @@ class SparseRefiner(nn.Module):
             else:
                 parts.append(entropy(coarse_logits, 1)[:, None])
         return torch.cat(parts, dim=1)
+
+    def _normalisation(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift of each channel: (pixel / white - mean) / std, written as pixel * scale + shift."""
+        mean, std = (constant(v, image.device) for v in (self.config.mean, self.config.std))
+        white = 255 if image.dtype == torch.uint8 else 1
+        return 1 / (std * white), -mean / std
 
     def capture(
         self,

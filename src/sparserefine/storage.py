@@ -147,6 +147,8 @@ def write_refiner(
         **asdict(config),
         "base": asdict(base_config),
     }
+    if not config.extractor.context:  # versions that do not know it can still read the refiner
+        del values["extractor"]["context"]
     if isinstance(base.model, RefinedModel):
         values["base_identity"] = base.identity
     with folder_written_whole(folder, last=CONFIG) as temporary:
@@ -193,7 +195,7 @@ def read_refiner(name: str | Path) -> StoredRefiner:
         raise ValueError(
             f"{files.weights}: missing, or not the file that {CONFIG} was written with; save the refiner again"
         )
-    config = from_json(RefinerConfig, {name: values[name] for name in config_keys}, where)
+    config = from_json(RefinerConfig, {name: values[name] for name in config_keys}, where, optional=("context",))
     classes = _classes(values, where)
     try:
         config.selector.check(len(classes))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from sparserefine.commands.arguments import add_config, add_precision, add_refiner, config_of, refiner_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
-
-    from sparserefine.bases.base import BaseConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -39,6 +37,7 @@ def run(arguments: Namespace) -> int:
     """Prints the table of :func:`sparserefine.evaluate`."""
     from tqdm import tqdm
 
+    from sparserefine.bases.other import other_config
     from sparserefine.files.regular import given_path
     from sparserefine.files.results import write_results
     from sparserefine.files.whole import sweep
@@ -63,7 +62,10 @@ def run(arguments: Namespace) -> int:
         )
     dense = None
     if arguments.dense:
-        dense = load_base(_dense_config(arguments, config.base), data.classes, engine=arguments.engine).to(device)
+        its = other_config(
+            config.base, arguments.dense, ratio=arguments.dense_ratio, class_map=arguments.dense_class_map or None
+        )
+        dense = load_base(its, data.classes, engine=arguments.engine).to(device)
     images = (data.read(index) for index in tqdm(range(len(data)), desc=arguments.split, unit="image"))
     with gpu_precision(arguments.precision, device):
         result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)
@@ -71,13 +73,3 @@ def run(arguments: Namespace) -> int:
     if results is not None:
         write_results(results, asdict(result))
     return 0
-
-
-def _dense_config(arguments: Namespace, base: BaseConfig) -> BaseConfig:
-    """Configuration of ``--dense``: the base's settings if both are of the same kind, else those in its own files."""
-    config = replace(base, name=arguments.dense, ratio=arguments.dense_ratio, size=None)
-    if arguments.dense.partition(":")[0] != base.name.partition(":")[0]:
-        config = replace(config, mean=None, std=None, outputs=None, class_map=None)
-    if arguments.dense_class_map:
-        config = replace(config, class_map=arguments.dense_class_map)
-    return config

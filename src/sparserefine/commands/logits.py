@@ -31,6 +31,6 @@ def run(arguments: Namespace) -> int:
     from sparserefine.training.logits import store_logits
 
     config = config_of(arguments)
-    report = store_logits(config, device=device_named(arguments.device), overwrite=arguments.overwrite)
-    print(f"{report.computed} stored in {printable(config.logits.folder)}, {report.present} were there already")
+    for report in store_logits(config, device=device_named(arguments.device), overwrite=arguments.overwrite):
+        print(f"{report.computed} stored in {printable(report.folder)}, {report.present} were there already")
     return 0

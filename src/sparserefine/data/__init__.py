@@ -1,1 +1,1 @@
-"""Labelled images on disk, and training crops of them."""
+"""Images on disk, with labels or without, and training crops of them."""

@@ -99,6 +99,7 @@ def demo(out: str | Path, *, device: torch.device, repeats: int = 2) -> str:
         "threads": torch.get_num_threads(),
         "device": str(device),
         "rows": result.rows,
+        "agreement": result.agreement,
     }
     write_results(out / "demo.json", report)
     return _text(result, image, device, out, list(pictures))

@@ -87,12 +87,17 @@ def warn_if_vain(refiner: SparseRefiner, train: WholeImages, val: WholeImages, d
 
     Reads images until one has it, so usually one of each split.
     """
-    if not any(_labelled_sites(refiner, train[index], device) for index in range(len(train))):
+    taught = train.teacher is not None
+    if not any(_sites_with_target(refiner, train[index], device) for index in range(len(train))):
         _log.warning(
-            "training split: no pixel is both selected and labelled, so nothing can be learnt; lower "
-            "selector.threshold = %g (entropy in nats), or check data.train and its labels",
+            "training split: no pixel is %s, so nothing can be learnt; lower selector.threshold = %g (entropy in "
+            "nats), or check data.train%s",
+            "selected" if taught else "both selected and labelled",
             refiner.selector.threshold,
+            "" if taught else " and its labels",
         )
+    if not val.data.labelled:
+        return
     two = refiner.base.num_classes == 2
     labels = (val.data.read(index)[1] for index in range(len(val)))
     if not any(bool((label == 1 if two else label != IGNORE).any()) for label in labels):
@@ -103,10 +108,10 @@ def warn_if_vain(refiner: SparseRefiner, train: WholeImages, val: WholeImages, d
         )
 
 
-def _labelled_sites(refiner: SparseRefiner, item: WholeImage, device: torch.device) -> bool:
-    """Whether a pixel of the image is selected and has a label."""
+def _sites_with_target(refiner: SparseRefiner, item: WholeImage, device: torch.device) -> bool:
+    """Whether a pixel of the image is selected and has a label, or is taught by a teacher."""
     engine = refiner.engine.on(device)
     coarse = refiner.coarse_of(item.logits[None].to(device), (item.label.shape[0], item.label.shape[1]))
     _, entropies = engine.uncertainty(coarse)
     mask = refiner.selector.mask(entropies, None, engine)[0].cpu()
-    return bool((mask & (item.label != IGNORE)).any())
+    return bool((mask if item.teacher is not None else mask & (item.label != IGNORE)).any())

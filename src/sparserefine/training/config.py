@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -15,12 +16,14 @@ from sparserefine.machine.bounds import check_number, check_positive, check_whol
 from sparserefine.machine.device import device_named
 from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.extractor import PRESETS
+from sparserefine.training.teacher_config import TeacherConfig
 
 _MAX_BATCH = 65_536
 """Most crops per optimiser step, accumulated ones included."""
 _MAX_STEPS = 1_000_000_000
 _MAX_WORKERS = 1024
 _MAX_PICTURES = 1000
+_MAX_EMA = 0.999_999
 _MAX_SEED = 2**32 - 1
 """Of the random number generators of NumPy."""
 _MAX_BOUNDARY_PX = 10_000
@@ -28,8 +31,8 @@ _BYTES_PER_PIXEL = 11
 """Of a crop on the device: image 3, label 1, valid 1, entropy 4, coarse label 1, selected 1."""
 _STRIDE = 32
 """Of the coarsest logits of usual bases [px of the base's input]."""
-_HOST_BYTES_PER_PIXEL = 5
-"""Of a crop that waits for the device: image 3, label 1, valid 1."""
+_HOST_BYTES_PER_PIXEL = 4
+"""Of a crop that waits for the device, not yet resized: image 3, label 1. On average it has as many pixels then."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,20 @@ class TrainingConfig:
         weight_decay: decay of weights; biases and normalisation layers have none.
         warmup: share of the steps in which the learning rate rises linearly.
         dice: weight of a Dice loss on sparse and refined logits; 0: cross entropy only, as in the paper.
+        ema: validate and store an exponential mean of the weights, of which this share stays at each step, such as
+            0.999; 0: the weights themselves.
+        targets: what the refiner learns: ``labels``; ``teacher``: the predictions of ``teacher``, so that images need
+            no labels; ``both``: the sum of both losses.
+        teacher_weight: weight of the teacher's loss with ``both``.
+        temperature: divides the teacher's and the refiner's logits in the teacher's cross entropy; above 1, the
+            teacher's less probable classes count more.
         val_every: steps between validations; each validation also writes checkpoints.
         seed: seed of initialisation and crops.
-        workers: number of processes that prepare crops.
+        workers: number of threads that prepare crops; 0: they are cut out when they are needed, which is enough where
+            ``cache_gb`` holds all images.
         precision: one of Lightning's names ``32-true``, ``bf16-mixed``, ``16-mixed``.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        cache_gb: maximum size of the cache of decoded images [GB].
+        cache_gb: maximum size of the cache of decoded images, which all workers share [GB].
         slurm_requeue: in a SLURM job that is about to end (SIGUSR1 or SIGTERM), put it into the queue again; there it
             goes on from the last checkpoint in ``out``, so ``val_every`` should be well within a job's time.
         pictures: number of validation images of which each validation stores a picture in ``out/pictures``.
@@ -112,6 +123,10 @@ class TrainingConfig:
     weight_decay: float = 0.05
     warmup: float = 0.02
     dice: float = 0.0
+    ema: float = 0.0
+    targets: Literal["labels", "teacher", "both"] = "labels"
+    teacher_weight: float = 1.0
+    temperature: float = 1.0
     val_every: int = 500
     seed: int = 0
     workers: int = 0
@@ -137,11 +152,15 @@ class TrainingConfig:
                 f"training.batch = {self.batch}, training.accumulate = {self.accumulate}: "
                 f"{self.batch * self.accumulate} crops a step, expected at most {_MAX_BATCH}"
             )
+        if self.targets not in ("labels", "teacher", "both"):
+            raise ValueError(f"training.targets = {self.targets!r}, expected 'labels', 'teacher' or 'both'")
+        check_number("training.temperature", self.temperature, 0.01, 100)
         for name in ("lr", "clip"):
             check_positive(f"training.{name}", getattr(self, name))
-        for name in ("weight_decay", "dice", "cache_gb"):
+        for name in ("weight_decay", "dice", "teacher_weight", "cache_gb"):
             check_number(f"training.{name}", getattr(self, name), 0)
         check_number("training.warmup", self.warmup, 0, 1)
+        check_number("training.ema", self.ema, 0, _MAX_EMA)
 
 
 @dataclass(frozen=True)
@@ -157,6 +176,7 @@ class Config(RefinerConfig):
         out: folder of the trained refiner: ``best/``, ``last/``, ``last.ckpt``, and the records of the run.
         preset: named extractor shape, used instead of ``extractor``: ``paper``, ``slim`` or ``slim16``.
         logits: where coarse logits come from in training.
+        teacher: the model whose predictions are learnt, if ``training.targets`` says so.
         augment: random crops and augmentation.
         training: optimisation.
         boundary_px: width of the boundary IoU band [px]; ``null``: 2 % of the image's diagonal, as published.
@@ -167,6 +187,7 @@ class Config(RefinerConfig):
     out: str
     preset: Literal["paper", "slim", "slim16"] | None = None
     logits: LogitsConfig = LogitsConfig()
+    teacher: TeacherConfig = TeacherConfig()
     augment: AugmentConfig = AugmentConfig()
     training: TrainingConfig = TrainingConfig()
     boundary_px: int | None = None
@@ -187,6 +208,8 @@ class Config(RefinerConfig):
             raise ValueError("out is empty, expected a folder for the trained refiner")
         if self.preset is not None and self.extractor not in (PRESETS["slim"], PRESETS[self.preset]):
             raise ValueError(f"preset = {self.preset!r} and extractor = {self.extractor}: give only one")
+        if self.teacher.folder.strip() and Path(self.teacher.folder) == Path(self.logits.folder):
+            raise ValueError(f"teacher.folder = logits.folder = {self.teacher.folder!r}, expected a folder for each")
         if self.boundary_px is not None:
             check_whole("boundary_px", self.boundary_px, 1, _MAX_BOUNDARY_PX)
 
@@ -221,7 +244,7 @@ def check_batch_fits(config: Config, classes: int) -> None:
     machine = psutil.virtual_memory().total
     on_gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine
-    ahead = 1 + 2 * c.workers  # a data loader keeps two batches per worker ready
+    ahead = 1 + 2 * c.workers  # the loader keeps two batches per worker ready
     for where, needed, there in (
         (f"memory of {device}", c.batch * (_BYTES_PER_PIXEL * height * width + logits), memory),
         ("machine's memory", c.batch * (_HOST_BYTES_PER_PIXEL * height * width + logits) * ahead, machine),

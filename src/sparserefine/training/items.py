@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from sparserefine.data.readers.dataset import Dataset
+from sparserefine.images.soft_labels import SoftLabels
 from sparserefine.training.stored_logits import LiveSplit, StoredSplit
+from sparserefine.training.stored_teacher import LiveTeacherSplit, StoredTeacherSplit
 
 
 class WholeImage(NamedTuple):
@@ -18,28 +20,36 @@ class WholeImage(NamedTuple):
         name: the sample's name.
         image: ``uint8 [3, H, W]``.
         label: ``uint8 [H, W]``, 255 where ignored.
-        logits: the base's outputs, ``[K, h, w]``.
+        logits: the base's outputs, ``float32 [K, h, w]``.
+        teacher: the teacher's prediction; ``None``: no teacher.
     """
 
     name: str
     image: Tensor
     label: Tensor
     logits: Tensor
+    teacher: SoftLabels | None = None
 
 
 class WholeImages(TorchDataset[WholeImage]):
-    """The images of a split with their coarse logits."""
+    """The images of a split with their coarse logits, and the teacher's predictions if there is a teacher."""
 
-    def __init__(self, data: Dataset, logits: LiveSplit | StoredSplit) -> None:
-        self.data, self.logits = data, logits
+    def __init__(
+        self,
+        data: Dataset,
+        logits: LiveSplit | StoredSplit,
+        teacher: LiveTeacherSplit | StoredTeacherSplit | None = None,
+    ) -> None:
+        self.data, self.logits, self.teacher = data, logits, teacher
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> WholeImage:
         image, label = self.data.read(index)
-        logits = self.logits(index, (label.shape[0], label.shape[1]))
-        return WholeImage(self.data.samples[index].name, image, label, logits)
+        size = (label.shape[0], label.shape[1])
+        teacher = None if self.teacher is None else self.teacher(index, size)
+        return WholeImage(self.data.samples[index].name, image, label, self.logits(index, size).float(), teacher)
 
     @staticmethod
     def collate(items: list[WholeImage]) -> WholeImage:

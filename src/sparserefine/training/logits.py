@@ -1,7 +1,9 @@
-"""``sparserefine logits``: stores the base's coarse logits, so that training need not run the base."""
+"""``sparserefine logits``: stores coarse logits and the teacher's predictions, so that training runs neither model."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +20,17 @@ from sparserefine.files.whole import sweep
 from sparserefine.images.classes import Classes
 from sparserefine.loading import load_base
 from sparserefine.training.config import Config
+from sparserefine.training.forecast import Forecast
 from sparserefine.training.stored_logits import LiveSplit, StoredLogits, StoredSplit, quantised
+from sparserefine.training.teacher import Teacher
+from sparserefine.training.teacher_predictions import TeacherPredictions
 
 
 @dataclass(frozen=True)
 class LogitsReport:
-    """Result of :func:`store_logits`: number of images computed now, and number already stored before."""
+    """Result of :func:`store_logits`: for one folder, numbers of images computed now and already stored before."""
 
+    folder: str
     computed: int
     present: int
 
@@ -86,6 +92,7 @@ class CoarseLogits:
     ) -> None:
         self.config, self.data, self.device, self._bases = config, data, device, bases
         self._name = of or config.base.name
+        self.files = StoredLogits(self._folder())
         self._crossfit_base = {
             sample.name: fold.base
             for fold in config.logits.crossfit
@@ -93,8 +100,7 @@ class CoarseLogits:
             for sample in config.data.read(fold.split).samples
         }
 
-    @property
-    def folder(self) -> Path:
+    def _folder(self) -> Path:
         """Folder of the stored logits: ``logits.folder``, and in it one for each of ``config.bases``."""
         folder = Path(self.config.logits.folder)
         if self._name == self.config.base.name:
@@ -119,6 +125,16 @@ class CoarseLogits:
         logits = self.base(self.data.samples[index].name)(image[None].to(self.device))
         return logits[0].cpu(), (image.shape[1], image.shape[2])
 
+    def check(self, name: str, digest: str) -> None:
+        """Raises ``ValueError`` unless the right logits of that sample are stored."""
+        self.files.read(name, base=self.identity(name), digest=digest)
+
+    def store(self, index: int, digest: str) -> int:
+        """Computes and stores the logits of an image with that SHA-256; returns their bytes."""
+        (logits, size), name = self.compute(index), self.data.samples[index].name
+        self.files.write(name, logits, base=self.identity(name), image_size=size, digest=digest)
+        return quantised(logits).nbytes
+
     def stored(self) -> StoredSplit:
         """The logits of all images, to be read from ``logits.folder``.
 
@@ -127,7 +143,7 @@ class CoarseLogits:
             OSError: an image cannot be read.
         """
         bases = tuple(self.identity(sample.name) for sample in self.data.samples)
-        split = StoredSplit(self.folder, self.data, bases)
+        split = StoredSplit(self.files.folder, self.data, bases)
         split.check()
         return split
 
@@ -137,55 +153,67 @@ class CoarseLogits:
         return LiveSplit([quantised(self.compute(index)[0]) for index in indices])
 
 
-def store_logits(config: Config, *, device: torch.device, overwrite: bool = False) -> LogitsReport:
-    """Stores the coarse logits of the training and validation splits. Skips images whose logits are stored already.
+def store_logits(config: Config, *, device: torch.device, overwrite: bool = False) -> list[LogitsReport]:
+    """Stores predictions for the training and validation splits. Skips images whose predictions are stored already.
+
+    These are the coarse logits, and the teacher's predictions if ``training.targets`` needs them and ``teacher.folder``
+    says where.
 
     Those of ``config.bases``, which only training needs, are stored for the training split, in folders of their own.
 
     Args:
         config: the whole configuration.
-        device: where the bases run.
-        overwrite: replace files that do not fit: of another base or image, of an older version, damaged, foreign.
+        device: where the models run.
+        overwrite: replace files that do not fit: of another model or image, of an older version, damaged, foreign.
 
     Raises:
-        ValueError: ``logits.folder`` is empty or another run writes there, or it holds a file that does not fit and
+        ValueError: no folder is given or another run writes there, or it holds a file that does not fit and
             ``overwrite`` is false.
         OSError: an image cannot be read, or a file cannot be written.
+        MemoryError: the teacher does not fit into memory.
     """
-    if not config.logits.folder.strip():
+    wants_teacher = config.training.targets != "labels" and bool(config.teacher.folder.strip())
+    if not config.logits.folder.strip() and not wants_teacher:
         raise ValueError("logits.folder is empty, expected the folder to store coarse logits in")
-    splits = {split: config.data.read(split) for split in (config.data.train, config.data.val)}
-    bases = Bases(config.base, device)
-    sources = [(split, CoarseLogits(config, data, device, bases)) for split, data in splits.items()]
-    for name in config.bases:
-        data = splits[config.data.train]
-        check_outputs(bases, name, data.classes)
-        sources.append((config.data.train, CoarseLogits(config, data, device, bases, name)))
-    with locked(Path(config.logits.folder), "logits"):
-        for folder in {
-            StoredLogits(source.folder).path(sample.name).parent
-            for _, source in sources
-            for sample in source.data.samples
-        }:
+    splits = [config.data.read(split) for split in dict.fromkeys((config.data.train, config.data.val))]
+    reports = []
+    if config.logits.folder.strip():
+        bases = Bases(config.base, device)
+        logits = [CoarseLogits(config, data, device, bases) for data in splits]
+        reports.append(_store("coarse logits", logits, overwrite))
+        for name in config.bases:
+            check_outputs(bases, name, splits[0].classes)
+            logits = [CoarseLogits(config, splits[0], device, bases, name)]
+            reports.append(_store(f"coarse logits of {printable(name)}", logits, overwrite))
+        del bases, logits  # they may fill the memory that the teacher needs
+    if wants_teacher:
+        teacher = Teacher(config.teacher, config.base, splits[0].classes, device)
+        predictions = [TeacherPredictions(teacher, data) for data in splits]
+        reports.append(_store("the teacher's predictions", predictions, overwrite))
+    return reports
+
+
+def _store(what: str, sources: Sequence[CoarseLogits] | Sequence[TeacherPredictions], overwrite: bool) -> LogitsReport:
+    """Stores the predictions of all splits in one folder."""
+    files = sources[0].files
+    with locked(files.folder, "logits"):
+        for folder in {files.path(sample.name).parent for source in sources for sample in source.data.samples}:
             sweep(folder)
-        parts = [_store(split, source, StoredLogits(source.folder), overwrite) for split, source in sources]
-    return LogitsReport(sum(part.computed for part in parts), sum(part.present for part in parts))
-
-
-def _store(split: str, source: CoarseLogits, store: StoredLogits, overwrite: bool) -> LogitsReport:
-    """Stores the logits of one split."""
-    computed = present = 0
-    for index, sample in enumerate(tqdm(source.data.samples, desc=f"logits of {printable(split)}", unit="image")):
-        base, digest = source.identity(sample.name), sha256_of(sample.image, "an image")
-        if store.path(sample.name).exists():
-            try:
-                store.read(sample.name, base=base, digest=digest)
-                present += 1
-                continue
-            except ValueError:
-                if not overwrite:
-                    raise
-        logits, size = source.compute(index)
-        store.write(sample.name, logits, base=base, image_size=size, digest=digest)
-        computed += 1
-    return LogitsReport(computed, present)
+        missing, present = [], 0
+        for source in sources:
+            for index, sample in enumerate(tqdm(source.data.samples, desc="what is there", unit="image", delay=2)):
+                digest = sha256_of(sample.image, "an image")
+                if files.path(sample.name).exists():
+                    try:
+                        source.check(sample.name, digest)
+                        present += 1
+                        continue
+                    except ValueError:
+                        if not overwrite:
+                            raise
+                missing.append((source, index, digest))
+        forecast = Forecast(what, len(missing), files.folder)
+        for source, index, digest in tqdm(missing, desc=what, unit="image"):
+            began = time.perf_counter()
+            forecast.after(source.store(index, digest), time.perf_counter() - began)
+    return LogitsReport(str(files.folder), len(missing), present)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparserefine.data.crops import CropDataset
+from sparserefine.data.focus import Focus
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.files.lock import locked
 from sparserefine.files.whole import sweep
+from sparserefine.images.upsampling import Upsampling
 from sparserefine.loading import load_base
 from sparserefine.machine.device import device_named
 from sparserefine.refiner import SparseRefiner
@@ -37,6 +39,9 @@ from sparserefine.training.run import (
     write_start,
 )
 from sparserefine.training.stored_logits import LiveSplit, StoredSplit
+from sparserefine.training.stored_teacher import LiveTeacherSplit, StoredTeacherSplit
+from sparserefine.training.teacher import Teacher
+from sparserefine.training.teacher_predictions import TeacherPredictions
 
 if TYPE_CHECKING:
     from sparserefine.training.module import RefinerModule
@@ -98,6 +103,10 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     c = config.training
     seed_everything(c.seed, verbose=False)
     data = [config.data.read(split) for split in (config.data.train, config.data.val)]
+    if c.targets != "teacher":
+        data[0].check_labelled(f"training.targets = {c.targets!r}")
+    if c.targets == "labels":
+        data[1].check_labelled("validation with training.targets = 'labels'")
     check_batch_fits(config, len(data[0].classes))
     refiner, device = build_refiner(config, data[0]), device_named(c.device)
     start = start_of(out, refiner) if resume else Start()
@@ -105,24 +114,35 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     if init is not None:
         _log.warning("%s", init)
     bases = Bases(config.base, device, refiner.base)
-    origin = Origin.of(config, data, bases, refiner if start.checkpoint is None else None)
+    teacher = None if c.targets == "labels" else Teacher(config.teacher, config.base, data[0].classes, device)
+    origin = Origin.of(config, data, bases, refiner if start.checkpoint is None else None, teacher)
     if start.resumed:
         check_origin(out, origin, start)
-    train, val = (WholeImages(part, _logits(config, part, device, bases)) for part in data)
+    train, val = (WholeImages(part, _logits(config, part, device, bases), _taught(teacher, part)) for part in data)
     logits = [train.logits]
     for name in config.bases:
         check_outputs(bases, name, data[0].classes)
         logits.append(_logits(config, data[0], device, bases, name))
-    del bases  # frees the other bases, which training does not need
+    del bases, teacher  # frees the other bases and the teacher, which training does not need
     if start.checkpoint is None:
         warn_if_vain(refiner, train, val, device)
     set_aside_broken(out, start)
     now = provenance(device, c.precision, refiner.engine.on(device).name)
     write_start(out, config, origin, start, now if init is None else {**now, "init": str(init)})
-    mixed, images = Mixed(logits, len(data[0])), repeated(data[0], len(logits))
-    crops = CropDataset(images, mixed, config.augment, c.seed, c.cache_gb / max(1, c.workers))
+    images = len(data[0])
+    crops = CropDataset(
+        repeated(data[0], len(logits)),
+        Mixed(logits, images),
+        config.augment,
+        c.seed,
+        c.cache_gb,
+        teacher=None if train.teacher is None else Mixed([train.teacher] * len(logits), images),
+        focus=Focus(config.selector.threshold, Upsampling(outputs=refiner.base.outputs)),
+        whole_logits=config.upsampling == "nearest",  # which needs the grid of the base's whole input
+        pin=device.type == "cuda",
+    )
     with RunRecord(out, resumed_at=None if start.checkpoint is None else start.step) as record:
-        module = RefinerModule(refiner, config, record)
+        module = RefinerModule(refiner, config, record, data[1].labelled)
         fit(module, crops, val, device, start.checkpoint)
     _check_result(module, out)
     refiner.save_pretrained(out / "last")
@@ -137,19 +157,31 @@ def _logits(
     return source.stored() if config.logits.source == "stored" else source.live()
 
 
+def _taught(teacher: Teacher | None, data: Dataset) -> LiveTeacherSplit | StoredTeacherSplit | None:
+    """The teacher's predictions for one split."""
+    if teacher is None:
+        return None
+    source = TeacherPredictions(teacher, data)
+    return source.stored() if teacher.config.source == "stored" else source.live()
+
+
 def _check_result(module: RefinerModule, out: Path) -> None:
     """Raises ``ValueError`` if there is no best refiner."""
     c = module.config
+    taught = c.training.targets != "labels"
     if not module.learnt:
         raise ValueError(
-            f"nothing was learnt, so there is no best refiner: in {c.training.steps} steps no pixel was both selected "
-            f"and labelled; lower selector.threshold = {c.selector.threshold:g} (entropy in nats), or check the labels "
-            f"of data.train = {c.data.train!r}"
+            f"nothing was learnt, so there is no best refiner: in {c.training.steps} steps no pixel was "
+            f"{'selected' if taught else 'both selected and labelled'}; lower selector.threshold = "
+            f"{c.selector.threshold:g} (entropy in nats), or check "
+            f"{'the images' if taught else 'the labels'} of data.train = {c.data.train!r}"
         )
     if module.best_score == -math.inf:
+        why = "is labelled, or for two classes, none as class 1; check its labels"
+        if not module.labelled:
+            why = f"is of class 1 by the teacher; check {c.teacher.name or c.base.name} and the images"
         raise ValueError(
-            f"no validation had a score, so there is no best refiner: in data.val = {c.data.val!r} no pixel is "
-            "labelled, or for two classes, none as class 1; check its labels"
+            f"no validation had a score, so there is no best refiner: in data.val = {c.data.val!r} no pixel {why}"
         )
     if not (out / "best").is_dir():
         raise ValueError(f"{out / 'best'}: vanished during the run; train again, and keep other programs out of {out}")

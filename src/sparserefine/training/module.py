@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +17,55 @@ from sparserefine.images.pictures import labels_picture, shrink, side_by_side
 from sparserefine.refiner import SparseRefiner
 from sparserefine.scores.counts import Counts
 from sparserefine.stages.refinement import Refinement
+from sparserefine.training.averages import WeightMean
 from sparserefine.training.checks import FiniteWatch, Seen, check_finite_weights
 from sparserefine.training.config import Config
 from sparserefine.training.items import WholeImage
 from sparserefine.training.losses import refinement_loss
 from sparserefine.training.record import RunRecord
+from sparserefine.training.soft_losses import teacher_at_sites, teacher_loss
+from sparserefine.training.teacher import teacher_labels
 
 _PICTURE_PX = 330  # three of them are about 1,000 pixels wide
+_AGREEMENT = "agreement_"
+"""Before the names of scores whose truth is the teacher's most probable classes."""
 
 
 class RefinerModule(L.LightningModule):
     """Trains the extractor and the ensembler. The base is frozen; batches contain its logits.
 
-    The best refiner is the one with the highest refined score: Dice of class 1 for two classes, mean IoU for more.
+    The best refiner is the one with the highest refined score: Dice of class 1 for two classes, mean IoU for more. The
+    truth is the labels, or the teacher's most probable classes if the validation images have no labels.
 
     Args:
         refiner: the refiner to train.
         config: losses and schedule. This module writes ``<out>/best``.
         record: takes the scores and pictures.
+        labelled: whether the validation images have labels.
 
     Attributes:
         best_score: the highest refined score so far; minus infinity if there was none.
         density: share of the pixels that were refined in the last batch.
-        learnt: number of labelled sites in all steps so far.
+        learnt: number of sites with a target in all steps so far: labelled sites, or all of them if there is a teacher.
         restored: whether training has begun, so that nothing of a checkpoint is left to restore.
     """
 
-    def __init__(self, refiner: SparseRefiner, config: Config, record: RunRecord) -> None:
+    def __init__(self, refiner: SparseRefiner, config: Config, record: RunRecord, labelled: bool = True) -> None:
         super().__init__()
-        self.refiner, self.config, self.record = refiner, config, record
+        self.refiner, self.config, self.record, self.labelled = refiner, config, record, labelled
         self.strict_loading = False  # checkpoints do not contain the base
         self.best_score = -math.inf
         self.density = 0.0
         self.learnt = 0
         self.restored = False
-        k = refiner.base.num_classes
-        self._counts = {name: Counts.zero(k) for name in ("coarse", "refined")}
+        self._counts = self._no_counts()
         self._density: list[float] = []
         self._losses: list[Tensor] = []
         self._labelled: list[Tensor] = []
         self._names: list[str] = []
         self._watch = FiniteWatch()
+        self._mean = WeightMean(refiner, config.training.ema)
+        self._with_mean = ExitStack()
 
     def on_train_start(self) -> None:
         """Everything is restored."""
@@ -66,14 +75,26 @@ class RefinerModule(L.LightningModule):
         """Loss of one batch of crops."""
         result = self.refiner.refine(batch.image, batch.logits, windows=batch.windows, valid=batch.valid)
         truth = result.sites.gather(batch.label[:, None])[:, 0]
-        loss = refinement_loss(result.sparse_logits, result.refined_logits, truth, self.config.training.dice)
+        loss, has_target = self._loss(result, truth, batch)
         self.log("loss", loss.detach(), prog_bar=True)
         self.density = result.density  # logged, it would be copied to the GPU
         self._losses.append(loss.detach())
-        self._labelled.append((truth != IGNORE).sum())
+        self._labelled.append(has_target.sum())
         self._names += batch.names
         self._watch.add(self._seen("loss", loss.detach(), batch.names))
         return loss
+
+    def _loss(self, result: Refinement, truth: Tensor, batch: CropBatch) -> tuple[Tensor, Tensor]:
+        """The loss, and which sites have a target, ``bool [N]``."""
+        c, labelled = self.config.training, truth != IGNORE
+        sparse, refined = result.sparse_logits, result.refined_logits
+        if batch.teacher is None:
+            return refinement_loss(sparse, refined, truth, c.dice), labelled
+        teacher = teacher_at_sites(batch.teacher, batch.wholes, result.sites)
+        loss = teacher_loss(sparse, refined, teacher, c.temperature, c.dice)
+        if c.targets == "both":
+            loss = refinement_loss(sparse, refined, truth, c.dice) + c.teacher_weight * loss
+        return loss, torch.ones_like(labelled)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -85,6 +106,15 @@ class RefinerModule(L.LightningModule):
         if self.config.training.precision != "16-mixed":  # there, steps that overflow are skipped
             self._watch.add(self._seen("gradient norm", norm, names))
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step, and the mean of the weights follows."""
+        super().optimizer_step(*args, **kwargs)
+        self._mean.update()
+
+    def on_fit_end(self) -> None:
+        """The result is the mean, if there is one."""
+        self._mean.use()
+
     def _seen(self, what: str, value: Tensor, names: list[str]) -> Seen:
         return Seen(what, value, names, self.global_step + 1, self.trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -92,13 +122,19 @@ class RefinerModule(L.LightningModule):
         """Nothing is scored or stored unless all losses and weights are finite."""
         self._watch.check()
         check_finite_weights(self.refiner, self.global_step)
+        self._with_mean.enter_context(self._mean.in_use())
 
     def validation_step(self, item: WholeImage, index: int) -> None:
         """Scores one whole image."""
         result = self.refiner.refine(item.image[None], item.logits[None])
-        k = self.refiner.base.num_classes
-        self._counts["coarse"] += Counts.of(result.coarse_labels[0], item.label, k)
-        self._counts["refined"] += Counts.of(result.labels()[0], item.label, k)
+        k, labels = self.refiner.base.num_classes, {"coarse": result.coarse_labels[0], "refined": result.labels()[0]}
+        truths = {"": item.label} if self.labelled else {}
+        if item.teacher is not None:
+            size, engine = (item.label.shape[0], item.label.shape[1]), self.refiner.engine.on(item.label.device)
+            truths[_AGREEMENT] = teacher_labels(item.teacher, size, engine)
+        for kind, truth in truths.items():
+            for name, predicted in labels.items():
+                self._counts[kind + name] += Counts.of(predicted, truth, k)
         self._density.append(result.density)
         if index < self.config.training.pictures:
             self.record.picture(self.global_step, item.name, self._picture(item, result))
@@ -116,7 +152,8 @@ class RefinerModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Records the scores, and saves the refiner if it is the best so far."""
         scores = {name: self._score(counts) for name, counts in self._counts.items()}
-        self.log("val_score", scores["refined"], prog_bar=True)
+        score = scores["refined" if self.labelled else f"{_AGREEMENT}refined"]
+        self.log("val_score", score, prog_bar=True)
         self.learnt += int(torch.stack(self._labelled).sum()) if self._labelled else 0
         self.record.scores(
             self.global_step,
@@ -126,12 +163,22 @@ class RefinerModule(L.LightningModule):
                 "val_density": round(sum(self._density) / len(self._density), 4),
             },
         )
-        if self.learnt and scores["refined"] > self.best_score:
-            self.best_score = scores["refined"]
+        if self.learnt and score > self.best_score:
+            self.best_score = score
             self.refiner.save_pretrained(Path(self.config.out) / "best")
-        self._counts = {name: Counts.zero(self.refiner.base.num_classes) for name in self._counts}
+        self._with_mean.close()
+        self._counts = self._no_counts()
         for values in (self._density, self._losses, self._labelled):
             values.clear()
+
+    def _no_counts(self) -> dict[str, Counts]:
+        """For each score of the log: of coarse and refined predictions, by the labels and by the teacher."""
+        kinds = ("",) if self.labelled else ()
+        if self.config.training.targets != "labels":
+            kinds = (*kinds, _AGREEMENT)
+        return {
+            kind + name: Counts.zero(self.refiner.base.num_classes) for kind in kinds for name in ("coarse", "refined")
+        }
 
     def _score(self, counts: Counts) -> float:
         """NaN, which is never the best, if nothing can be scored: no pixel is labelled, or none as class 1 of two."""
@@ -159,12 +206,10 @@ class RefinerModule(L.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves crops with :meth:`CropBatch.to`, and anything else as Lightning does."""
-        return (
-            batch.to(device)
-            if isinstance(batch, CropBatch)
-            else super().transfer_batch_to_device(batch, device, dataloader_idx)
-        )
+        """Makes the crops of a training batch on the device; moves anything else as Lightning does."""
+        if isinstance(batch, list):
+            return CropBatch.of(batch, self.config.augment.crop, device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Removes the base from the checkpoint, as it is not trained."""
@@ -173,8 +218,10 @@ class RefinerModule(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("refiner.base.")}
         checkpoint["best_score"] = self.best_score
         checkpoint["learnt"] = self.learnt
+        checkpoint["mean"] = self._mean.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores what was reached so far."""
         self.best_score = checkpoint["best_score"]
         self.learnt = checkpoint.get("learnt", 1)  # checkpoints of older versions do not tell: assume something
+        self._mean.load(checkpoint.get("mean"))

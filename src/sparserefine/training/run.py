@@ -25,6 +25,7 @@ from sparserefine.refiner import SparseRefiner
 from sparserefine.training.checkpoint import LAST, PREVIOUS, CheckpointError, check_weights, read_checkpoint
 from sparserefine.training.config import Config
 from sparserefine.training.logits import Bases
+from sparserefine.training.teacher import Teacher
 
 CONFIG, RUN, BROKEN = "config.json", "run.json", "broken.ckpt"
 _FORMAT_VERSION = 1
@@ -37,6 +38,7 @@ _MAY_DIFFER = (
 _MAY_MOVE = (
     *("data.root", "base.name", "base.class_map", "bases", "logits.folder", "training.init"),
     *("logits.crossfit.base", "logits.crossfit.instead_of"),
+    *("teacher.name", "teacher.class_map", "teacher.folder"),
 )
 """Fields that say where something is. ``run.json`` has its digest, which tells whether it is the same elsewhere."""
 _ANEW = "start a new run in another --out"
@@ -63,8 +65,9 @@ class Origin:
     """What a run is made from. Results are the same only if this is.
 
     Attributes:
-        bases: identity of each base by its role: ``base``, ``bases:<number>`` for those of ``bases``, and
-            ``fold:<split>`` for those of ``logits.crossfit``, with ``:<number>`` if it stands in for one of ``bases``.
+        bases: identity of each model by its role: ``base``, ``bases:<number>`` for those of ``bases``,
+            ``fold:<split>`` for those of ``logits.crossfit``, with ``:<number>`` if it stands in for one of ``bases``,
+            and ``teacher`` if there is one.
         data: digest of the images and labels of each split, ``train`` and ``val``.
         weights: digest of the weights at step 0; ``None`` if it is not known.
     """
@@ -74,7 +77,14 @@ class Origin:
     weights: str | None
 
     @classmethod
-    def of(cls, config: Config, data: Sequence[Dataset], bases: Bases, refiner: SparseRefiner | None) -> Origin:
+    def of(
+        cls,
+        config: Config,
+        data: Sequence[Dataset],
+        bases: Bases,
+        refiner: SparseRefiner | None,
+        teacher: Teacher | None = None,
+    ) -> Origin:
         """The origin of a run.
 
         Args:
@@ -82,13 +92,15 @@ class Origin:
             data: training and validation data.
             bases: its bases.
             refiner: the refiner, not yet trained; ``None`` where its first weights are not known.
+            teacher: its teacher; default: none.
         """
         names = {"base": config.base.name} | {f"bases:{n}": name for n, name in enumerate(config.bases)}
         for fold in config.logits.crossfit:
             of = f":{config.bases.index(fold.instead_of)}" if fold.instead_of in config.bases else ""
             names[f"fold:{fold.split}{of}"] = fold.base
         return cls(
-            {role: bases.identity(name, data[0].classes) for role, name in names.items()},
+            {role: bases.identity(name, data[0].classes) for role, name in names.items()}
+            | ({} if teacher is None else {"teacher": teacher.identity}),
             {split: part.digest() for split, part in zip(("train", "val"), data, strict=True)},
             None if refiner is None else _digest(refiner.trained_state()),
         )
@@ -223,7 +235,9 @@ def check_origin(out: Path, now: Origin, start: Start) -> None:
         before, after = (one.bases.get(role) for one in (origin, now))
         if before != after:
             kind, _, which = role.partition(":")
-            known = {"base": "base", "bases": f"bases[{which}]"}.get(kind, f"the base of logits.crossfit for {which}")
+            known = {"base": "base", "teacher": "the teacher", "bases": f"bases[{which}]"}.get(
+                kind, f"the base of logits.crossfit for {which}"
+            )
             raise ValueError(
                 f"{path}: {known} had identity {before} when the run was started, it has {after} now; put the former "
                 f"weights back, or {_ANEW}"

@@ -15,7 +15,8 @@ class DataConfig:
     """Which dataset to read, and its splits.
 
     Attributes:
-        name: the reader: ``hrf``, or ``folder`` for a folder with ``images/``, ``labels/`` and ``classes.txt``.
+        name: the reader: ``hrf``, or ``folder`` for a folder with ``images/``, ``classes.txt``, and ``labels/`` unless
+            the images have none.
         root: the dataset's folder.
         train: split to train on. For ``hrf``: subject numbers such as ``06-13``; for ``folder``: a subfolder or the
             stem of a list file.

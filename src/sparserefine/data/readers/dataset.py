@@ -21,11 +21,11 @@ from sparserefine.images.classes import IGNORE, Classes
 
 @dataclass(frozen=True)
 class Sample:
-    """An image file and its label file. ``name`` identifies them in messages and in stored logits."""
+    """An image file and its label file, if it has one. ``name`` identifies them in messages and in stored logits."""
 
     name: str
     image: Path
-    label: Path
+    label: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,34 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether all samples have a label file."""
+        return all(sample.label is not None for sample in self.samples)
+
+    def check_labelled(self, purpose: str) -> None:
+        """Raises ``ValueError`` unless all samples have labels, which ``purpose`` needs."""
+        for sample in self.samples:
+            if sample.label is None:
+                raise ValueError(
+                    f"{sample.image}: has no label, and {purpose} needs labels; put a label image of the same relative "
+                    "path into the folder labels/ beside images/"
+                )
+
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Reads an image, ``uint8 [3, H, W]``, and its label, ``uint8 [H, W]`` with 255 at ignored pixels.
+
+        Without a label file, all pixels are ignored.
 
         Raises:
             ImageError: a file cannot be read.
             ValueError: image and label differ in size, or a label value is no class of this dataset.
         """
         sample = self.samples[index]
-        image, label = read_image(sample.image), read_label(sample.label)
+        image = read_image(sample.image)
+        if sample.label is None:
+            return image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
+        label = read_label(sample.label)
         if image.shape[1:] != label.shape:
             raise ValueError(
                 f"{sample.label}: label is {tuple(label.shape)} pixels, image {sample.image.name} "
@@ -95,7 +114,7 @@ class Dataset:
         yield [self.classes.names, self.classes.ignore, self.black_white]
         shown = tqdm(self.samples, desc="digest of the labels", unit="image", delay=2)
         for sample, image in zip(shown, self.image_digests, strict=True):
-            yield [sample.name, image, sha256_of(sample.label, "a label image")]
+            yield [sample.name, image, *([] if sample.label is None else [sha256_of(sample.label, "a label image")])]
 
 
 def existing(root: Path, *names: str) -> Path:
@@ -106,23 +125,28 @@ def existing(root: Path, *names: str) -> Path:
     raise ValueError(f"{root}: no folder {' or '.join(names)} in it")
 
 
-def pairs(images: Path, labels: Path, below: str = "") -> list[Sample]:
+def pairs(images: Path, labels: Path | None, below: str = "") -> list[Sample]:
     """All images in ``images / below``, each with the label of the same relative path and stem.
 
-    Hidden files and folders are left out, such as the ``._1.png`` that macOS puts beside ``1.png``.
+    Without a folder of labels, no image has one. Hidden files and folders are left out, such as the ``._1.png`` that
+    macOS puts beside ``1.png``.
 
     Raises:
         ValueError: an image has no label; two images or two labels have one name; or one is no regular file.
         OSError: a file cannot be read.
     """
     label_files: dict[str, list[Path]] = {}
-    for file in _image_files(labels, labels):
-        label_files.setdefault(_stem(file, labels), []).append(file)
+    if labels is not None:
+        for file in _image_files(labels, labels):
+            label_files.setdefault(_stem(file, labels), []).append(file)
     samples: dict[str, Sample] = {}
     for file in _image_files(images / below, images):
         name = _stem(file, images)
         if name in samples:
             raise ValueError(f"{samples[name].image} and {file}: two images of one name; rename or remove one")
+        if labels is None:
+            samples[name] = Sample(name, regular_file(file, "an image"))
+            continue
         found = label_files.get(name, [])
         if not found:
             raise ValueError(f"{file}: no label {labels / name}.png")

@@ -1,4 +1,4 @@
-"""Any folder with ``images/``, ``labels/`` and a classes file."""
+"""Any folder with ``images/``, a classes file, and ``labels/`` where there are labels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _MAX_BYTES = 100_000_000
 def folder(root: str | Path, split: str = "", *, ignore: Sequence[int] = (), black_white: bool = False) -> Dataset:
     """A generic dataset: ``images/``, ``labels/`` and ``classes.txt`` with one class per line.
 
-    A line is ``name`` or ``name R G B``. The label of an image has the same relative path and stem.
+    A line is ``name`` or ``name R G B``. The label of an image has the same relative path and stem. Without the folder
+    ``labels/``, or the subfolder of the split in it, the images are unlabelled.
 
     Args:
         root: the folder.
-        split: a subfolder of both ``images/`` and ``labels/``, or the stem of a text file in ``root`` (``train.txt``)
+        split: a subfolder of ``images/`` and ``labels/``, or the stem of a text file in ``root`` (``train.txt``)
             that lists image names, with or without suffix; empty: all images.
         ignore: label values to ignore, besides 255.
         black_white: labels are masks of 0 and 255, where 255 means class 1.
@@ -34,8 +35,10 @@ def folder(root: str | Path, split: str = "", *, ignore: Sequence[int] = (), bla
     if Path(split).is_absolute() or ".." in Path(split).parts:
         raise ValueError(f"split {split!r}: expected a folder in {root / 'images'} or the stem of a list in {root}")
     classes = read_classes(root / "classes.txt", ignore)
-    images, labels = existing(root, "images"), existing(root, "labels")
-    if split and (images / split).is_dir():
+    images = existing(root, "images")
+    below = split if (images / split).is_dir() else ""
+    labels = root / "labels" if (root / "labels" / below).is_dir() else None
+    if below:
         # Names start below images/, so train/1.png and val/1.png are different samples.
         samples = pairs(images, labels, split)
     elif split and (root / f"{split}.txt").exists():

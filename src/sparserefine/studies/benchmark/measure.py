@@ -44,7 +44,7 @@ from sparserefine.stages.refinement import Refinement
 from sparserefine.studies.benchmark.clock import Clock
 from sparserefine.studies.benchmark.inputs import RANDOM_MODELS, GivenSites, random_model, read_mask, synthetic_mask
 from sparserefine.studies.benchmark.records import DENSITIES, BaseEntry, Record, Report, Settings, size_text
-from sparserefine.studies.evaluate import dense_labels
+from sparserefine.studies.scoring import dense_labels
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def benchmark(
     On a GPU, the base's convolutions use full float32, not TF32, as the refiner's do. A half precision applies to base
     and refiner there (to the refiner by autocast); on the CPU it applies to the base only.
 
-    Dense labels are made by the fastest code available, see :func:`sparserefine.studies.evaluate.dense_labels`.
+    Dense labels are made by the fastest code available, see :func:`sparserefine.studies.scoring.dense_labels`.
 
     Args:
         settings: what to measure.

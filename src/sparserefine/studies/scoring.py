@@ -1,0 +1,281 @@
+"""What studies share: scores and costs of the predictions that are compared, times, and the recovered share."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparserefine.files.results import finite
+from sparserefine.images.classes import IGNORE, Classes
+from sparserefine.images.coarse import Coarse
+from sparserefine.images.uncertainty import first_largest, label_dtype
+from sparserefine.images.upsampling import Upsampling
+from sparserefine.machine.memory import PeakMemory
+from sparserefine.machine.timing import now_ms
+from sparserefine.scores.boundary import boundary_bands
+from sparserefine.scores.counts import Counts
+from sparserefine.sparse import Engine
+
+SMALLEST_GAIN = 0.0005
+"""A share of a smaller gain is no figure: the score of a single image changes more from one seed to the next."""
+
+Bands = dict[int, Tensor]
+"""Boundary bands by class, see :func:`sparserefine.scores.boundary.boundary_bands`."""
+
+
+@dataclass
+class Costs:
+    """Costs of one kind of prediction, accumulated over images."""
+
+    ms: list[float] = field(default_factory=list)
+    macs: list[int | None] = field(default_factory=list)
+    peak_mb: list[float] = field(default_factory=list)
+
+    def add(self, ms: float, macs: int | None, peak_mb: float) -> None:
+        """Adds the cost of one image; ``macs`` is ``None`` if they cannot be counted."""
+        self.ms.append(ms)
+        self.macs.append(macs)
+        self.peak_mb.append(peak_mb)
+
+    def summary(self) -> dict[str, float | None]:
+        """Over images: the median ``ms``, mean ``gmacs`` and largest ``peak_mb``."""
+        counted = [m for m in self.macs if m is not None]
+        return {
+            "ms": statistics.median(self.ms),
+            "gmacs": sum(counted) / len(counted) / 1e9 if counted else None,
+            "peak_mb": max(self.peak_mb),
+        }
+
+
+@dataclass
+class Row:
+    """Scores and costs of one kind of prediction, accumulated over images."""
+
+    everywhere: Counts
+    at_sites: Counts
+    costs: Costs = field(default_factory=Costs)
+
+    @classmethod
+    def zero(cls, num_classes: int) -> Row:
+        """A row of no image, for K = ``num_classes``."""
+        return cls(Counts.zero(num_classes), Counts.zero(num_classes))
+
+    def score(self, labels: Tensor, truth: Tensor, bands: tuple[Bands, Bands], sites: Tensor) -> None:
+        """Adds one image, all tensors on the CPU.
+
+        Args:
+            labels: the prediction, ``[H, W]``.
+            truth: ``[H, W]``.
+            bands: boundary bands of both.
+            sites: ``bool [H, W]``.
+        """
+        k = len(self.everywhere.matrix)
+        self.everywhere += Counts.of(labels, truth, k, bands=bands)
+        self.at_sites += Counts.of(labels, truth, k, bands=bands, where=sites)
+
+    def summary(self, classes: Classes) -> dict[str, Any]:
+        """Figures for tables and JSON, ``None`` for a class that never occurs; costs as in :meth:`Costs.summary`."""
+        figures = {**_figures(self.everywhere, classes), "at_sites": _figures(self.at_sites, classes)}
+        if self.costs.ms:
+            figures |= self.costs.summary()
+        result: dict[str, Any] = finite(figures)
+        return result
+
+
+def _figures(counts: Counts, classes: Classes) -> dict[str, Any]:
+    """The scores by name."""
+    return {
+        "dice": counts.dice(),
+        "iou": counts.iou(),
+        "boundary_iou": counts.boundary_iou(),
+        "miou": counts.mean_iou(),
+        "accuracy": counts.accuracy(),
+        "class_iou": dict(zip(classes.names, counts.class_iou(), strict=True)),
+    }
+
+
+@dataclass
+class Selected:
+    """How many of some pixels were selected as sites, over images."""
+
+    pixels: int = 0
+    selected: int = 0
+
+    def add(self, pixels: Tensor, sites: Tensor) -> None:
+        """Adds one image: the pixels and the sites, ``bool [H, W]`` both."""
+        self.pixels += int(pixels.sum())
+        self.selected += int((pixels & sites).sum())
+
+    def share(self) -> float:
+        """Share of the pixels that were selected; 0 if there are none."""
+        return self.selected / max(1, self.pixels)
+
+
+class Scoreboard:
+    """Scores of predictions on the labels and, if ``dense`` is among them, on the dense model's labels.
+
+    Args:
+        names: the predictions; ``coarse`` is one of them.
+        num_classes: K.
+        boundary_px: width of the band of boundary IoU [px]; ``None``: 2 % of the diagonal.
+
+    Attributes:
+        rows: scored on the labels.
+        agreement: scored on the labels of ``dense``. The oracle has none: it knows the labels.
+        wrong: where coarse differs from the labels.
+        different: where coarse differs from dense.
+    """
+
+    def __init__(self, names: Sequence[str], num_classes: int, boundary_px: int | None) -> None:
+        self._k, self._px = num_classes, boundary_px
+        self.rows = {name: Row.zero(num_classes) for name in names}
+        agreeing = [name for name in names if name != "oracle"] if "dense" in names else []
+        self.agreement = {name: Row.zero(num_classes) for name in agreeing}
+        self.wrong, self.different = Selected(), Selected()
+
+    def add(self, maps: Mapping[str, Tensor], truth: Tensor, sites: Tensor) -> None:
+        """Adds one image, all tensors on the CPU.
+
+        Args:
+            maps: label maps ``[H, W]`` by name.
+            truth: ``[H, W]``. If all of it is ignored, the image has no labels, and all pixels count in the agreement.
+            sites: ``bool [H, W]``.
+        """
+        valid = truth != IGNORE
+        labelled = bool(valid.any())
+        if not labelled:
+            valid = torch.ones_like(valid)
+        bands = {name: boundary_bands(labels, valid, self._k, self._px) for name, labels in maps.items()}
+        if labelled:
+            self.wrong.add((maps["coarse"] != truth) & valid, sites)
+            true_bands = boundary_bands(truth, valid, self._k, self._px)
+            for name, row in self.rows.items():
+                row.score(maps[name], truth, (bands[name], true_bands), sites)
+        if self.agreement:
+            dense = torch.where(valid, maps["dense"].to(truth.dtype), IGNORE)
+            self.different.add((maps["coarse"] != dense) & valid, sites)
+            for name, row in self.agreement.items():
+                row.score(maps[name], dense, (bands[name], bands["dense"]), sites)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any pixel has a label."""
+        return bool(self.rows["coarse"].everywhere.matrix.any())
+
+    def summaries(self, classes: Classes) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+        """Figures of all rows, see :meth:`Row.summary`, with recovered shares if there is a dense model."""
+        rows = {name: row for name, row in self.rows.items() if name != "oracle" or self.labelled}
+        found = [{name: row.summary(classes) for name, row in part.items()} for part in (rows, self.agreement)]
+        for part in found if self.agreement else ():
+            add_recovered(part, self._k)
+        return found[0], found[1]
+
+
+def main_score(num_classes: int) -> Literal["dice", "miou"]:
+    """The score that recovered shares are of: Dice of class 1 for two classes, mIoU for more."""
+    return "dice" if num_classes == 2 else "miou"
+
+
+def recovered(score: float | None, coarse: float | None, bound: float | None) -> float | None:
+    """The recovered share, (score - coarse) / (bound - coarse).
+
+    ``None`` if there is nothing to recover: a score is missing, or ``bound`` is not better than coarse by
+    :data:`SMALLEST_GAIN` at least.
+
+    >>> recovered(0.75, 0.5, 1.0)
+    0.5
+    >>> recovered(0.75, 0.5, 0.5001) is None
+    True
+    """
+    if score is None or coarse is None or bound is None or bound - coarse < SMALLEST_GAIN:
+        return None
+    return (score - coarse) / (bound - coarse)
+
+
+BOUNDS = {"recovered": "dense", "recovered_at_sites": "dense_at_sites"}
+"""The recovered shares of a row, and the row that bounds each."""
+
+
+def add_recovered(rows: Mapping[str, dict[str, Any]], num_classes: int) -> None:
+    """Adds to each row its shares of :data:`BOUNDS`, but not to the oracle, which no model bounds."""
+    main = main_score(num_classes)
+    for row in (row for name, row in rows.items() if name != "oracle"):
+        row |= {key: recovered(row[main], rows["coarse"][main], rows[bound][main]) for key, bound in BOUNDS.items()}
+
+
+def why_undefined(coarse: float | None, bound: float | None, bound_name: str) -> str:
+    """Why there is no share of coarse -> bound."""
+    if coarse is None or bound is None:
+        return f"coarse or {bound_name} has no score"
+    return f"{bound_name} scores {bound:.4f}, coarse {coarse:.4f}, and a share needs a gain of {SMALLEST_GAIN} at least"
+
+
+class Stopwatch:
+    """Times the kinds of prediction that are compared.
+
+    On a GPU each kind runs once, untimed, before its first image. That run compiles kernels and loads libraries, which
+    takes half a second or more and is not part of a prediction.
+
+    Args:
+        device: where predictions run.
+        repeats: runs on each image; the time is their median.
+    """
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self._device, self._repeats = device, repeats
+        self._cold = device.type == "cuda"
+        self._warm: set[str] = set()
+
+    def time(self, kind: str, run: Callable[[], Any]) -> tuple[Any, float, float]:
+        """Result, median time [ms] and peak memory [1e6 bytes] of ``run``, a prediction of one image.
+
+        Args:
+            kind: which of the compared predictions this is.
+            run: predicts the image.
+        """
+        if self._cold and kind not in self._warm:
+            run()
+            self._warm.add(kind)
+        times = []
+        with PeakMemory(self._device) as memory:
+            for _ in range(self._repeats):
+                result = None  # else the last run's result would count towards this run's memory
+                start = now_ms(self._device)
+                result = run()
+                times.append(now_ms(self._device) - start)
+        return result, statistics.median(times), memory.megabytes
+
+
+def dense_labels(engine: Engine, logits: Tensor, size: tuple[int, int], outputs: Literal["logits", "scores"]) -> Tensor:
+    """Labels ``[B, H, W]`` of an unrefined prediction, by the fastest code available, so that comparisons are fair.
+
+    On engine ``cpu`` that is its fused pass, although it computes entropies too; otherwise interpolation and argmax.
+
+    Args:
+        engine: the engine of the refiner it is compared with, on the device of ``logits``.
+        logits: ``[B, K, h, w]``.
+        size: H and W [px].
+        outputs: ``logits`` or ``scores``, see :class:`sparserefine.BaseConfig`.
+    """
+    on_cpu = logits.device.type == "cpu"
+    if on_cpu and engine.name.startswith("cpu"):
+        return engine.uncertainty(Coarse(logits, size, Upsampling("bilinear", outputs)))[0]
+    if tuple(logits.shape[2:]) != size:
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    if not on_cpu:
+        return logits.argmax(1).to(label_dtype(logits.shape[1]))
+    labels = torch.empty(len(logits), *size, dtype=label_dtype(logits.shape[1]))
+    for image, image_labels in zip(logits, labels, strict=True):
+        first_largest(image, image_labels)
+    return labels
+
+
+def cell(value: float | None, width: int, digits: int) -> str:
+    """A number of a table, right-aligned; ``-`` for ``None``."""
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
