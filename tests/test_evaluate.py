@@ -20,6 +20,7 @@ from sparserefine.stages.selector import Selector
 from sparserefine.studies import evaluate as module
 from sparserefine.studies import scoring
 from sparserefine.studies.evaluate import evaluate
+from sparserefine.studies.scoring import recovered
 
 
 @pytest.fixture
@@ -77,6 +78,112 @@ def test_costs(refiner, images):
     stages = {"base", "uncertainty", "select", "plan", "gather", "extractor", "ensembler"}
     assert set(result.stages_ms) == stages
     assert "oracle" in result.table()
+
+
+@pytest.fixture
+def dense():
+    """Has both classes, unlike most networks of random weights."""
+    return FrozenBase(lambda x: torch.cat([x[:, :1], x[:, 1:2]], 1), 2, BaseConfig(ratio=1.0))
+
+
+def scored(maps_and_truths):
+    """Dice of class 1 over all images."""
+    return float(dice(sum(confusion(labels, truth, 2) for labels, truth in maps_and_truths))[1])
+
+
+def test_agreement_is_the_score_on_the_dense_labels(refiner, images, dense):
+    """On the pixels that the labels do not ignore; with labels and without."""
+    seen = []
+    result = evaluate(refiner, images, dense=dense, boundary_px=2, seen=lambda _, maps: seen.append(maps))
+    assert list(result.rows) == ["coarse", "sparse", "refined", "oracle", "dense_at_sites", "dense"]
+    assert list(result.agreement) == ["coarse", "sparse", "refined", "dense_at_sites", "dense"]
+    for name, row in result.agreement.items():
+        pairs = [
+            (maps[name], torch.where(truth == 255, 255, maps["dense"]))
+            for maps, (_, truth) in zip(seen, images, strict=True)
+        ]
+        assert row["dice"] == pytest.approx(scored(pairs)), name
+    assert result.agreement["dense"]["dice"] == result.agreement["dense"]["boundary_iou"] == 1.0
+
+    unlabelled = [(image, torch.full_like(label, 255)) for image, label in images]
+    alone = evaluate(refiner, unlabelled, dense=dense, boundary_px=2)
+    for name, row in alone.agreement.items():
+        assert row["dice"] == pytest.approx(scored([(maps[name], maps["dense"]) for maps in seen])), name
+        assert alone.rows[name]["dice"] is alone.rows[name]["boundary_iou"] is None
+    assert "oracle" not in alone.rows
+    assert alone.errors_selected is None
+    assert alone.rows["refined"]["ms"] > 0
+    assert alone.table().startswith("no labels: agreement with the dense model")
+    assert f"{alone.agreement['refined']['dice']:.4f}" in alone.table()
+
+
+def test_an_image_without_labels_counts_in_the_agreement_only(refiner, images, dense):
+    mixed = [*images, (images[0][0], torch.full_like(images[0][1], 255))]
+    labelled, both = (evaluate(refiner, part, dense=dense, boundary_px=2) for part in (images, mixed))
+    for name in labelled.rows:
+        for score in ("dice", "boundary_iou", "accuracy"):
+            assert both.rows[name][score] == labelled.rows[name][score]
+    assert both.agreement["coarse"]["dice"] != labelled.agreement["coarse"]["dice"]
+
+
+def test_dense_at_sites_bounds_what_a_refiner_learns_from_dense(refiner, images, dense):
+    seen = []
+    evaluate(refiner, images, dense=dense, seen=lambda *shown: seen.append(shown))
+    for refinement, maps in seen:
+        sites = refinement.sites.mask()[0]
+        assert torch.equal(maps["dense_at_sites"], torch.where(sites, maps["dense"], maps["coarse"]))
+
+
+def test_recovered_shares(refiner, images, dense):
+    """Of Dice for two classes; undefined where there is nothing to recover, with the reason."""
+    rows = evaluate(refiner, images, dense=dense).rows
+    table = evaluate(refiner, images, dense=dense).table()
+    coarse = rows["coarse"]["dice"]
+    for key, bound in (("recovered", "dense"), ("recovered_at_sites", "dense_at_sites")):
+        gain = rows[bound]["dice"] - coarse
+        for name, row in rows.items():
+            if name == "oracle":
+                assert key not in row
+            elif gain < 0.0005:
+                assert row[key] is None
+            else:
+                assert row[key] == pytest.approx((row["dice"] - coarse) / gain)
+    same = evaluate(refiner, images, dense=refiner.base)  # the base is its own dense model: nothing to recover
+    for part in (same.rows, same.agreement):
+        assert part["refined"]["recovered"] is None
+        assert part["refined"]["recovered_at_sites"] is None
+    lines = same.table().splitlines()
+    reasons = [line for line in lines if line.startswith(("no share", "agreement: no share"))]
+    assert len(reasons) == 4
+    assert f"dense scores {same.rows['dense']['dice']:.4f}, coarse {coarse:.4f}" in reasons[0]
+    assert "recovered" in table
+
+
+@pytest.mark.parametrize(
+    ("score", "bound", "share"),
+    [
+        (0.79, 0.80, 0.5),
+        (0.78, 0.80, 0.0),
+        (0.77, 0.80, -0.5),
+        (0.9, 0.7804, None),
+        (0.9, 0.7, None),
+        (None, 0.8, None),
+    ],
+)
+def test_recovered_share_by_hand(score, bound, share):
+    assert recovered(score, 0.78, bound) == (None if share is None else pytest.approx(share))
+
+
+def test_the_recovered_share_of_three_classes_is_that_of_miou(images):
+    torch.manual_seed(0)
+    base, peer = (FrozenBase(lambda x: x, 3, BaseConfig(ratio=ratio)) for ratio in (0.5, 1.0))
+    config = RefinerConfig(selector=Selector(budget=300), extractor=ExtractorConfig((4, 8)))
+    result = evaluate(SparseRefiner(base, config).eval(), images, dense=peer)
+    rows = result.agreement
+    gain = rows["dense"]["miou"] - rows["coarse"]["miou"]
+    assert gain > 0.0005
+    assert rows["sparse"]["recovered"] == pytest.approx((rows["sparse"]["miou"] - rows["coarse"]["miou"]) / gain)
+    assert "coarse -> dense in mIoU" in result.table()
 
 
 @pytest.fixture

@@ -118,6 +118,10 @@ EMPTY = {
         ["--data.name", "folder", "--data.root", "d", "--out", "o", "--refiner", "r"],
         ["--config", "--refiner", "--json", "--dense", "--dense_class_map"],
     ),
+    "assess": (
+        ["--data.name", "folder", "--data.root", "d", "--out", "o"],
+        ["--config", "--json", "--dense", "--dense_class_map", "--engine"],
+    ),
     "benchmark": (["--bases", "b"], ["--bases", "--masks", "--json", "--plot", "--coarse"]),
     "demo": ([], ["--device"]),
 }

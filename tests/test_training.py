@@ -1,6 +1,7 @@
 """Losses, stored logits, and the road from a configuration to a prediction on generated images."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -76,7 +77,9 @@ def test_logits_train_evaluate_predict(project, capsys):
     assert main([*arguments, "--json", "scores.json"]) == 0
     table = capsys.readouterr().out
     report = json.loads((project / "scores.json").read_text())
-    assert list(report["rows"]) == ["coarse", "sparse", "refined", "oracle", "dense"]
+    assert list(report["rows"]) == ["coarse", "sparse", "refined", "oracle", "dense_at_sites", "dense"]
+    assert report["agreement"]["dense"]["accuracy"] == 1
+    assert {"recovered", "recovered_at_sites"} <= report["rows"]["refined"].keys()
     rows = report["rows"]
     assert rows["oracle"]["dice"] >= max(rows["refined"]["dice"], rows["coarse"]["dice"])
     assert f"{rows['refined']['dice']:.4f}" in table
@@ -100,6 +103,24 @@ def test_images_without_labels_are_refused_where_labels_teach(project, capsys):
     assert main(["train", "config.yaml"]) == 1
     assert "0.png: has no label, and training.targets = 'labels' needs labels" in capsys.readouterr().err
     assert not (project / "run" / "config.json").exists()
+
+
+def test_evaluate_without_labels(project, capsys):
+    """Scores the agreement with a dense model, and needs one."""
+    base = load_base(BaseConfig("unet:base.safetensors", ratio=0.25), 2)
+    SparseRefiner(base, RefinerConfig(extractor=ExtractorConfig((8, 16)))).save_pretrained("run/best")
+    shutil.rmtree(project / "data" / "labels")
+    arguments = ["evaluate", "config.yaml", "--refiner", "run/best", "--json", "scores.json", "--device", "cpu"]
+    assert main(arguments) == 1
+    refusal = capsys.readouterr().err
+    assert "the test data in data have no labels to score by" in refusal
+    assert "--dense teacher (here unet:base.safetensors)" in refusal
+    assert main([*arguments, "--dense", "unet:other.safetensors"]) == 0
+    assert "no labels: agreement with the dense model" in capsys.readouterr().out
+    report = json.loads((project / "scores.json").read_text())
+    assert report["agreement"]["dense"]["accuracy"] == 1
+    assert report["rows"]["refined"]["dice"] is report["errors_selected"] is None
+    assert 0 <= report["differences_selected"] <= 1
 
 
 def test_logits_of_another_base_are_refused(project, capsys):

@@ -105,7 +105,7 @@ def refiners(o: Options) -> Iterator[Stage]:
         name = f"refiner{ratio}{f'_seed{seed}' if seed else ''}"
         total, every = o.steps(2400, 6)
         command = [
-            *("-m", "sparserefine", "train", *config(ratio), "--out", f"{o.out}/{name}", "--device", o.device),
+            *("-m", "sparserefine", "train", *config(ratio), "--out", f"{o.out}/{name}", "--training.device", o.device),
             *("--training.seed", str(seed), "--training.steps", total, "--training.val_every", every),
         ]
         yield Stage(name, tuple(command), (f"logits{ratio}",), again=("--resume",))

@@ -79,7 +79,7 @@ def refiners(o: Options) -> Iterator[Stage]:
         name = f"refiner{ratio}_{variant}{f'_seed{seed}' if seed else ''}"
         total, every = o.steps(steps, 6)
         command = [
-            *("-m", "sparserefine", "train", *config(ratio), "--out", f"{o.out}/{name}", "--device", o.device),
+            *("-m", "sparserefine", "train", *config(ratio), "--out", f"{o.out}/{name}", "--training.device", o.device),
             *("--training.seed", str(seed), "--training.steps", total, "--training.val_every", every, *options),
         ]
         return Stage(name, tuple(command), (f"logits{ratio}",), again=("--resume",))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparserefine.stages.extractor import ExtractorConfig as ExtractorConfig
     from sparserefine.stages.refinement import Refinement as Refinement
     from sparserefine.stages.selector import Selector as Selector
+    from sparserefine.studies.assess import assess as assess
     from sparserefine.studies.evaluate import evaluate as evaluate
     from sparserefine.training.config import Config as Config
     from sparserefine.training.loop import train as train
@@ -43,6 +44,7 @@ _MODULE_OF = {
     "predict": "inference.predict",
     "train": "training.loop",
     "Config": "training.config",
+    "assess": "studies.assess",
     "evaluate": "studies.evaluate",
 }
 

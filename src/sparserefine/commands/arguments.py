@@ -6,8 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jsonargparse import ArgumentParser, Namespace
 
+    from sparserefine.bases.base import BaseConfig
     from sparserefine.refiner import SparseRefiner
     from sparserefine.training.config import Config
 
@@ -71,6 +74,59 @@ def add_refiner(parser: ArgumentParser) -> None:
         "--budget", type=int, help="maximum number of refined pixels per image; default: the refiner's own"
     )
     add_device(parser)
+
+
+def add_dense(parser: ArgumentParser, default: str) -> None:
+    """``--dense``, a dense model to compare with, and its settings."""
+    parser.add_argument(
+        "--dense",
+        help="dense model to compare with: a base's name, as in base.name, or teacher, that of the configuration: the "
+        f"base at full resolution unless it says otherwise; default: {default}",
+    )
+    parser.add_argument(
+        "--dense_class_map", help="class map of --dense; default: base.class_map if both names are of the same kind"
+    )
+    parser.add_argument(
+        "--dense_ratio",
+        type=float,
+        help="input size of --dense relative to the image; default: 1, full resolution, or the teacher's own",
+    )
+
+
+def dense_config(arguments: Namespace, config: Config) -> BaseConfig:
+    """The dense model that the arguments of :func:`add_dense` describe: the teacher, unless they name another.
+
+    Raises:
+        ValueError: ``--dense_ratio`` is out of range.
+    """
+    from sparserefine.training.teacher_config import TeacherConfig
+
+    teacher = config.teacher if arguments.dense in (None, "teacher") else TeacherConfig(arguments.dense)
+    if arguments.dense_ratio is not None:
+        if not 0 < arguments.dense_ratio <= 1:
+            raise ValueError(f"--dense_ratio = {arguments.dense_ratio}, expected more than 0 and at most 1")
+        teacher = replace(teacher, ratio=arguments.dense_ratio, size=None)
+    if arguments.dense_class_map is not None:
+        teacher = replace(teacher, class_map=arguments.dense_class_map)
+    return teacher.base_config(config.base)
+
+
+def results_file(given: str | None) -> Path | None:
+    """Where ``--json`` asks to write results; refuses what cannot be written before anything long starts.
+
+    Raises:
+        ValueError: the path is empty, or a folder.
+    """
+    from sparserefine.files.regular import given_path
+    from sparserefine.files.whole import sweep
+
+    if given is None:
+        return None
+    path = given_path(given, "--json")
+    if path.is_dir():
+        raise ValueError(f"--json {path}: is a folder, expected the name of a file")
+    sweep(path.parent)
+    return path
 
 
 def add_base(parser: ArgumentParser) -> None:

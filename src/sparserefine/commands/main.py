@@ -8,7 +8,6 @@ interruption. A command's file is imported only when the command is used, and th
 
 from __future__ import annotations
 
-import errno
 import importlib
 import sys
 import traceback
@@ -20,6 +19,7 @@ from sparserefine import __version__
 from sparserefine.commands.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE
 from sparserefine.commands.output import discard_output, escaped_output, print_error, reader_has_left
 from sparserefine.files.text import first_line, printable
+from sparserefine.machine.exhausted import out_of_memory
 from sparserefine.machine.signals import Terminated, sigterm_raises
 
 if TYPE_CHECKING:
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 COMMANDS = {
     "demo": "Run the method on a photograph that comes with the package; writes pictures.",
     "predict": "Segment images with a trained refiner; writes label images.",
+    "assess": "Predict whether refinement is worth it for a base, and which threshold, before any training.",
     "logits": "Compute and store a base's coarse logits, to train from them later.",
     "train": "Train a refiner for a frozen base model.",
-    "evaluate": "Score and time a refiner on labelled images, next to its base alone.",
+    "evaluate": "Score and time a refiner, next to its base alone and to a dense model; without labels by agreement.",
     "benchmark": "Time base models with and without refinement; needs no trained weights.",
     "quantize": "Prepare a refiner for 8-bit arithmetic on the CPU; needs a few images.",
     "info": "Print versions, devices, engines and bases; paste it into bug reports.",
@@ -126,7 +127,7 @@ def _explained(name: str, error: Exception) -> tuple[int, str]:
     if isinstance(error, ArgumentError):
         quotes = "\nin a YAML file, put it in quotes" if "Expected a <class 'str'>" in str(error) else ""
         return EXIT_USAGE, f"{error}{quotes}\n`sparserefine {name} --help` lists the arguments"
-    if _is_of_memory(error):
+    if out_of_memory(error):
         return EXIT_FAILED, f"not enough memory ({line}); smaller images, crops or batches, or a --budget, need less"
     if isinstance(error, OSError) and error.filename is not None and str(error).startswith("[Errno"):
         denied = "; it may not be read or written by this user" if isinstance(error, PermissionError) else ""
@@ -143,16 +144,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Whether memory of the machine or of a GPU ran out. PyTorch has an own class for the latter only."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
 
 
 def _interrupted(name: str, error: BaseException) -> int:

@@ -23,6 +23,21 @@ def confusion(labels: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def binned_confusion(labels: Tensor, truth: Tensor, bins: Tensor, num_classes: int, num_bins: int) -> Tensor:
+    """Confusion matrices ``int64 [num_bins, K, K]`` of the pixels of each bin; see :func:`confusion`.
+
+    Args:
+        labels: predicted classes, integers of any shape.
+        truth: true classes, the same shape.
+        bins: the bin of each pixel, integers of the same shape.
+        num_classes: K.
+        num_bins: how many bins there are.
+    """
+    valid = truth != IGNORE
+    pairs = (bins[valid].to(torch.int64) * num_classes + truth[valid]) * num_classes + labels[valid]
+    return torch.bincount(pairs, minlength=num_bins * num_classes**2).view(num_bins, num_classes, num_classes)
+
+
 def iou(matrix: Tensor) -> Tensor:
     """Intersection over union of each class, ``float64 [K]``; NaN where a class neither occurs nor is predicted."""
     hits, union = matrix.diag().double(), (matrix.sum(0) + matrix.sum(1) - matrix.diag()).double()

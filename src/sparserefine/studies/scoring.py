@@ -19,6 +19,7 @@ from sparserefine.images.upsampling import Upsampling
 from sparserefine.machine.memory import PeakMemory
 from sparserefine.machine.timing import now_ms
 from sparserefine.scores.boundary import boundary_bands
+from sparserefine.scores.confusion import dice, foreground, iou
 from sparserefine.scores.counts import Counts
 from sparserefine.sparse import Engine
 
@@ -43,14 +44,21 @@ class Costs:
         self.macs.append(macs)
         self.peak_mb.append(peak_mb)
 
-    def summary(self) -> dict[str, float | None]:
-        """Over images: the median ``ms``, mean ``gmacs`` and largest ``peak_mb``."""
+    @property
+    def median_ms(self) -> float:
+        """Median time [ms]."""
+        return statistics.median(self.ms)
+
+    @property
+    def mean_gmacs(self) -> float | None:
+        """Mean multiply-accumulates [1e9]; ``None`` if they cannot be counted."""
         counted = [m for m in self.macs if m is not None]
-        return {
-            "ms": statistics.median(self.ms),
-            "gmacs": sum(counted) / len(counted) / 1e9 if counted else None,
-            "peak_mb": max(self.peak_mb),
-        }
+        return sum(counted) / len(counted) / 1e9 if counted else None
+
+    @property
+    def largest_mb(self) -> float:
+        """Largest peak memory [1e6 bytes]."""
+        return max(self.peak_mb)
 
 
 @dataclass
@@ -80,10 +88,14 @@ class Row:
         self.at_sites += Counts.of(labels, truth, k, bands=bands, where=sites)
 
     def summary(self, classes: Classes) -> dict[str, Any]:
-        """Figures for tables and JSON, ``None`` for a class that never occurs; costs as in :meth:`Costs.summary`."""
+        """Figures for tables and JSON, ``None`` for a class that never occurs.
+
+        Over images: the median ``ms``, mean ``gmacs`` and largest ``peak_mb``.
+        """
         figures = {**_figures(self.everywhere, classes), "at_sites": _figures(self.at_sites, classes)}
         if self.costs.ms:
-            figures |= self.costs.summary()
+            c = self.costs
+            figures |= {"ms": c.median_ms, "gmacs": c.mean_gmacs, "peak_mb": c.largest_mb}
         result: dict[str, Any] = finite(figures)
         return result
 
@@ -180,6 +192,11 @@ class Scoreboard:
 def main_score(num_classes: int) -> Literal["dice", "miou"]:
     """The score that recovered shares are of: Dice of class 1 for two classes, mIoU for more."""
     return "dice" if num_classes == 2 else "miou"
+
+
+def main_score_of(matrix: Tensor) -> float:
+    """The main score of a confusion matrix ``[K, K]``; NaN if no class occurs."""
+    return foreground(dice(matrix)) if len(matrix) == 2 else float(iou(matrix).nanmean())
 
 
 def recovered(score: float | None, coarse: float | None, bound: float | None) -> float | None:

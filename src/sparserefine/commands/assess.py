@@ -1,0 +1,100 @@
+"""``sparserefine assess``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparserefine.commands.arguments import (
+    add_config,
+    add_dense,
+    add_device,
+    add_engine,
+    add_precision,
+    config_of,
+    dense_config,
+    results_file,
+)
+from sparserefine.commands.output import print_error
+from sparserefine.files.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jsonargparse import ArgumentParser, Namespace
+    from torch import Tensor
+
+    from sparserefine.bases.base import BaseConfig
+    from sparserefine.data.readers.dataset import Dataset
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Configuration, dense model, images and time."""
+    add_config(parser)
+    add_dense(parser, "teacher")
+    parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="which part of the data")
+    parser.add_argument("--images", type=int, default=10, help="look at so many images at most, 1 to 10")
+    parser.add_argument(
+        "--minutes", type=float, default=2.0, help="time for all of it; one image is looked at in any case"
+    )
+    add_engine(parser)
+    add_device(parser)
+    add_precision(parser)
+    parser.add_argument("--json", help="also write all figures to this JSON file")
+
+
+def run(arguments: Namespace) -> int:
+    """Prints the table of :func:`sparserefine.assess`."""
+    import shlex
+    import time
+    from dataclasses import asdict
+
+    from sparserefine.engines.choose import EngineChoice
+    from sparserefine.files.results import write_results
+    from sparserefine.loading import load_base
+    from sparserefine.machine.bounds import check_positive, check_whole
+    from sparserefine.machine.device import check_precision, device_named, gpu_precision
+    from sparserefine.studies.assess import MOST_IMAGES, assess
+    from sparserefine.training.loop import build_refiner
+
+    started, results = time.monotonic(), results_file(arguments.json)
+    check_whole("--images", arguments.images, 1, MOST_IMAGES)
+    check_positive("--minutes", arguments.minutes)
+    config, device = config_of(arguments), device_named(arguments.device)
+    check_precision(arguments.precision, device)
+    data = config.data.read(getattr(config.data, arguments.split))
+    refiner = build_refiner(config, data)
+    refiner.engine = EngineChoice(arguments.engine)
+    refiner = refiner.to(device)
+    peer = dense_config(arguments, config)
+    dense = load_base(peer, data.classes, engine=arguments.engine).to(device)
+    with gpu_precision(arguments.precision, device):
+        result = assess(
+            refiner,
+            _some(data, arguments.images),
+            dense,
+            minutes=arguments.minutes - (time.monotonic() - started) / 60,
+            progress=print_error,
+        )
+    print(f"base {_described(config.base)}; dense {_described(peer)}")
+    print(result.table())
+    if result.threshold is not None and arguments.config:
+        teacher = "" if data.labelled else " --training.targets teacher"
+        config_file = shlex.quote(printable(arguments.config[-1]))
+        print(f"sparserefine train {config_file} --selector.threshold {result.threshold:g}{teacher}")
+    if results is not None:
+        write_results(results, asdict(result))
+    return 0
+
+
+def _described(base: BaseConfig) -> str:
+    return (
+        f"{printable(base.name)} at {f'ratio {base.ratio:g}' if base.size is None else 'x'.join(map(str, base.size))}"
+    )
+
+
+def _some(data: Dataset, count: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Images of all of the data, neighbours far apart, in an order of which each beginning is a fair choice too."""
+    import random
+
+    for index in random.Random(0).sample(range(len(data)), min(count, len(data))):
+        yield data.samples[index].name, *data.read(index)
