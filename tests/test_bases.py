@@ -97,6 +97,12 @@ def test_a_run_learns_from_all(project: Path, batches: list[tuple[str, Tensor]],
     assert found == dict.fromkeys(logits, 3)  # 6 steps of 2 crops
 
 
+def test_a_teacher_teaches_for_all(project: Path, batches: list[tuple[str, Tensor]]) -> None:
+    options = ["--training.targets", "teacher", "--training.steps", "2"]
+    assert train(*BOTH, *options) == 0
+    assert Counter(name for name, _ in batches) == {"0": 2, "1": 2}
+
+
 def is_part(part: Tensor, whole: Tensor) -> bool:
     """Whether these logits are a rectangle of those."""
     height, width = part.shape[1:]
@@ -180,7 +186,16 @@ def test_scores_and_logits_do_not_mix(project: Path, capsys: Any, monkeypatch: p
         assert "python:scoring_module:build returns scores, unet:base.safetensors returns" in capsys.readouterr().err
 
 
-def test_settings_are_shared_by_bases_of_one_kind() -> None:
-    config = BaseConfig("hf:a", ratio=0.5, mean=(0.5, 0.5, 0.5), class_map=(0, 1))
-    assert config.of("hf:b") == BaseConfig("hf:b", ratio=0.5, mean=(0.5, 0.5, 0.5), class_map=(0, 1))
-    assert config.of("unet:b") == BaseConfig("unet:b", ratio=0.5)
+def test_bases_of_another_kind_have_their_own_settings(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one kind they share normalisation and class map with the base."""
+    from sparserefine.images.classes import Classes
+    from sparserefine.training.logits import Bases
+
+    (project / "other_kind.py").write_text("def build():\n    return lambda x: x[:, :2]\n")
+    monkeypatch.syspath_prepend(str(project))
+    config = BaseConfig("unet:base.safetensors", ratio=0.25, mean=(0.5, 0.5, 0.5), class_map=(1, 0))
+    bases, classes = Bases(config, torch.device("cpu")), Classes.numbered(2)
+    alike, unlike = (bases.base(name, classes).config for name in (OTHER, "python:other_kind:build"))
+    assert (alike.ratio, alike.mean, alike.class_map) == (0.25, (0.5, 0.5, 0.5), (1, 0))
+    assert (unlike.ratio, unlike.class_map) == (0.25, None)
+    assert unlike.mean != alike.mean

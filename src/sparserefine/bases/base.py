@@ -89,16 +89,6 @@ class BaseConfig:
                 f"base.runtime = {self.runtime!r}, expected 'onnxruntime' or 'openvino'; leave it out for torch"
             )
 
-    def of(self, name: str) -> BaseConfig:
-        """The same for another base: its input size, and if both are of the same kind, the other settings too.
-
-        The settings of a base of another kind are those in its own files.
-        """
-        other = replace(self, name=name)
-        if name.partition(":")[0] != self.name.partition(":")[0]:
-            other = replace(other, mean=None, std=None, outputs=None, class_map=None)
-        return other
-
 
 class FrozenBase(nn.Module):
     """A frozen segmentation model: image at full size in, coarse logits out.

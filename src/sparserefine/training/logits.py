@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.other import other_config
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.files.digest import sha256_of
 from sparserefine.files.lock import locked
@@ -52,7 +53,8 @@ class Bases:
     def base(self, name: str, classes: Classes) -> FrozenBase:
         """The base called ``name``, for data with these classes."""
         if name not in self._bases:
-            self._bases[name] = load_base(self._config.of(name), classes).to(self._device)
+            config = other_config(self._config, name, ratio=self._config.ratio, size=self._config.size)
+            self._bases[name] = load_base(config, classes).to(self._device)
         return self._bases[name]
 
     def first(self, classes: Classes) -> FrozenBase:
