@@ -225,7 +225,10 @@ def random_crop(
         else:
             top = math.floor(uniform(0, height - source[0] + 1))
             left = math.floor(uniform(0, width - source[1] + 1))
-        if _is_varied(label[top : top + source[0], left : left + source[1]], config.max_class_share):
+        part = label[top : top + source[0], left : left + source[1]]
+        if teacher is not None and not bool((part != IGNORE).any()):
+            break  # there is something to learn without labels
+        if _is_varied(part, config.max_class_share):
             break
     colour = _photometric(uniform) if config.photometric else None
     size, ratio = (target[0], target[1]), (target[0] / source[0], target[1] / source[1])

@@ -94,7 +94,8 @@ class TrainingConfig:
         clip: maximum norm of the gradient; a longer gradient is scaled down to it.
         weight_decay: decay of weights; biases and normalisation layers have none.
         warmup: share of the steps in which the learning rate rises linearly.
-        dice: weight of a Dice loss on sparse and refined logits; 0: cross entropy only, as in the paper.
+        dice: weight of a Dice loss on sparse and refined logits, for labels and teacher; 0: cross entropy only, as in
+            the paper.
         ema: validate and store an exponential mean of the weights, of which this share stays at each step, such as
             0.999; 0: the weights themselves.
         targets: what the refiner learns: ``labels``; ``teacher``: the predictions of ``teacher``, so that images need
