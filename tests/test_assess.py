@@ -164,7 +164,8 @@ def test_without_labels_the_dense_model_stands_for_the_truth(images, clock):
     assert (found.scored_on, found.dense.score, found.dense_better) == ("dense", 1.0, None)
     assert all(rung.oracle is None for rung in found.rungs)
     assert found.verdict == "worth it"
-    assert "only labels can tell" in found.reason
+    assert "lifts the agreement (Dice) from" in found.reason
+    assert "nothing here knows whether they are right" in found.reason
     assert "oracle" not in found.table()
 
 
@@ -210,9 +211,11 @@ def test_the_rule(values, verdict, threshold):
     assert "\nNext: " in reason
 
 
-def test_dense_may_be_worse_as_a_whole_and_better_where_the_base_is_unsure():
-    verdict, at, _ = judge(rungs((0.69, 60), (0.73, 40)), COARSE, replace(DENSE, score=0.68), "labels", "miou")
-    assert (verdict, at) == ("worth it", pytest.approx(0.2))
+def test_a_dense_model_that_is_better_at_a_few_pixels_only():
+    worse = replace(DENSE, score=0.68)
+    verdict, at, reason = judge(rungs((0.69, 60), (0.73, 40)), COARSE, worse, "labels", "miou")
+    assert (verdict, at) == ("no gain", None)
+    assert "Only at the pixels above 0.2 nats are its labels better (0.7300)" in reason
 
 
 def test_binned_confusion_is_that_of_the_pixels_of_each_bin():
