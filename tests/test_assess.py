@@ -28,8 +28,11 @@ from sparserefine.studies import assess as module
 from sparserefine.studies.assess import assess, ladder
 from sparserefine.studies.assessment import Cost, Rung, judge
 from sparserefine.studies.scoring import dense_labels
+from sparserefine.training.teacher import Teacher
+from sparserefine.training.teacher_config import TeacherConfig
 
 SIZE = (64, 80)
+CPU = torch.device("cpu")
 MS = {"base": 8.0, "labels": 2.0, "dense": 100.0}
 
 
@@ -282,6 +285,15 @@ def test_a_dense_model_that_does_not_fit(error, fits, images, clock):
         assert "--dense_ratio 0.5" in str(caught.value)
 
 
+def test_a_teacher_in_windows_is_the_same_dense_model(images, clock, project):
+    """It sees each pixel for itself, so windows change nothing."""
+    config = TeacherConfig("python:bright_model:build", window=32, overlap=0)
+    teacher = Teacher(config, BaseConfig("python:bright_model:build", ratio=0.25), Classes.numbered(2), CPU)
+    whole, windows = (assess(untrained(base_at(0.25)), images, dense) for dense in (base_at(1.0), teacher))
+    assert windows.dense.score == whole.dense.score
+    assert [rung.score for rung in windows.rungs] == [rung.score for rung in whole.rungs]
+
+
 def test_refinement_that_does_not_fit_at_high_densities_is_left_out(images, clock, monkeypatch):
     refiner, tried = untrained(base_at(0.25)), []
     refine = refiner.refine
@@ -352,6 +364,7 @@ def test_the_dense_model_is_the_teacher_unless_another_is_named(project, capsys)
     assert described(*teacher) == "unet:other.safetensors at ratio 0.5"
     assert described(*teacher, "--dense", "teacher", "--dense_ratio", "1") == "unet:other.safetensors at ratio 1"
     assert described(*teacher, "--dense", "unet:base.safetensors") == "unet:base.safetensors at ratio 1"
+    assert described("--teacher.window", "64", "--teacher.overlap", "0") == "python:bright_model:build at ratio 1"
     assert described("--teacher.size", "[72, 88]") == "python:bright_model:build at 72x88"
 
 
