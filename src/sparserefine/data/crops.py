@@ -160,6 +160,8 @@ def random_crop(
         left = math.floor(uniform(0, width - source[1] + 1))
         part = label[top : top + source[0], left : left + source[1]]
         counted = part[part != IGNORE]
+        if teacher is not None and not counted.numel():
+            break  # there is something to learn without labels
         if counted.numel() and float(counted.long().bincount().max()) <= config.max_class_share * counted.numel():
             break
     size = (target[0], target[1])

@@ -32,7 +32,8 @@ class Forecast:
         needed, minutes = nbytes * self._images, seconds * self._images / 60
         where = "memory" if self._folder is None else str(self._folder)
         of = psutil.virtual_memory().available if self._folder is None else shutil.disk_usage(self._folder).free
-        line = f"{self._what}, {self._images} image{'s' if self._images > 1 else ''}: {_size(needed)} in {where}, about {minutes:.1f} minutes"
+        count = f"{self._images} image{'s' if self._images > 1 else ''}"
+        line = f"{self._what}, {count}: {_size(needed)} in {where}, about {minutes:.1f} minutes"
         if needed > of + nbytes:
             line += f"; WARNING: only {_size(of)} are free there"
         tqdm.write(printable(line), file=sys.stderr)
