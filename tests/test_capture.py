@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.unet import UNet
+from sparserefine.bases.refined import refined
 from sparserefine.capture import CapturedRefiner
 from sparserefine.refiner import SparseRefiner
 from sparserefine.stages.config import RefinerConfig
@@ -27,14 +28,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return device_of(request.param)
 
 
-def refiner_of(device: torch.device, selector: Selector | None = None, down: str = "cell") -> SparseRefiner:
-    """Its ensembler is not the plain blend that it starts as."""
+def refiner_of(
+    device: torch.device, selector: Selector | None = None, down: str = "cell", *, context: bool = False
+) -> SparseRefiner:
+    """Its ensembler is not the plain blend that it starts as, and a context is not without effect."""
     base = FrozenBase(UNet(K, (4, 8)), K, BaseConfig(ratio=0.5))
-    extractor = ExtractorConfig((4, 6), blocks=1, down=down, features=("rgb", "coords", "probabilities", "entropy"))
+    features = ("rgb", "coords", "probabilities", "entropy")
+    extractor = ExtractorConfig((4, 6), blocks=1, down=down, features=features, context=context)
     config = RefinerConfig(selector=selector or Selector(0.0, 30), extractor=extractor)
     refiner = SparseRefiner(base, config, engine="triton").eval()
     with torch.no_grad():
-        for parameter in refiner.ensembler.parameters():
+        for parameter in (*refiner.ensembler.parameters(), *refiner.extractor.context.parameters()):
             parameter.normal_(std=0.3)
     return refiner.to(device)
 
@@ -70,6 +74,26 @@ def test_equals_the_refiner(device: torch.device, batch: int, down: str) -> None
     assert_same(captured(image), expected)
     assert torch.equal(captured.labels(image), expected.labels())
     assert captured.calls == 2
+    assert captured.overflows == 0
+
+
+@pytest.mark.parametrize(("down", "capacities", "overflows"), [("paper", [90, 50], 0), ("cell", [50, 20], 1)])
+def test_with_context(device: torch.device, down: str, capacities: list[int], overflows: int) -> None:
+    """With rows of padding, and of an image with more sites than there is room for."""
+    refiner = refiner_of(device, Selector(0.0), down, context=True)
+    captured = refiner.capture(pixels(device), capacities=capacities)
+    assert_same(captured(pixels(device, 1)), eager(refiner, pixels(device, 1)))
+    assert captured.overflows == overflows
+
+
+def test_with_a_refiner_as_base(device: torch.device) -> None:
+    """It runs before the graph, with an engine of its own."""
+    inner = refiner_of(device, Selector(0.0, 10))
+    outer = SparseRefiner(FrozenBase(refined(inner), config=BaseConfig(ratio=0.5)), inner.config, engine="triton")
+    captured = outer.eval().to(device).capture(pixels(device))
+    for seed in (1, 2):
+        image = pixels(device, seed)
+        assert_same(captured(image), eager(outer, image))
     assert captured.overflows == 0
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks import K, expected_of, network
+from networks import K, context_of, expected_of, network
 from sparserefine.engines.choose import get_engine
 from sparserefine.engines.cpu import network as network_module
 from sparserefine.engines.cpu.engine import CpuEngine
@@ -90,6 +90,16 @@ def test_equals_the_modules(engine: CpuEngine, planes: tuple[int, ...], blocks: 
     logits = packed(x, plan)
     judge(logits, expected)
     assert torch.equal(packed(x, plan), logits)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("down", DOWNS)
+@pytest.mark.parametrize(("planes", "blocks"), NETWORKS[:2], ids=str)
+def test_adds_the_context(engine: CpuEngine, planes: tuple[int, ...], blocks: int, down: str, pattern: str) -> None:
+    net, mask = network(planes, blocks, down, context=7), mask_of(pattern, (21, 30), batch=3)
+    x, plan = torch.randn(int(mask.sum()), 3), plan_of(engine, net, mask)
+    logits = prepared(engine, net)(x, plan, context_of(net, plan))
+    judge(logits, expected_of(net, x, mask))
 
 
 @pytest.mark.parametrize("down", DOWNS)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from networks import K, expected_of, network
+from networks import K, context_of, expected_of, network
 from sparserefine.engines.choose import get_engine
 from sparserefine.engines.cpu.memory import Layout
 from sparserefine.sparse import Sites, SparseConv, calibrating
@@ -29,12 +29,14 @@ def written(step: Step) -> list[Part]:
     return [part for part in (step.raw, *step.activated) if part is not None]
 
 
-def execute(network_of: torch.nn.Module, features: Tensor, plan: Plan) -> Tensor:
+def execute(
+    network_of: torch.nn.Module, features: Tensor, plan: Plan, context: Sequence[Tensor] | None = None
+) -> Tensor:
     """The steps one by one, as their docstrings say, each buffer kept from its first to its last step only."""
     program, numbers = fuse(network_of)
     held: dict[int, Tensor] = {}
     for step, own in zip(program.steps, numbers, strict=True):
-        x, stencil = features if step.source is None else held[step.source], step.stencil(plan)
+        x, stencil = step.input(features, context, held), step.stencil(plan)
         v = x @ own.weight[0] if stencil is None else stencil.conv(x, own.weight)
         if own.bias is not None:
             v = v + own.bias
@@ -62,9 +64,42 @@ def test_the_steps_are_the_network(planes: tuple[int, ...], blocks: int, down: s
     assert_close(execute(net.double(), x.double(), plan), expected_of(net, x, mask))
 
 
+@pytest.mark.parametrize("pattern", ["none", "one", "random"])
 @pytest.mark.parametrize(("planes", "blocks", "down"), NETWORKS)
-def test_a_buffer_lives_from_its_first_to_its_last_step(planes: tuple[int, ...], blocks: int, down: str) -> None:
-    program, numbers = fuse(network(planes, blocks, down))
+def test_the_steps_add_the_context(planes: tuple[int, ...], blocks: int, down: str, pattern: str) -> None:
+    net, mask = network(planes, blocks, down, context=5), mask_of(pattern, (13, 18), batch=3)
+    x = torch.randn(int(mask.sum()), 3)
+    plan = get_engine("torch").geometry(Sites.from_mask(mask), net.spec)
+    context = [values.double() for values in context_of(net, plan)]
+    assert_close(execute(net.double(), x.double(), plan, context), expected_of(net, x, mask))
+
+
+@pytest.mark.parametrize(("planes", "blocks", "down"), NETWORKS)
+def test_a_step_for_the_context_of_each_level(planes: tuple[int, ...], blocks: int, down: str) -> None:
+    """In floats, before the step that adds it; all others are those of the network without."""
+    program, numbers = fuse(network(planes, blocks, down, context=5))
+    plain, _ = fuse(network(planes, blocks, down))
+    assert (program.context, plain.context) == (5, 0)
+    steps = list(zip(program.steps, numbers, strict=True))
+    assert [step.level for step, _ in steps if step.reads_context] == list(range(len(planes)))
+    for (step, own), (after, _) in pairwise(steps):
+        if step.reads_context:
+            assert (step.kind, step.source, step.residual) == ("own", None, None)
+            assert own.weight.shape == (1, 5, planes[step.level])
+            assert own.bias is not None
+            assert own.input_step is None
+            assert after.residual == step.raw.buffer
+            assert not program.buffers[step.raw.buffer].rounded
+    others = [(step.kind, step.level) for step in program.steps if not step.reads_context]
+    assert others == [(step.kind, step.level) for step in plain.steps]
+
+
+@pytest.mark.parametrize("context", [0, 5])
+@pytest.mark.parametrize(("planes", "blocks", "down"), NETWORKS)
+def test_a_buffer_lives_from_its_first_to_its_last_step(
+    planes: tuple[int, ...], blocks: int, down: str, context: int
+) -> None:
+    program, numbers = fuse(network(planes, blocks, down, context))
     assert program.buffers[program.result].channels == K
     for number in range(len(program.buffers)):
         uses = [
@@ -76,7 +111,8 @@ def test_a_buffer_lives_from_its_first_to_its_last_step(planes: tuple[int, ...],
         assert number in (part.buffer for part in written(program.steps[uses[0]]))
     for step, own in zip(program.steps, numbers, strict=True):
         assert len(step.activated) == len(own.norms) <= 2
-        c_in = program.channels if step.source is None else program.buffers[step.source].channels
+        inputs = program.context if step.reads_context else program.channels
+        c_in = inputs if step.source is None else program.buffers[step.source].channels
         assert own.weight.shape[1] == c_in
         assert all(part.stop - part.start == own.weight.shape[2] for part in written(step))
         assert all(program.buffers[part.buffer].level == step.level for part in written(step))
@@ -127,10 +163,13 @@ def needed(program: Program) -> Iterator[tuple[Step, set[int]]]:
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "8 bits"])
 @pytest.mark.parametrize("rows", ["falling", "equal", "none"])
+@pytest.mark.parametrize("context", [0, 5])
 @pytest.mark.parametrize(("planes", "blocks", "down"), NETWORKS)
-def test_buffers_in_use_do_not_overlap(planes: tuple[int, ...], blocks: int, down: str, rows: str, int8: bool) -> None:
+def test_buffers_in_use_do_not_overlap(
+    planes: tuple[int, ...], blocks: int, down: str, context: int, rows: str, int8: bool
+) -> None:
     """But for a result in the place of the residual that it is added to."""
-    program, _ = fuse(network(planes, blocks, down))
+    program, _ = fuse(network(planes, blocks, down, context))
     counts = [{"falling": 1000 >> 2 * level, "equal": 77, "none": 0}[rows] for level in range(len(planes))]
     layout = Layout(program, int8=int8)
     starts, floats = layout.starts(counts)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks import K, expected_of, network
+from networks import K, context_of, expected_of, network
 from sparserefine.engines.choose import get_engine
 from sparserefine.files.images import read_image
 from sparserefine.refiner import SparseRefiner
@@ -97,6 +97,16 @@ def test_equals_the_modules(
     logits = packed(x, plan)
     judge(logits, expected)
     assert torch.equal(packed(x, plan), logits)
+
+
+@pytest.mark.parametrize("pattern", FEW_PATTERNS)
+@pytest.mark.parametrize("down", DOWNS)
+def test_adds_the_context(engine: TritonEngine, device: torch.device, down: str, pattern: str) -> None:
+    net, mask = network((3, 5, 7), 1, down, context=7), mask_of(pattern, (7, 9), batch=3)
+    x = torch.randn(int(mask.sum()), 3)
+    expected, net = expected_of(net, x, mask), net.to(device)
+    plan = plan_of(engine, net, mask.to(device))
+    judge(prepared(engine, net)(x.to(device), plan, context_of(net, plan)), expected)
 
 
 @pytest.mark.parametrize(

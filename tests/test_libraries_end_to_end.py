@@ -10,8 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparserefine import BaseConfig, ExtractorConfig, RefinerConfig, Selector, SparseRefiner, read_image, read_label
-from sparserefine.bases.load import BASE_NAMES, load_base
+from sparserefine import (
+    BaseConfig,
+    ExtractorConfig,
+    RefinerConfig,
+    Selector,
+    SparseRefiner,
+    load_base,
+    read_image,
+    read_label,
+)
+from sparserefine.bases.load import BASE_NAMES
 from sparserefine.bases.runtimes import NEEDS
 from sparserefine.commands.main import main
 from test_libraries import Segmenter, fake_smp, fake_timm, fake_torchvision, saved_smp, stored  # noqa: F401 (fixtures)
@@ -141,6 +150,13 @@ def smp_folder(folder: Path) -> str:
     return f"smp:{folder / 'smp'}"
 
 
+def refiner_folder(folder: Path) -> str:
+    config = RefinerConfig(selector=Selector(budget=50), extractor=ExtractorConfig((4, 8)))
+    base = load_base(BaseConfig(unet_file(folder), ratio=0.5), K)
+    SparseRefiner(base, config).save_pretrained(folder / "inner")
+    return f"refiner:{folder / 'inner'}"
+
+
 BASES: dict[str, Callable[[Path], str]] = {
     "unet": unet_file,
     "hrnet_w48": hrnet_file,
@@ -152,6 +168,7 @@ BASES: dict[str, Callable[[Path], str]] = {
     "torchvision": torchvision_file,
     "timm": timm_file,
     "smp": smp_folder,
+    "refiner": refiner_folder,
 }
 STAND_INS = {"torchvision": "fake_torchvision", "timm": "fake_timm", "smp": "fake_smp"}
 """Fixtures of test_libraries.py for packages that are not installed here."""

@@ -44,8 +44,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["--training.accumulate", "2"],
         ["--training.precision", "bf16-mixed"],
         ["--training.accumulate", "2", "--training.precision", "bf16-mixed"],
+        ["--training.ema", "0.8", "--augment.focus", "0.5", "--training.workers", "2"],
     ],
-    ids=["plain", "accumulate", "bf16", "both"],
+    ids=["plain", "accumulate", "bf16", "both", "mean"],
 )
 def test_a_resumed_run_ends_at_the_bits_of_one_that_was_not_killed(project, options):
     assert train(*options, out="whole") == 0

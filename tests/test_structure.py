@@ -16,7 +16,7 @@ ROOT = Path(sparserefine.__file__).parent
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 ROOMS = (
     *("commands", "studies", "inference", "training", "data", "scores"),
-    *("refiner", "capture", "storage", "stages", "bases"),
+    *("loading", "refiner", "capture", "storage", "stages", "bases"),
     *("engines", "sparse", "images", "files", "machine"),
 )
 """From top to bottom: a room, a folder or a file, imports from itself and from rooms below it."""

@@ -62,6 +62,20 @@ def test_without_labels_a_refiner_comes_to_agree_with_its_teacher(project: Path)
     assert agreement == pytest.approx(best, abs=1e-3)
 
 
+def test_a_third_class(project: Path) -> None:
+    (project / "data" / "classes.txt").write_text("ground\nline\nnothing\n")
+    assert train("--base.name", "python:bright_or_dark:of_three_classes") == 0
+    row = log_of()[-1]
+    assert row["val_agreement_refined"] > row["val_agreement_coarse"] + 0.04
+
+
+def test_a_teacher_in_windows_teaches_the_same(project: Path) -> None:
+    """This one looks at single pixels, so that windows need no overlap."""
+    assert train(*SHORT, out="whole") == 0
+    assert train(*SHORT, "--teacher.window", "32", "--teacher.overlap", "0", out="windows") == 0
+    assert_same_run("whole", "windows")
+
+
 def dice_with_teacher(refiner: SparseRefiner, project: Path) -> float:
     """Of the validation image, by hand: the teacher says line where the mean of the normalised pixel is above 0."""
     image = read_image(project / "data" / "images" / "2.png")

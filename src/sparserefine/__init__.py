@@ -8,11 +8,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sparserefine.bases.base import BaseConfig as BaseConfig
     from sparserefine.bases.base import FrozenBase as FrozenBase
-    from sparserefine.bases.load import load_base as load_base
     from sparserefine.files.images import read_image as read_image
     from sparserefine.files.images import read_label as read_label
     from sparserefine.images.classes import Classes as Classes
     from sparserefine.inference.predict import predict as predict
+    from sparserefine.loading import load_base as load_base
     from sparserefine.refiner import SparseRefiner as SparseRefiner
     from sparserefine.sparse import SparseUNet as SparseUNet
     from sparserefine.stages.config import RefinerConfig as RefinerConfig
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "BaseConfig": "bases.base",
     "FrozenBase": "bases.base",
-    "load_base": "bases.load",
+    "load_base": "loading",
     "Classes": "images.classes",
     "read_image": "files.images",
     "read_label": "files.images",

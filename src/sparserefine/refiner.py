@@ -10,7 +10,7 @@ that computes: PyTorch, C++ on the CPU, or Triton on the GPU. Start with :meth:`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,22 +18,30 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine.bases.base import FrozenBase
+from sparserefine.bases.loaded import LoadedModel
+from sparserefine.bases.refined import refined
 from sparserefine.capture import CapturedRefiner, Recipe, capture
 from sparserefine.engines.choose import EngineChoice
 from sparserefine.files.tensors import check_weights, read_tensors
+from sparserefine.files.text import printable
 from sparserefine.images.classes import Classes
 from sparserefine.images.coarse import Coarse
 from sparserefine.images.normalisation import check_image, constant
 from sparserefine.images.uncertainty import entropy
 from sparserefine.images.upsampling import Upsampling, Window
 from sparserefine.machine.timing import StageTimer
-from sparserefine.sparse import Engine, PaddedPlan, Plan, Sites, SparseConv, calibrating
+from sparserefine.sparse import Engine, PaddedPlan, Plan, Sites, SparseConv, SparseUNet, calibrating
 from sparserefine.stages.config import RefinerConfig
+from sparserefine.stages.context import block_means
 from sparserefine.stages.ensembler import build_ensembler
 from sparserefine.stages.gather import pixels, sample
 from sparserefine.stages.refinement import Refinement
 from sparserefine.stages.selector import Selector
-from sparserefine.storage import CONFIG, read_refiner, weights_of, write_refiner
+from sparserefine.stages.warm_start import Shape, WarmStart, weights_to_start
+from sparserefine.storage import CONFIG, DEMO, read_refiner, weights_of, write_refiner
+
+_MOST_REFINERS = 8
+"""Of which each is the base of the one before it."""
 
 
 class SparseRefiner(nn.Module):
@@ -44,7 +52,8 @@ class SparseRefiner(nn.Module):
         config: which pixels are refined, the network that refines them, and how both predictions are blended; default:
             :class:`RefinerConfig` with its own defaults.
         classes: names and colours; default: the base's own, or else "class 0", "class 1", ...
-        engine: name of the engine that runs the sparse network; ``sparserefine info`` lists them.
+        engine: name of the engine that runs the sparse network; ``sparserefine info`` lists them. A base that is itself
+            a refiner runs on it from now on.
 
     Attributes:
         config: the configuration in use. Only :attr:`selector` can be replaced later.
@@ -72,6 +81,7 @@ class SparseRefiner(nn.Module):
         self.extractor = config.extractor.build(k)
         self.ensembler = build_ensembler(config.ensembler, k)
         self.engine = EngineChoice(engine)
+        base.run_on(engine)
 
     @property
     def selector(self) -> Selector:
@@ -169,11 +179,15 @@ class SparseRefiner(nn.Module):
             # What the next two stages read at the sites: coarse logits [N, K], image features [N, F].
             coarse_logits = sample(coarse, sites, engine)
             features = self._features(image, sites, coarse_logits, engine)
+            # At each level, means over the pixels of each active cell's block, [n_l, 3 + K].
+            context = None
+            if self.config.extractor.context:
+                context = block_means(image, coarse, valid, plan, *self._normalisation(image), engine)
         with timer.stage("extractor"):
             # Section 3.2: the sparse U-Net, [N, F] -> [N, K]; for inference the engine may have a faster version of it.
             packed = None if torch.is_grad_enabled() else engine.prepare(self.extractor)
             network: Callable[..., Tensor] = packed or self.extractor
-            sparse_logits = network(features, plan)
+            sparse_logits = network(features, plan, context)
         with timer.stage("ensembler"):
             # Section 3.3: the gate blends both predictions, [N, K].
             refined = self.ensembler(coarse_logits, sparse_logits.float(), engine)
@@ -230,10 +244,7 @@ class SparseRefiner(nn.Module):
         parts = []
         for name in self.config.extractor.features:
             if name == "rgb":
-                mean, std = (constant(v, image.device) for v in (self.config.mean, self.config.std))
-                white = 255 if image.dtype == torch.uint8 else 1
-                # (pixel / white - mean) / std, written as pixel * scale + shift.
-                parts.append(pixels(image, sites, 1 / (std * white), -mean / std, engine))
+                parts.append(pixels(image, sites, *self._normalisation(image), engine))
             elif name == "coords":
                 extents = ((1, sites.height), (2, sites.width))
                 parts += [((2 * sites.coords[:, axis] + 1) / extent - 1)[:, None] for axis, extent in extents]
@@ -242,6 +253,12 @@ class SparseRefiner(nn.Module):
             else:
                 parts.append(entropy(coarse_logits, 1)[:, None])
         return torch.cat(parts, dim=1)
+
+    def _normalisation(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift of each channel: (pixel / white - mean) / std, written as pixel * scale + shift."""
+        mean, std = (constant(v, image.device) for v in (self.config.mean, self.config.std))
+        white = 255 if image.dtype == torch.uint8 else 1
+        return 1 / (std * white), -mean / std
 
     def capture(
         self,
@@ -371,9 +388,16 @@ class SparseRefiner(nn.Module):
                 ``config.json`` is wrong; or weights are NaN, infinite, or of a foreign dtype.
             FileNotFoundError: ``name`` is neither a folder nor a hub id.
         """
-        stored = read_refiner(name)
+        return cls._load(name, base, Loading(trust_base, engine, runtime))
+
+    @classmethod
+    def _load(cls, name: str | Path, base: FrozenBase | None, loading: Loading) -> SparseRefiner:
+        """See :meth:`from_pretrained`."""
+        stored, runtime, engine = read_refiner(name), loading.runtime, loading.engine
         if base is None:
-            base = stored.load_base(trust_base=trust_base, runtime=runtime)
+            base = stored.load_base(
+                trust_base=loading.trust_base, runtime=runtime, refiners=loading.inside(stored.folder).as_base
+            )
         elif runtime is not None:
             raise ValueError(f"runtime {runtime!r} with a base: give the runtime to the base, BaseConfig(runtime=...)")
         elif base.num_classes != len(stored.classes):
@@ -381,7 +405,8 @@ class SparseRefiner(nn.Module):
             raise ValueError(f"{where}: {count} classes, the base given has {base.num_classes}")
         weights = read_tensors(stored.weights)
         with torch.device("meta"):  # shapes only: a configuration may claim any size, and the weights decide
-            cls(base, stored.config, classes=stored.classes, engine=engine)._check_weights(weights, stored.weights)
+            shapes = cls(base, stored.config, classes=stored.classes, engine=engine)
+        _check_weights(weights, shapes.extractor, shapes.ensembler, stored.weights)
         refiner = cls(base, stored.config, classes=stored.classes, engine=engine)
         refiner.load_state_dict(weights, strict=False)  # checked above
         return refiner.eval()
@@ -395,18 +420,79 @@ class SparseRefiner(nn.Module):
         """
         file = weights_of(folder)
         weights = read_tensors(file)
-        self._check_weights(weights, file)
+        _check_weights(weights, self.extractor, self.ensembler, file)
         self.load_state_dict(weights, strict=False)
 
-    def _check_weights(self, weights: Mapping[str, Tensor], file: Path) -> None:
-        """Raises ``ValueError`` unless these are weights for extractor and ensembler."""
-        own = self.trained_state()
-        for name, module in self.extractor.named_modules(prefix="extractor"):
-            if isinstance(module, SparseConv):  # the range of its inputs is stored only if it was measured for 8 bits
-                own.pop(f"{name}.input_max", None)
-                if f"{name}.input_max" in weights:
-                    own[f"{name}.input_max"] = module.weight[0, :, 0]
-        check_weights(weights, own, file)
+    def start_from(self, name: str | Path) -> WarmStart:
+        """Takes over the weights of a stored refiner where they fit; its classes may be others.
+
+        What depends on the number of classes keeps its own initialisation if that differs, and so do context layers
+        if the stored refiner has none; the result names them.
+
+        Args:
+            name: a folder that :meth:`save_pretrained` wrote, a hub id, or ``demo``: the refiner in this package.
+
+        Raises:
+            ValueError: the extractors differ in another way; or as :meth:`from_pretrained`. No weight has changed then.
+            FileNotFoundError: ``name`` is neither a folder nor a hub id.
+        """
+        stored = read_refiner(DEMO if name == "demo" else name)
+        weights, former = read_tensors(stored.weights), Shape(stored.config, len(stored.classes))
+        with torch.device("meta"):
+            extractor = stored.config.extractor.build(former.num_classes)
+            ensembler = build_ensembler(stored.config.ensembler, former.num_classes)
+        _check_weights(weights, extractor, ensembler, stored.weights)
+        shape = Shape(self.config, self.base.num_classes)
+        # Ranges for 8 bits are neither taken nor kept: other weights make other activations.
+        own = {key: tensor for key, tensor in self.trained_state().items() if not key.endswith(".input_max")}
+        chosen, report = weights_to_start(str(name), weights, former, own, shape)
+        self.load_state_dict(chosen, strict=False)
+        return report
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a refiner is loaded, and its base if that is a refiner, and so on.
+
+    Attributes:
+        trust_base: allows bases ``python:<module>:<callable>``.
+        engine: name of the engine of all of them.
+        runtime: runtime of the innermost base.
+        outer: the folders of the refiners that it is the base of, the outermost first.
+    """
+
+    trust_base: bool = False
+    engine: str = "auto"
+    runtime: Literal["onnxruntime", "openvino"] | None = None
+    outer: tuple[Path, ...] = ()
+
+    def as_base(self, name: str) -> LoadedModel:
+        """The refiner of that name, a folder, a hub id or ``demo``, as the model of a base."""
+        return refined(SparseRefiner._load(DEMO if name == "demo" else name, None, self))
+
+    def inside(self, folder: Path) -> Loading:
+        """For the base of the refiner in ``folder``.
+
+        Raises:
+            ValueError: its base is the refiner itself, or there are too many.
+        """
+        outer = (*self.outer, folder.resolve())
+        if outer[-1] in self.outer or len(outer) > _MOST_REFINERS:
+            chain = " -> ".join(map(printable, outer[-3:]))
+            many = f"expected at most {_MOST_REFINERS} refiners, one the base of the other, and none twice"
+            raise ValueError(f"base refiner:{printable(folder)}: {chain}: {many}; give the first one another base")
+        return replace(self, outer=outer)
+
+
+def _check_weights(weights: Mapping[str, Tensor], extractor: SparseUNet, ensembler: nn.Module, file: Path) -> None:
+    """Raises ``ValueError`` unless these are weights for extractor and ensembler."""
+    own = {**extractor.state_dict(prefix="extractor."), **ensembler.state_dict(prefix="ensembler.")}
+    for name, module in extractor.named_modules(prefix="extractor"):
+        if isinstance(module, SparseConv):  # the range of its inputs is stored only if it was measured for 8 bits
+            own.pop(f"{name}.input_max", None)
+            if f"{name}.input_max" in weights:
+                own[f"{name}.input_max"] = module.weight[0, :, 0]
+    check_weights(weights, own, file)
 
 
 def _check_batch(coarse: Coarse, batch: int, valid: Tensor | None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.unet import UNet, unet_tensors
 from sparserefine.bases.load import load_base
+from sparserefine.bases.refined import RefinedModel, RefinerReader
 from sparserefine.files.digest import sha256_of
 from sparserefine.files.hub import hub_snapshot
 from sparserefine.files.json import read_json
@@ -30,6 +31,8 @@ from sparserefine.stages.config import RefinerConfig
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, BASE = "config.json", "model.safetensors", "base.safetensors"
+DEMO = Path(__file__).parent / "assets" / "demo" / "refiner"
+"""The refiner in this package and its base, trained on HRF subjects 06-13 (``examples/hrf``)."""
 
 _OPTIONAL = ("class_map", "runtime")
 """Keys of the base that files of the first weeks of version 0.1.0 lack."""
@@ -48,6 +51,7 @@ class StoredRefiner:
         base_folder: where relative names of the base's files are looked up.
         base_sha256: digest of the base's weights, as stored; ``None``: they are not in the folder, or an older version
             stored them.
+        base_identity: identity of a base that is itself a refiner, as stored; ``None``: it is another one.
     """
 
     folder: Path
@@ -57,19 +61,25 @@ class StoredRefiner:
     base: Any
     base_folder: Path
     base_sha256: Any
+    base_identity: Any
 
     def load_base(
-        self, *, trust_base: bool = False, runtime: Literal["onnxruntime", "openvino"] | None = None
+        self,
+        *,
+        trust_base: bool = False,
+        runtime: Literal["onnxruntime", "openvino"] | None = None,
+        refiners: RefinerReader | None = None,
     ) -> FrozenBase:
         """Loads the base that ``config.json`` names.
 
         Args:
             trust_base: allows a base ``python:<module>:<callable>``, which runs that code.
             runtime: runtime of the base; see :class:`BaseConfig`.
+            refiners: reads a base ``refiner:<folder>``.
 
         Raises:
-            ValueError: no base is named, its settings are wrong, it cannot be loaded, or its stored weights are not
-                those that ``config.json`` was written with.
+            ValueError: no base is named, its settings are wrong, it cannot be loaded, or its stored weights, or the
+                refiner that it is, are not those that ``config.json`` was written with.
         """
         where = self.folder / CONFIG
         stored = from_json(BaseConfig, self.base, f"{where}", "base", optional=_OPTIONAL)
@@ -79,7 +89,14 @@ class StoredRefiner:
         if self.base_sha256 is not None and file.exists() and sha256_of(file) != self.base_sha256:
             raise ValueError(f"{file}: not the file that {CONFIG} was written with; save the refiner again")
         config = replace(stored, runtime=runtime)
-        return load_base(config, self.classes, folder=self.base_folder, trust_base=trust_base)
+        base = load_base(config, self.classes, folder=self.base_folder, trust_base=trust_base, refiners=refiners)
+        if self.base_identity is not None and base.identity != self.base_identity:
+            raise ValueError(
+                f"{where}: base {printable(stored.name)} has changed since: its identity was "
+                f"{printable(str(self.base_identity))[:80]}, it is {base.identity} now; put the former one back, or "
+                "pass the base to use as base=..."
+            )
+        return base
 
 
 def write_refiner(
@@ -130,6 +147,10 @@ def write_refiner(
         **asdict(config),
         "base": asdict(base_config),
     }
+    if not config.extractor.context:  # versions that do not know it can still read the refiner
+        del values["extractor"]["context"]
+    if isinstance(base.model, RefinedModel):
+        values["base_identity"] = base.identity
     with folder_written_whole(folder, last=CONFIG) as temporary:
         write_tensors(temporary / WEIGHTS, stored)
         values["weights_sha256"] = sha256_of(temporary / WEIGHTS)
@@ -166,21 +187,29 @@ def read_refiner(name: str | Path) -> StoredRefiner:
         )
     config_keys = [field.name for field in fields(RefinerConfig)]
     expected = {"format_version", "classes", "palette", *config_keys, "base", "weights_sha256"}
-    if set(values) - {"base_sha256"} != expected:
-        wrong = sorted(set(values) - {"base_sha256"} ^ expected)
+    found = set(values) - {"base_sha256", "base_identity"}
+    if found != expected:
+        wrong = sorted(found ^ expected)
         raise ValueError(f"{where}: keys missing or unknown: {', '.join(map(printable, wrong[:5]))}")
     if not fits:
         raise ValueError(
             f"{files.weights}: missing, or not the file that {CONFIG} was written with; save the refiner again"
         )
-    config = from_json(RefinerConfig, {name: values[name] for name in config_keys}, where)
+    config = from_json(RefinerConfig, {name: values[name] for name in config_keys}, where, optional=("context",))
     classes = _classes(values, where)
     try:
         config.selector.check(len(classes))
     except ValueError as error:
         raise ValueError(f"{where}: selector: {error}") from error
     return StoredRefiner(
-        folder, files.weights, config, classes, values["base"], files.base.parent, values.get("base_sha256")
+        folder,
+        files.weights,
+        config,
+        classes,
+        values["base"],
+        files.base.parent,
+        values.get("base_sha256"),
+        values.get("base_identity"),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparserefine.bases.class_map import check_class_map, merged, read_class_map
 from sparserefine.bases.loaded import LoadedModel, tensor_of
 from sparserefine.bases.macs import count_macs
+from sparserefine.bases.refined import RefinedModel
 from sparserefine.images.classes import Classes
 from sparserefine.images.coarse import LARGEST_LOGIT, MAX_CLASSES, bad_logits
 from sparserefine.images.normalisation import (
@@ -132,7 +133,9 @@ class FrozenBase(nn.Module):
         if isinstance(self.model, nn.Module):
             self.model.requires_grad_(False)
         self._runtime: Callable[[Tensor], Tensor] | None = None
-        if config.runtime is not None:
+        if isinstance(self.model, RefinedModel):
+            _check_refined(self.model, config, (self.mean, self.std), label)
+        elif config.runtime is not None:
             from sparserefine.bases.runtimes import Runtime
 
             self._runtime = Runtime(config.runtime, self.model)
@@ -143,6 +146,11 @@ class FrozenBase(nn.Module):
     def train(self, mode: bool = True) -> FrozenBase:
         """Does nothing: a frozen base always stays in evaluation mode."""
         return super().train(False)
+
+    def run_on(self, engine: str) -> None:
+        """Makes a base that is itself a refiner run on the engine of this name. Other bases have none."""
+        if isinstance(self.model, RefinedModel):
+            self.model.run_on(engine)
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width [px] of the model's input for an image of ``height`` x ``width`` [px]."""
@@ -296,8 +304,13 @@ class FrozenBase(nn.Module):
             raise ValueError(f"base {self.label}: {found} classes, expected {expected}{cure}")
 
     def macs(self, height: int, width: int) -> int | None:
-        """Multiply-accumulates for one image of that size [px]; ``None`` if torch cannot count them (ONNX files)."""
+        """Multiply-accumulates for one image of that size [px]; ``None`` if torch cannot count them (ONNX files).
+
+        Of a base that is itself a refiner, they depend on the image: those of the last one of that size.
+        """
         size = self.input_size(height, width)
+        if isinstance(self.model, RefinedModel):
+            return self.model.macs(*size)
         if size not in self._macs:
             self._macs[size] = count_macs(self.model, (1, 3, *size))
         return self._macs[size]
@@ -319,6 +332,21 @@ class FrozenBase(nn.Module):
         c = self.config
         digest.update(repr((c.ratio, c.size, c.mean, c.std, c.outputs, self.num_classes, c.class_map)).encode())
         return f"{_name_of(self.model)}:{digest.hexdigest()[:16]}"
+
+
+def _check_refined(model: RefinedModel, config: BaseConfig, normalisation: tuple[Any, Any], label: str) -> None:
+    """Raises ``ValueError`` if a base that is itself a refiner cannot be used in this way."""
+    if normalisation != ((0.0,) * 3, (1.0,) * 3):
+        raise ValueError(
+            f"base {label}: base.mean = {normalisation[0]}, base.std = {normalisation[1]}, but it is a refiner, which "
+            "normalises pixels itself; leave base.mean and base.std out"
+        )
+    own = model.refiner.base.config.runtime
+    if config.runtime != own:
+        raise ValueError(
+            f"base {label}: base.runtime = {config.runtime!r}, but its own base runs with {own or 'torch'}; load it by "
+            "name, or give the runtime to its own base"
+        )
 
 
 def _are_probabilities(logits: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.loaded import LoadedModel
+from sparserefine.bases.refined import RefinerReader
 from sparserefine.images.classes import Classes
 
 BASE_NAMES = (
@@ -26,6 +27,7 @@ BASE_NAMES = (
     "timm:<model>:<file>",
     "smp:<folder or hub id>",
     "python:<module>:<callable>",
+    "refiner:<folder or hub id>",
 )
 SEGNEXT: dict[str, Literal["t", "s", "b", "l"]] = {
     "segnext_t": "t",
@@ -36,9 +38,14 @@ SEGNEXT: dict[str, Literal["t", "s", "b", "l"]] = {
 
 
 def load_base(
-    config: BaseConfig, classes: Classes | int | None = None, *, folder: Path | None = None, trust_base: bool = True
+    config: BaseConfig,
+    classes: Classes | int | None = None,
+    *,
+    folder: Path | None = None,
+    trust_base: bool = True,
+    refiners: RefinerReader | None = None,
 ) -> FrozenBase:
-    """Loads the base that ``config.name`` names.
+    """Loads the base that ``config.name`` names; :func:`sparserefine.load_base` hands it the reader of refiners.
 
     Args:
         config: name of the base, and the input it expects.
@@ -47,20 +54,27 @@ def load_base(
         folder: relative paths are looked up here first (the folder of a stored refiner).
         trust_base: pass false for a name from a downloaded configuration: then ``python:``, which can run any code on
             the module path, is refused.
+        refiners: reads ``refiner:<folder>``; default: such a base is refused.
 
     Raises:
-        ValueError: unknown name, wrong class count, files of another model, or ``python:`` with ``trust_base=False``.
+        ValueError: unknown name, wrong class count, files of another model, ``python:`` with ``trust_base=False``, or
+            ``refiner:`` without ``refiners``.
         FileNotFoundError: the weights are not there.
         ImportError: a package is missing; the message says which.
     """
     known = classes if isinstance(classes, Classes) else None
     count = len(classes) if isinstance(classes, Classes) else classes
-    loaded = load_model(config.name, count, folder=folder, trust_base=trust_base)
+    loaded = load_model(config.name, count, folder=folder, trust_base=trust_base, refiners=refiners)
     return FrozenBase(loaded, count, config, classes=known)
 
 
 def load_model(
-    name: str, num_classes: int | None = None, *, folder: Path | None = None, trust_base: bool = True
+    name: str,
+    num_classes: int | None = None,
+    *,
+    folder: Path | None = None,
+    trust_base: bool = True,
+    refiners: RefinerReader | None = None,
 ) -> LoadedModel:
     """Loads the model of that name; arguments and errors as in :func:`load_base`.
 
@@ -105,6 +119,10 @@ def load_model(
 
         unet = load_unet(path)
         return LoadedModel(unet, unet.num_classes)
+    if kind == "refiner":
+        if refiners is None:
+            raise ValueError(f"base {name}: is a refiner; load it with sparserefine.load_base")
+        return refiners(path)
     if kind == "smp":
         from sparserefine.bases.families.libraries import smp
 

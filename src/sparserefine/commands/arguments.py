@@ -114,7 +114,7 @@ def dense_of(arguments: Namespace, config: Config, classes: Classes, device: tor
         its = replace(its, ratio=arguments.dense_ratio, size=None)
     if arguments.dense_class_map is not None:
         its = replace(its, class_map=arguments.dense_class_map)
-    teacher = Teacher(its, config.base, classes, device)
+    teacher = Teacher(its, config.base, classes, device, engine=arguments.engine)
     return teacher if its.window else teacher.model
 
 

@@ -38,9 +38,9 @@ def run(arguments: Namespace) -> int:
     """Prints the table of :func:`sparserefine.evaluate`."""
     from tqdm import tqdm
 
-    from sparserefine.bases.load import load_base
     from sparserefine.files.results import write_results
     from sparserefine.files.text import printable
+    from sparserefine.loading import load_base
     from sparserefine.machine.device import check_precision, device_named, gpu_precision
     from sparserefine.studies.evaluate import evaluate
 

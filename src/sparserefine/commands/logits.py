@@ -19,7 +19,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace stored logits that do not fit: of another base or image, of an older version, or damaged",
+        help="replace stored files that do not fit: of another model or image, of an older version, or damaged",
     )
     add_device(parser)
 

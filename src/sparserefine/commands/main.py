@@ -29,7 +29,7 @@ COMMANDS = {
     "demo": "Run the method on a photograph that comes with the package; writes pictures.",
     "predict": "Segment images with a trained refiner; writes label images.",
     "assess": "Predict whether refinement is worth it for a base, and which threshold, before any training.",
-    "logits": "Compute and store a base's coarse logits, to train from them later.",
+    "logits": "Compute and store a base's coarse logits, and a teacher's predictions, to train from them.",
     "train": "Train a refiner for a frozen base model.",
     "evaluate": "Score and time a refiner, next to its base alone and to a dense model; without labels by agreement.",
     "benchmark": "Time base models with and without refinement; needs no trained weights.",

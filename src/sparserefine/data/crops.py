@@ -1,20 +1,26 @@
-"""Training crops: image and label are resized, cropped and mirrored, together with the window of the coarse logits."""
+"""Training crops: image and label are resized, cropped and mirrored, together with the window of the coarse logits.
+
+A crop is made in two steps. Where the data are, the rectangle that it shows is cut out, and everything random is drawn
+(:func:`random_crop`). On the device, in front of the training step, it is resized, recoloured and mirrored
+(:meth:`sparserefine.data.batches.CropBatch.of`). So a GPU does not wait for the processor to resize images.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.images.classes import IGNORE
-from sparserefine.images.resize import resize
 from sparserefine.images.soft_labels import SoftLabels
 from sparserefine.images.upsampling import Window
 from sparserefine.machine.bounds import check_number, check_whole
@@ -40,6 +46,7 @@ class AugmentConfig:
         flip: mirror left-right with probability 1/2.
         flip_vertical: mirror upside down with probability 1/2; for images without a fixed "up".
         photometric: random brightness, contrast, saturation and hue.
+        focus: probability that a crop is drawn around a pixel where the base is uncertain, and not anywhere.
     """
 
     crop: tuple[int, int] = (512, 1024)
@@ -48,6 +55,7 @@ class AugmentConfig:
     flip: bool = True
     flip_vertical: bool = False
     photometric: bool = True
+    focus: float = 0.0
 
     def __post_init__(self) -> None:
         for side in self.crop:
@@ -61,62 +69,63 @@ class AugmentConfig:
             raise ValueError(f"augment.scale = {self.scale}, expected the smaller factor first")
         if not 0 < self.max_class_share <= 1:
             raise ValueError(f"augment.max_class_share = {self.max_class_share}, expected more than 0 and at most 1")
+        check_number("augment.focus", self.focus, 0, 1)
 
 
 @dataclass(frozen=True)
 class Crop:
-    """One augmented crop.
+    """One crop as it is cut out of the image, and what is to be done with it.
 
     Attributes:
-        image: ``uint8 [3, h, w]``.
-        label: integers ``[h, w]``, 255 where ignored or padded.
-        valid: ``bool [h, w]``, false where padded.
-        logits: the base's outputs for the whole image, ``float32 [K, h', w']``, mirrored like the crop.
-        window: the part of the whole image that the crop shows.
+        image: ``uint8 [3, h, w]``, the rectangle of the image that the crop shows.
+        label: integers ``[h, w]``, 255 where ignored.
+        logits: the base's outputs ``[K, h', w']``: of the whole image, or the part that the crop reads.
+        size: height and width after the resize [px]; what is missing to the size of the batch is padding.
+        colour: affine map of the colours, ``float32 [3, 4]``; ``None``: as they are.
+        mirrored: upside down, and left-right; applied to image, label and logits.
+        window: the part of the whole image, resized and mirrored, that the crop shows.
+        part: the same of that part of the image which ``logits`` are of.
         name: name of the sample it is cut from, for messages.
-        teacher: the part of the teacher's prediction that the crop needs, mirrored like the crop; ``None``: no teacher.
+        teacher: the part of the teacher's prediction that the crop needs, mirrored already; ``None``: no teacher.
     """
 
     image: Tensor
     label: Tensor
-    valid: Tensor
     logits: Tensor
+    size: tuple[int, int]
+    colour: Tensor | None
+    mirrored: tuple[bool, bool]
     window: Window
+    part: Window
     name: str
-    teacher: SoftLabels | None = None
+    teacher: SoftLabels | None
 
 
 @dataclass(frozen=True)
-class CropBatch:
-    """Crops of one size. Logits and teacher are lists, because the sizes of images and of windows may differ."""
+class Whole:
+    """An image with all that belongs to it.
+
+    Attributes:
+        image: ``uint8 [3, H, W]``.
+        label: integers ``[H, W]``.
+        logits: the base's outputs for the whole image, ``[K, h', w']``.
+        name: name of the sample.
+        teacher: the teacher's prediction for the whole image.
+        focus: for ``AugmentConfig.focus``: pixels of ``logits`` that crops are drawn around, as indices into h' x w'.
+    """
 
     image: Tensor
     label: Tensor
-    valid: Tensor
-    logits: list[Tensor]
-    windows: list[Window]
-    names: list[str]
-    teacher: list[SoftLabels] | None = None
+    logits: Tensor
+    name: str = ""
+    teacher: SoftLabels | None = None
+    focus: Tensor | None = None
 
-    @classmethod
-    def collate(cls, crops: list[Crop]) -> CropBatch:
-        """Stacks crops."""
-        return cls(
-            torch.stack([c.image for c in crops]),
-            torch.stack([c.label for c in crops]),
-            torch.stack([c.valid for c in crops]),
-            [c.logits for c in crops],
-            [c.window for c in crops],
-            [c.name for c in crops],
-            [c.teacher for c in crops if c.teacher is not None] or None,
-        )
-
-    def to(self, device: torch.device) -> CropBatch:
-        """The same batch on another device."""
-        logits = [item.to(device, non_blocking=True) for item in self.logits]
-        image, label, valid = (x.to(device, non_blocking=True) for x in (self.image, self.label, self.valid))
-        teacher = None if self.teacher is None else [item.to(device) for item in self.teacher]
-        return CropBatch(image, label, valid, logits, self.windows, self.names, teacher)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        parts = (self.image, self.label, self.logits, self.teacher, self.focus)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 class Uniform:
@@ -131,74 +140,119 @@ class Uniform:
 
 
 def random_crop(
-    image: Tensor,
-    label: Tensor,
-    logits: Tensor,
-    config: AugmentConfig,
-    uniform: Uniform,
-    name: str = "",
-    teacher: SoftLabels | None = None,
+    whole: Whole, config: AugmentConfig, uniform: Uniform, *, whole_logits: bool = False, pin: bool = False
 ) -> Crop:
-    """One augmented crop of a whole image.
+    """One random crop.
 
     Args:
-        image: ``uint8 [3, H, W]``.
-        label: integers ``[H, W]``.
-        logits: the base's outputs for the whole image, ``[K, h', w']``.
+        whole: the image.
         config: the augmentation.
         uniform: the random number generator.
-        name: of the sample.
-        teacher: the teacher's prediction for the whole image.
+        whole_logits: keep the logits of the whole image.
+        pin: into memory from which a GPU copies by itself.
     """
-    height, width = label.shape
+    (height, width), coarse = whole.label.shape, whole.logits.shape[1:]
     scale = math.exp(uniform(math.log(config.scale[0]), math.log(config.scale[1])))
     # The source rectangle has whole pixels, so labels need no interpolation. The exact scale per axis follows from it.
     source = [min(size, max(1, round(crop / scale))) for size, crop in zip((height, width), config.crop, strict=True)]
     target = [min(crop, max(1, round(s * scale))) for s, crop in zip(source, config.crop, strict=True)]
+    focus = whole.focus if config.focus > 0 and uniform(0, 1) < config.focus else None
     for _ in range(_TRIES):
-        top = math.floor(uniform(0, height - source[0] + 1))
-        left = math.floor(uniform(0, width - source[1] + 1))
-        part = label[top : top + source[0], left : left + source[1]]
-        counted = part[part != IGNORE]
-        if teacher is not None and not counted.numel():
+        if focus is not None and len(focus):
+            top, left = _around(focus, coarse, (height, width), source, uniform)
+        else:
+            top = math.floor(uniform(0, height - source[0] + 1))
+            left = math.floor(uniform(0, width - source[1] + 1))
+        there = slice(top, top + source[0]), slice(left, left + source[1])
+        if whole.teacher is not None and not bool((whole.label[there] != IGNORE).any()):
             break  # there is something to learn without labels
-        if counted.numel() and float(counted.long().bincount().max()) <= config.max_class_share * counted.numel():
+        if _is_varied(whole.label[there], config.max_class_share):
             break
-    size = (target[0], target[1])
-    pixels = resize(image[None, :, top : top + source[0], left : left + source[1]], size)[0]
-    part = F.interpolate(part[None, None].float(), size, mode="nearest-exact")[0, 0].to(label.dtype)
-    if config.photometric:
-        pixels = _photometric(pixels, uniform)
-
-    ratio = (target[0] / source[0], target[1] / source[1])
-    full = (height * ratio[0], width * ratio[1])
-    offset = [top * ratio[0], left * ratio[1]]
-    mirrored = [False, False]
-    for axis, wanted in ((1, config.flip), (0, config.flip_vertical)):
-        if wanted and uniform(0, 1) < 0.5:
-            pixels, part, logits = pixels.flip(axis + 1), part.flip(axis), logits.flip(axis + 1)
-            offset[axis] = full[axis] - offset[axis] - size[axis]
-            mirrored[axis] = True
-
-    window = Window(full, (offset[0], offset[1]))
-    seen = None if teacher is None else teacher.seen_by(window, config.crop, (mirrored[0], mirrored[1]))
-    pad = (0, config.crop[1] - size[1], 0, config.crop[0] - size[0])
+    colour = _photometric(uniform) if config.photometric else None
+    size, ratio = (target[0], target[1]), (target[0] / source[0], target[1] / source[1])
+    window = Window((height * ratio[0], width * ratio[1]), (top * ratio[0], left * ratio[1]))
+    read, part = _read_by(window, size, coarse, whole=whole_logits)
+    swapped = config.flip and uniform(0, 1) < 0.5
+    upside_down = config.flip_vertical and uniform(0, 1) < 0.5
+    mirrored = (upside_down, swapped)
+    window, part = (_mirrored(one, size, mirrored) for one in (window, part))
     return Crop(
-        F.pad(pixels.round().clamp(0, 255).to(torch.uint8), pad),
-        F.pad(part, pad, value=IGNORE),
-        F.pad(torch.ones(size, dtype=torch.bool), pad),
-        logits.float(),
+        _cut(whole.image, *there, pin=pin),
+        _cut(whole.label, *there, pin=pin),
+        _cut(whole.logits, *read, pin=pin),
+        size,
+        colour,
+        mirrored,
         window,
-        name,
-        seen,
+        part,
+        whole.name,
+        whole.teacher.seen_by(window, config.crop, mirrored) if whole.teacher else None,
     )
 
 
-def _photometric(pixels: Tensor, uniform: Uniform) -> Tensor:
-    """Changes brightness, contrast, saturation and hue, each with probability 1/2, by one affine map of the colours.
+def _mirrored(window: Window, size: tuple[int, int], mirrored: tuple[bool, bool]) -> Window:
+    """The window of ``size`` pixels in the mirrored image."""
+    row, column = (
+        full - offset - pixels if turned else offset
+        for full, offset, pixels, turned in zip(window.full, window.offset, size, mirrored, strict=True)
+    )
+    return Window(window.full, (row, column))
+
+
+def _is_varied(label: Tensor, share: float) -> bool:
+    """Whether a part of a label has labelled pixels, and no class covers a larger share of them."""
+    if share == 1:
+        return bool((label.numpy() != IGNORE).any())
+    counts = np.bincount(label.numpy().ravel(), minlength=IGNORE + 1)[:IGNORE]
+    return bool(counts.any() and counts.max() <= share * counts.sum())
+
+
+def _around(
+    focus: Tensor, coarse: Sequence[int], image: Sequence[int], source: Sequence[int], uniform: Uniform
+) -> tuple[int, int]:
+    """Top and left of a rectangle of the image, its centre in a random one of the coarse pixels ``focus``."""
+    pixel = divmod(int(focus[math.floor(uniform(0, len(focus)))]), coarse[1])
+    corner = []
+    for index, pixels, height, part in zip(pixel, coarse, image, source, strict=True):
+        centre = (index + uniform(0, 1)) * height / pixels
+        corner.append(min(max(0, round(centre - part / 2)), height - part))
+    return corner[0], corner[1]
+
+
+def _read_by(
+    window: Window, size: Sequence[int], coarse: Sequence[int], *, whole: bool
+) -> tuple[tuple[slice, slice], Window]:
+    """The part of the coarse logits that a window of ``size`` pixels is interpolated from, and its window there.
+
+    A coarse pixel more is kept on each side: rounding must not make a difference.
+    """
+    parts, full, offset = [], [], []
+    for length, start, pixels, count in zip(window.full, window.offset, size, coarse, strict=True):
+        step = count / length
+        first, last = (math.floor((at + 0.5) * step - 0.5) for at in (start, start + pixels - 1))
+        part = slice(0, count) if whole else slice(max(0, first - 1), min(count, last + 3))
+        parts.append(part)
+        full.append((part.stop - part.start) / step)
+        offset.append(start - part.start / step)
+    return (parts[0], parts[1]), Window((full[0], full[1]), (offset[0], offset[1]))
+
+
+def _cut(values: Tensor, rows: slice, columns: slice, *, pin: bool) -> Tensor:
+    """A copy of a part, made by NumPy: torch would use all its threads for it, in each of the loader's threads."""
+    part = values[..., rows, columns]
+    copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=pin)
+    np.copyto(copy.numpy(), part.numpy())
+    return copy
+
+
+def _photometric(uniform: Uniform) -> Tensor:
+    """Brightness, contrast, saturation and hue, each changed with probability 1/2, as one affine map of the colours.
 
     Saturation scales, and hue rotates, the two chroma axes of YIQ. The ranges are the usual ones for segmentation
     (+-32 of 255, 0.5-1.5, 0.5-1.5, +-18 degrees).
+
+    Returns:
+        ``float32 [3, 4]``: the matrix, and what is added.
     """
 
     def sometimes(low: float, high: float, otherwise: float) -> float:
@@ -211,20 +265,25 @@ def _photometric(pixels: Tensor, uniform: Uniform) -> Tensor:
     to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
     turn = torch.eye(3)
     turn[1:, 1:] = saturation * torch.tensor([[math.cos(hue), -math.sin(hue)], [math.sin(hue), math.cos(hue)]])
-    colour = torch.linalg.inv(to_yiq) @ turn @ to_yiq
-    return (torch.einsum("ij,jhw->ihw", contrast * colour, pixels) + brightness).clamp(0, 255)
+    colour = contrast * (torch.linalg.inv(to_yiq) @ turn @ to_yiq)
+    return torch.cat([colour, torch.full((3, 1), float(brightness))], dim=1)
 
 
 class CropDataset(TorchDataset[Crop]):
     """An endless sequence of crops. Crop ``i`` depends on ``seed`` and ``i`` only, so a run can be resumed exactly.
+
+    Several threads may take crops at once; they share the cache.
 
     Args:
         data: images and labels.
         logits: function from the index in ``data`` and the image's (H, W) to the base's outputs for the whole image.
         config: augmentation.
         seed: seed of order and augmentation.
-        cache_gb: maximum size of the cache of decoded images [GB].
+        cache_gb: maximum size of the cache of decoded images with their logits and teacher's predictions [GB].
         teacher: function from the same to the teacher's prediction for the whole image; default: no teacher.
+        focus: for ``config.focus``: function from logits to the pixels of them that crops are drawn around.
+        whole_logits: crops come with the logits of the whole image, not only with the part that they read.
+        pin: crops are in memory from which a GPU copies by itself.
     """
 
     def __init__(
@@ -235,33 +294,45 @@ class CropDataset(TorchDataset[Crop]):
         seed: int,
         cache_gb: float,
         teacher: Callable[[int, tuple[int, int]], SoftLabels] | None = None,
+        *,
+        focus: Callable[[Tensor], Tensor] | None = None,
+        whole_logits: bool = False,
+        pin: bool = False,
     ) -> None:
         self.data, self.logits, self.config, self.seed = data, logits, config, seed
         self.teacher = teacher
-        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+        self._focus, self._whole_logits, self._pin = focus, whole_logits, pin
+        self._cache: dict[int, Whole] = {}
         self._cache_bytes_left = cache_gb * 1e9
+        self._one_reads: defaultdict[int, Lock] = defaultdict(Lock)
 
     def __getitem__(self, index: int) -> Crop:
         order = torch.randperm(
             len(self.data), generator=torch.Generator().manual_seed(self.seed + index // len(self.data))
         )
         image_index = int(order[index % len(self.data)])
-        image, label = self._read(image_index)
-        size = (label.shape[0], label.shape[1])
-        logits = self.logits(image_index, size)
-        teacher = None if self.teacher is None else self.teacher(image_index, size)
-        name = self.data.samples[image_index].name
-        return random_crop(image, label, logits, self.config, Uniform(self.seed * 1_000_003 + index), name, teacher)
+        return random_crop(
+            self._read(image_index),
+            self.config,
+            Uniform(self.seed * 1_000_003 + index),
+            whole_logits=self._whole_logits,
+            pin=self._pin,
+        )
 
-    def _read(self, image_index: int) -> tuple[Tensor, Tensor]:
-        if image_index in self._cache:
-            return self._cache[image_index]
-        pair = self.data.read(image_index)
-        size = sum(x.numel() * x.element_size() for x in pair)
-        if size <= self._cache_bytes_left:
-            self._cache_bytes_left -= size
-            self._cache[image_index] = pair
-        return pair
+    def _read(self, index: int) -> Whole:
+        with self._one_reads[index]:
+            if index in self._cache:
+                return self._cache[index]
+            image, label = self.data.read(index)
+            size = (label.shape[0], label.shape[1])
+            logits = self.logits(index, size)
+            teacher = None if self.teacher is None else self.teacher(index, size)
+            focus = self._focus(logits) if self._focus and self.config.focus else None
+            whole = Whole(image, label, logits, self.data.samples[index].name, teacher, focus)
+            if whole.nbytes <= self._cache_bytes_left:
+                self._cache_bytes_left -= whole.nbytes
+                self._cache[index] = whole
+            return whole
 
 
 class EpochSampler(Sampler[int]):

@@ -11,14 +11,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
-_PLAIN = {int: "a whole number", float: "a finite number", str: "a text", NoneType: "null"}
+_PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", NoneType: "null"}
 
 
 def from_json(cls: type[T], values: Any, where: str, key: str = "", *, optional: Collection[str] = ()) -> T:
     """Builds a dataclass, and the dataclasses inside it, from the values of a JSON file.
 
     Args:
-        cls: its fields may be numbers, texts, ``Literal``, tuples, dataclasses, and unions of these.
+        cls: its fields may be truth values, numbers, texts, ``Literal``, tuples, dataclasses, and unions of these.
         values: an object with a key for each field; lists become tuples.
         where: the file, for messages.
         key: dotted name of the object in that file; empty: the file's own object.

@@ -7,8 +7,8 @@ add a layer, change this file; engines only know steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparserefine.sparse.layers import ResidualBlock, SparseBatchNorm, SparseConv
 from sparserefine.sparse.plan import Plan, PlanSpec, Stencil
 from sparserefine.sparse.quantisation import step_of
-from sparserefine.sparse.unet import SparseUNet
+from sparserefine.sparse.unet import SparseUNet, check_context
 
 Kind = Literal["around", "down", "up", "own"]
 """Which rows a step reads: ``around``, neighbours at its own level; ``down``, the next finer level; ``up``, the next
@@ -96,12 +96,13 @@ class Step:
     Attributes:
         kind: which rows the step reads.
         level: the level of the rows it writes.
-        source: buffer it reads; ``None``: the network's input features.
+        source: buffer it reads; ``None``: an input of the network, its features or its context.
         residual: buffer it adds.
         raw: receives v.
         activated: up to two outputs that receive v normalised and activated.
         begins: buffers that this step is the first to write.
         ends: buffers that no later step needs.
+        reads_context: whether the input that it reads is the context of its level.
     """
 
     kind: Kind
@@ -112,11 +113,21 @@ class Step:
     activated: tuple[Part, ...]
     begins: tuple[int, ...] = ()
     ends: tuple[int, ...] = ()
+    reads_context: bool = False
 
     @property
     def finer(self) -> int:
         """The finer of the two levels that the step reads and writes."""
         return self.level - 1 if self.kind == "down" else self.level
+
+    def input(self, features: Tensor, context: Sequence[Tensor] | None, buffers: Mapping[int, Tensor]) -> Tensor:
+        """The rows that the step reads."""
+        if self.source is not None:
+            return buffers[self.source]
+        if not self.reads_context:
+            return features
+        assert context is not None
+        return context[self.level]
 
     def stencil(self, plan: Plan) -> Stencil | None:
         """Which rows each row reads; ``None``: only itself."""
@@ -136,6 +147,7 @@ class Program:
     Attributes:
         spec: plans must be built for it.
         channels: channels of the network's input features.
+        context: channels of the network's context at each level; 0: it takes none.
         buffers: all buffers; their numbers are positions here.
         steps: in order of execution.
         result: number of the buffer of the logits, float32; no step ends it.
@@ -143,18 +155,27 @@ class Program:
 
     spec: PlanSpec
     channels: int
+    context: int
     buffers: tuple[Buffer, ...]
     steps: tuple[Step, ...]
     result: int
 
-    def check(self, features: Tensor, plan: Plan, stencil: type[Stencil], engine: str) -> None:
-        """Checks that features and plan fit this program.
+    def check(
+        self,
+        features: Tensor,
+        plan: Plan,
+        stencil: type[Stencil],
+        engine: str,
+        context: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Checks that features, plan and context fit this program.
 
         Args:
             features: should be ``[N, channels]``.
             plan: should be the plan of the N sites.
             stencil: class that the plan's stencils must have.
             engine: name of the engine whose plans have them, for the message.
+            context: should be ``[n_l, context]`` for each level, or ``None`` if the network takes none.
 
         Raises:
             ValueError: they do not.
@@ -166,6 +187,7 @@ class Program:
             raise ValueError(f"plan was built by engine {plan.engine!r}; build it by engine {engine!r}")
         if features.dim() != 2 or features.shape != (around.num_outputs, self.channels):
             raise ValueError(f"features are {tuple(features.shape)}, expected [{around.num_outputs}, {self.channels}]")
+        check_context(context, plan.rows, self.context)
 
 
 def fuse(network: SparseUNet) -> tuple[Program, tuple[Weights, ...]]:
@@ -186,7 +208,11 @@ def fuse(network: SparseUNet) -> tuple[Program, tuple[Weights, ...]]:
         """The convolution whose output is the input of an encoder level."""
         raw, first = write.buffer(depth, planes[depth]), descend[depth][0]
         active = write.activated(depth, planes[depth], first.norm1, first.conv1)
-        write.step(kind, depth, layer, source, raw=raw, activated=(active,))
+        residual = None
+        if network.context:
+            residual = write.buffer(depth, planes[depth])
+            write.step("own", depth, network.context[depth], None, raw=residual, reads_context=True)
+        write.step(kind, depth, layer, source, residual=residual, raw=raw, activated=(active,))
         return raw, active
 
     raw, active = enter_level("around", 0, network.stem, None)
@@ -211,7 +237,8 @@ def fuse(network: SparseUNet) -> tuple[Program, tuple[Weights, ...]]:
         write.blocks(depth, blocks, residual, whole.part, None, (result,))
     logits = write.buffer(0, network.head.out_features)
     write.step("own", 0, network.head, result.part, raw=logits)
-    return write.finish(network.spec, network.stem.weight.shape[1], logits.buffer), tuple(write.weights)
+    channels = network.stem.weight.shape[1], network.context_channels
+    return write.finish(network.spec, channels, logits.buffer), tuple(write.weights)
 
 
 @dataclass(frozen=True)
@@ -255,6 +282,7 @@ class _Writer:
         residual: Part | None = None,
         raw: Part | None = None,
         activated: Sequence[_Activated] = (),
+        reads_context: bool = False,
     ) -> None:
         assert isinstance(layer, SparseConv | nn.Linear)
         weight = layer.weight.detach()
@@ -267,12 +295,13 @@ class _Writer:
                 None if residual is None else residual.buffer,
                 raw,
                 tuple(out.part for out in activated),
+                reads_context=reads_context,
             )
         )
         self.weights.append(
             Weights(
                 weight.t()[None] if isinstance(layer, nn.Linear) else weight,
-                None if source is None else _input_step(layer),  # the stem reads floats
+                None if source is None else _input_step(layer),  # inputs of the network are floats
                 bias,
                 tuple(out.norm for out in activated),
             )
@@ -301,7 +330,7 @@ class _Writer:
             self.step("around", level, block.conv2, between.part, residual=residual, raw=sums, activated=(following,))
             residual, active = sums, following.part
 
-    def finish(self, spec: PlanSpec, channels: int, result: int) -> Program:
+    def finish(self, spec: PlanSpec, channels: tuple[int, int], result: int) -> Program:
         """The program, with the first and last step of each buffer filled in."""
         begins: dict[int, int] = {}
         ends: dict[int, int] = {}
@@ -315,11 +344,8 @@ class _Writer:
         def buffers_at(when: dict[int, int], number: int) -> tuple[int, ...]:
             return tuple(buffer for buffer, at_step in when.items() if at_step == number)
 
-        steps = [
-            Step(s.kind, s.level, s.source, s.residual, s.raw, s.activated, buffers_at(begins, n), buffers_at(ends, n))
-            for n, s in enumerate(self.steps)
-        ]
-        return Program(spec, channels, tuple(self.buffers), tuple(steps), result)
+        steps = [replace(s, begins=buffers_at(begins, n), ends=buffers_at(ends, n)) for n, s in enumerate(self.steps)]
+        return Program(spec, *channels, tuple(self.buffers), tuple(steps), result)
 
 
 def _block_list(blocks: nn.Module) -> list[ResidualBlock]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -41,7 +41,7 @@ class Engine(Protocol):
     def geometry(self, sites: Sites, spec: PlanSpec) -> Plan:
         """The plan of the sites. Its stencils run convolutions on this engine."""
 
-    def prepare(self, network: torch.nn.Module) -> Callable[[Tensor, Plan], Tensor] | None:
+    def prepare(self, network: torch.nn.Module) -> Callable[..., Tensor] | None:
         """The whole network packed for inference, or ``None`` if its modules must run one by one."""
 
     def uncertainty(self, coarse: Coarse) -> tuple[Tensor, Tensor]:
@@ -52,6 +52,30 @@ class Engine(Protocol):
 
     def pixels(self, image: Tensor, coords: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """``image [B, C, H, W]`` at ``coords``, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
+
+    def block_means(
+        self,
+        image: Tensor,
+        coarse: Coarse,
+        valid: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        cells: Sequence[Sites | PaddedSites],
+    ) -> list[Tensor]:
+        """Mean colour and probabilities of the blocks of pixels that the cells of each level cover.
+
+        Args:
+            image: ``[B, 3, H, W]``.
+            coarse: the base's outputs for this image.
+            valid: ``bool [B, H, W]``, the pixels that count; default: all.
+            scale: the image is multiplied by it, ``[3]``.
+            shift: and this is added, ``[3]``.
+            cells: of level l, full size first: cell (r, c) covers the pixels of rows r 2^l to (r + 1) 2^l - 1, and of
+                the columns likewise, as far as they lie in the image.
+
+        Returns:
+            ``float32 [n_l, 3 + K]`` of each level; zeros where no pixel counts, anything in rows of padding.
+        """
 
     def gated(
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool

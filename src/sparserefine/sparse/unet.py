@@ -23,10 +23,18 @@ class SparseUNet(nn.Module):
         planes: channels of each level.
         blocks: residual blocks per level, in the encoder and again in the decoder.
         down: kind of down-sampling; plans must be built for the same kind.
+        context: values per active cell of each level, which a linear map adds to the features that enter the level;
+            0: none. The maps are zero at the start, so the network then begins as the one without.
     """
 
     def __init__(
-        self, in_channels: int, num_classes: int, planes: Sequence[int], blocks: int = 2, down: DownKind = "paper"
+        self,
+        in_channels: int,
+        num_classes: int,
+        planes: Sequence[int],
+        blocks: int = 2,
+        down: DownKind = "paper",
+        context: int = 0,
     ) -> None:
         super().__init__()
         self.spec = PlanSpec(len(planes), down)
@@ -40,18 +48,31 @@ class SparseUNet(nn.Module):
         self.ascend = nn.ModuleList(_blocks(2 * fine, fine, blocks) for fine, _ in pairs)
         self.head_norm = SparseBatchNorm(planes[0])
         self.head = nn.Linear(planes[0], num_classes)
+        self.context_channels = context
+        self.context = nn.ModuleList(nn.Linear(context, c) for c in planes if context)
+        for parameter in self.context.parameters():
+            nn.init.zeros_(parameter)
 
-    def forward(self, features: Tensor, plan: Plan) -> Tensor:
-        """Features ``[N, in_channels]`` and the plan of the N sites -> logits ``[N, K]``.
+    def forward(self, features: Tensor, plan: Plan, context: Sequence[Tensor] | None = None) -> Tensor:
+        """Logits ``[N, K]``.
+
+        Args:
+            features: ``[N, in_channels]``.
+            plan: the plan of the N sites.
+            context: of each level, full size first, ``[n_l, C]``, if the network was made with ``context=C``.
 
         Raises:
-            ValueError: the plan was built for another network.
+            ValueError: the plan was built for another network, or the context does not fit.
         """
         if plan.spec != self.spec:
             raise ValueError(f"plan was built for {plan.spec}, this network needs {self.spec}")
+        check_context(context, plan.rows, self.context_channels)
+        added = [linear(values) for linear, values in zip(self.context, context or (), strict=True)]
         x = self.stem(features, plan.levels[0].around)
         skips: list[Tensor] = []
         for depth, level in enumerate(plan.levels):
+            if added:
+                x = x + added[depth]
             x = _run_blocks(self.descend[depth], x, level.around)
             if level.down is not None:
                 skips.append(x)
@@ -73,6 +94,7 @@ class SparseUNet(nn.Module):
         """Like :meth:`macs`, from the number of sites at each level, full size first."""
         total = _macs_of_layer(self.stem, sites[0]) + self.head.weight.numel() * sites[0]
         for depth, n in enumerate(sites):
+            total += _macs_of_layer(self.context[depth], n) if self.context else 0
             total += sum(_macs_of_layer(module, n) for module in self.descend[depth].modules())
             if depth + 1 < len(sites):
                 total += sum(_macs_of_layer(module, n) for module in self.ascend[depth].modules())
@@ -81,6 +103,20 @@ class SparseUNet(nn.Module):
                 # With `cell`, every site has one parent and only the parents are multiplied; see gemm_gather.
                 total += _macs_of_layer(self.up_convs[depth], n if self.spec.down == "paper" else coarser)
         return total
+
+
+def check_context(context: Sequence[Tensor] | None, rows: Sequence[int], channels: int) -> None:
+    """Raises ``ValueError`` unless there are ``channels`` values for each active cell of each level, or none at all.
+
+    Args:
+        context: of each level, full size first.
+        rows: number of active cells at each level.
+        channels: values per active cell that the network was made for; 0: it takes none.
+    """
+    wanted = [(n, channels) for n in rows] if channels else None
+    given = None if context is None else [tuple(values.shape) for values in context]
+    if given != wanted:
+        raise ValueError(f"context is {given or 'missing'}, expected {wanted or 'none'}: see ExtractorConfig.context")
 
 
 def is_packable(network: nn.Module) -> TypeGuard[SparseUNet]:

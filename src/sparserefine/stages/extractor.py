@@ -24,12 +24,15 @@ class ExtractorConfig:
         blocks: residual blocks per level, in the encoder and again in the decoder.
         down: kind of down-sampling: ``cell`` (2x2, stride 2) or ``paper`` (3x3, stride 2, no padding).
         features: inputs of the network at each site.
+        context: whether every level also sees, for each of its active cells, the mean colour and the base's mean
+            probabilities over all pixels of the cell's block, not only over the sites.
     """
 
     planes: tuple[int, ...] = (16, 32, 64, 128)
     blocks: int = 1
     down: DownKind = "cell"
     features: tuple[Feature, ...] = ("rgb",)
+    context: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.planes) <= _MOST_LEVELS or not all(_is_count(c, _MOST_CHANNELS) for c in self.planes):
@@ -52,6 +55,9 @@ class ExtractorConfig:
         if not 1 <= len(names) <= len(known) or any(name not in known for name in names) or len({*names}) < len(names):
             raise ValueError(f"features = {shown(names)}, expected one or more of {known}, each once")
 
+        if not isinstance(self.context, bool):
+            raise ValueError(f"context = {shown(self.context)}, expected true or false")
+
     def channels(self, num_classes: int) -> int:
         """Input channels at a site."""
         width = {"rgb": 3, "coords": 2, "probabilities": num_classes, "entropy": 1}
@@ -59,7 +65,14 @@ class ExtractorConfig:
 
     def build(self, num_classes: int) -> SparseUNet:
         """The network, with random weights."""
-        return SparseUNet(self.channels(num_classes), num_classes, self.planes, blocks=self.blocks, down=self.down)
+        return SparseUNet(
+            self.channels(num_classes),
+            num_classes,
+            self.planes,
+            blocks=self.blocks,
+            down=self.down,
+            context=3 + num_classes if self.context else 0,
+        )
 
 
 def _is_count(value: object, most: int) -> bool:

@@ -99,3 +99,8 @@ class Refinement:
         """Multiply-accumulates of the batch, by stage. ``base`` is ``None`` if they cannot be counted."""
         base = self._base.macs(self.sites.height, self.sites.width)
         return {"base": None if base is None else base * self.sites.batch_size, **self._sparse_macs}
+
+    @property
+    def sparse_macs(self) -> dict[str, int]:
+        """Those of :attr:`macs` that are not the base's."""
+        return self._sparse_macs

@@ -22,6 +22,7 @@ from sparserefine.images.pictures import changes, heat, labels_picture, overlay,
 from sparserefine.images.upsampling import entropy_limit
 from sparserefine.refiner import SparseRefiner
 from sparserefine.stages.refinement import Refinement
+from sparserefine.storage import DEMO
 from sparserefine.studies.evaluate import Evaluation, evaluate
 
 ASSETS = Path(__file__).parents[1] / "assets" / "demo"
@@ -34,7 +35,7 @@ _LONGEST, _CROP, _ZOOM = 1600, 256, 2  # pictures: longest side [px], side of th
 
 def demo_refiner_folder() -> Path:
     """Folder of the embedded refiner and its base, trained on HRF subjects 06-13 (``examples/hrf``)."""
-    return ASSETS / "refiner"
+    return DEMO
 
 
 def dense_peer(refiner: SparseRefiner) -> FrozenBase:

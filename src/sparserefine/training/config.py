@@ -23,6 +23,7 @@ _MAX_BATCH = 65_536
 _MAX_STEPS = 1_000_000_000
 _MAX_WORKERS = 1024
 _MAX_PICTURES = 1000
+_MAX_EMA = 0.999_999
 _MAX_SEED = 2**32 - 1
 """Of the random number generators of NumPy."""
 _MAX_BOUNDARY_PX = 10_000
@@ -30,16 +31,23 @@ _BYTES_PER_PIXEL = 11
 """Of a crop on the device: image 3, label 1, valid 1, entropy 4, coarse label 1, selected 1."""
 _STRIDE = 32
 """Of the coarsest logits of usual bases [px of the base's input]."""
-_HOST_BYTES_PER_PIXEL = 5
-"""Of a crop that waits for the device: image 3, label 1, valid 1."""
+_HOST_BYTES_PER_PIXEL = 4
+"""Of a crop that waits for the device, not yet resized: image 3, label 1. On average it has as many pixels then."""
 
 
 @dataclass(frozen=True)
 class CrossFit:
-    """Images of ``split`` get their coarse logits from ``base``, a base that was not trained on them."""
+    """Images of ``split`` get their coarse logits from ``base``, a base that was not trained on them.
+
+    Attributes:
+        split: which images.
+        base: name of the base that was not trained on them.
+        instead_of: name of the base that it stands in for, one of ``bases``; empty: ``base.name``.
+    """
 
     split: str
     base: str
+    instead_of: str = ""
 
     def __post_init__(self) -> None:
         for name in ("split", "base"):
@@ -76,7 +84,8 @@ class TrainingConfig:
     """Optimisation: AdamW with a cosine schedule (paper, section 4.1).
 
     Attributes:
-        init: folder of a refiner with the same extractor and ensembler to start from; empty: start from random weights.
+        init: refiner to start from, a folder or ``demo``, the one in this package; it needs the same extractor, but may
+            have other classes: what depends on them begins anew. Empty: start from random weights.
         steps: optimiser steps.
         batch: crops that are computed at once.
         accumulate: an optimiser step follows after so many batches: ``batch * accumulate`` crops a step, in the memory
@@ -85,7 +94,10 @@ class TrainingConfig:
         clip: maximum norm of the gradient; a longer gradient is scaled down to it.
         weight_decay: decay of weights; biases and normalisation layers have none.
         warmup: share of the steps in which the learning rate rises linearly.
-        dice: weight of a Dice loss on sparse and refined logits; 0: cross entropy only, as in the paper.
+        dice: weight of a Dice loss on sparse and refined logits, for labels and teacher; 0: cross entropy only, as in
+            the paper.
+        ema: validate and store an exponential mean of the weights, of which this share stays at each step, such as
+            0.999; 0: the weights themselves.
         targets: what the refiner learns: ``labels``; ``teacher``: the predictions of ``teacher``, so that images need
             no labels; ``both``: the sum of both losses.
         teacher_weight: weight of the teacher's loss with ``both``.
@@ -93,10 +105,11 @@ class TrainingConfig:
             teacher's less probable classes count more.
         val_every: steps between validations; each validation also writes checkpoints.
         seed: seed of initialisation and crops.
-        workers: number of processes that prepare crops.
+        workers: number of threads that prepare crops; 0: they are cut out when they are needed, which is enough where
+            ``cache_gb`` holds all images.
         precision: one of Lightning's names ``32-true``, ``bf16-mixed``, ``16-mixed``.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        cache_gb: maximum size of the cache of decoded images [GB].
+        cache_gb: maximum size of the cache of decoded images, which all workers share [GB].
         slurm_requeue: in a SLURM job that is about to end (SIGUSR1 or SIGTERM), put it into the queue again; there it
             goes on from the last checkpoint in ``out``, so ``val_every`` should be well within a job's time.
         pictures: number of validation images of which each validation stores a picture in ``out/pictures``.
@@ -111,6 +124,7 @@ class TrainingConfig:
     weight_decay: float = 0.05
     warmup: float = 0.02
     dice: float = 0.0
+    ema: float = 0.0
     targets: Literal["labels", "teacher", "both"] = "labels"
     teacher_weight: float = 1.0
     temperature: float = 1.0
@@ -147,6 +161,7 @@ class TrainingConfig:
         for name in ("weight_decay", "dice", "teacher_weight", "cache_gb"):
             check_number(f"training.{name}", getattr(self, name), 0)
         check_number("training.warmup", self.warmup, 0, 1)
+        check_number("training.ema", self.ema, 0, _MAX_EMA)
 
 
 @dataclass(frozen=True)
@@ -156,6 +171,9 @@ class Config(RefinerConfig):
     Attributes:
         data: images and splits.
         base: the frozen model.
+        bases: names of more frozen models, for one refiner that suits all of them: in training, crops come in equal
+            numbers from the logits of each and of ``base``. Their input size is that of ``base``; normalisation and
+            class map too, if they are of the same kind. Validation and the stored refiner use ``base``.
         out: folder of the trained refiner: ``best/``, ``last/``, ``last.ckpt``, and the records of the run.
         preset: named extractor shape, used instead of ``extractor``: ``paper``, ``slim`` or ``slim16``.
         logits: where coarse logits come from in training.
@@ -174,9 +192,19 @@ class Config(RefinerConfig):
     augment: AugmentConfig = AugmentConfig()
     training: TrainingConfig = TrainingConfig()
     boundary_px: int | None = None
+    bases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        names = [self.base.name, *self.bases]
+        double = next((name for name in self.bases if not name.strip() or names.count(name) > 1), None)
+        if double is not None:
+            raise ValueError(f"bases: {double!r}, expected names of bases, each once, and not base.name itself")
+        for fold in self.logits.crossfit:
+            if fold.instead_of not in ("", *names):
+                raise ValueError(
+                    f"logits.crossfit: instead_of = {fold.instead_of!r}, expected base.name or one of bases: {names}"
+                )
         if not self.out.strip():
             raise ValueError("out is empty, expected a folder for the trained refiner")
         if self.preset is not None and self.extractor not in (PRESETS["slim"], PRESETS[self.preset]):
@@ -217,7 +245,7 @@ def check_batch_fits(config: Config, classes: int) -> None:
     machine = psutil.virtual_memory().total
     on_gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine
-    ahead = 1 + 2 * c.workers  # a data loader keeps two batches per worker ready
+    ahead = 1 + 2 * c.workers  # the loader keeps two batches per worker ready
     for where, needed, there in (
         (f"memory of {device}", c.batch * (_BYTES_PER_PIXEL * height * width + logits), memory),
         ("machine's memory", c.batch * (_HOST_BYTES_PER_PIXEL * height * width + logits) * ahead, machine),

@@ -20,7 +20,7 @@ class WholeImage(NamedTuple):
         name: the sample's name.
         image: ``uint8 [3, H, W]``.
         label: ``uint8 [H, W]``, 255 where ignored.
-        logits: the base's outputs, ``[K, h, w]``.
+        logits: the base's outputs, ``float32 [K, h, w]``.
         teacher: the teacher's prediction; ``None``: no teacher.
     """
 
@@ -49,7 +49,8 @@ class WholeImages(TorchDataset[WholeImage]):
         image, label = self.data.read(index)
         size = (label.shape[0], label.shape[1])
         teacher = None if self.teacher is None else self.teacher(index, size)
-        return WholeImage(self.data.samples[index].name, image, label, self.logits(index, size), teacher)
+        logits = self.logits(index, size).float()
+        return WholeImage(self.data.samples[index].name, image, label, logits, teacher)
 
     @staticmethod
     def collate(items: list[WholeImage]) -> WholeImage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,18 +10,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparserefine.bases.load import load_base
 from sparserefine.data.crops import CropDataset
+from sparserefine.data.focus import Focus
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.files.lock import locked
 from sparserefine.files.whole import sweep
+from sparserefine.images.upsampling import Upsampling
+from sparserefine.loading import load_base
 from sparserefine.machine.device import device_named
 from sparserefine.refiner import SparseRefiner
 from sparserefine.training import slurm
 from sparserefine.training.checks import warn_if_vain
 from sparserefine.training.config import Config, check_batch_fits
 from sparserefine.training.items import WholeImages
-from sparserefine.training.logits import Bases, CoarseLogits
+from sparserefine.training.logits import Bases, CoarseLogits, check_outputs
+from sparserefine.training.mixing import Mixed, repeated
 from sparserefine.training.provenance import provenance
 from sparserefine.training.record import RunRecord
 from sparserefine.training.run import (
@@ -41,6 +45,8 @@ from sparserefine.training.teacher_predictions import TeacherPredictions
 
 if TYPE_CHECKING:
     from sparserefine.training.module import RefinerModule
+
+_log = logging.getLogger(__name__)
 
 
 def build_refiner(config: Config, data: Dataset) -> SparseRefiner:
@@ -104,21 +110,37 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     check_batch_fits(config, len(data[0].classes))
     refiner, device = build_refiner(config, data[0]), device_named(c.device)
     start = start_of(out, refiner) if resume else Start()
-    if c.init and start.checkpoint is None:  # a checkpoint holds all weights
-        refiner.load_weights(c.init)
+    init = refiner.start_from(c.init) if c.init and start.checkpoint is None else None  # a checkpoint has all weights
+    if init is not None:
+        _log.warning("%s", init)
     bases = Bases(config.base, device, refiner.base)
     teacher = None if c.targets == "labels" else Teacher(config.teacher, config.base, data[0].classes, device)
     origin = Origin.of(config, data, bases, refiner if start.checkpoint is None else None, teacher)
     if start.resumed:
         check_origin(out, origin, start)
     train, val = (WholeImages(part, _logits(config, part, device, bases), _taught(teacher, part)) for part in data)
-    del bases, teacher  # frees the cross-fit bases and the teacher, which training does not need
+    logits = [train.logits]
+    for name in config.bases:
+        check_outputs(bases, name, data[0].classes)
+        logits.append(_logits(config, data[0], device, bases, name))
+    del bases, teacher  # frees the other bases and the teacher, which training does not need
     if start.checkpoint is None:
         warn_if_vain(refiner, train, val, device)
     set_aside_broken(out, start)
-    write_start(out, config, origin, start, provenance(device, c.precision, refiner.engine.on(device).name))
-    cache_gb = c.cache_gb / max(1, c.workers)
-    crops = CropDataset(data[0], train.logits, config.augment, c.seed, cache_gb, train.teacher)
+    now = provenance(device, c.precision, refiner.engine.on(device).name)
+    write_start(out, config, origin, start, now if init is None else {**now, "init": str(init)})
+    images = len(data[0])
+    crops = CropDataset(
+        repeated(data[0], len(logits)),
+        Mixed(logits, images),
+        config.augment,
+        c.seed,
+        c.cache_gb,
+        teacher=None if train.teacher is None else Mixed([train.teacher] * len(logits), images),
+        focus=Focus(config.selector.threshold, Upsampling(outputs=refiner.base.outputs)),
+        whole_logits=config.upsampling == "nearest",  # which needs the grid of the base's whole input
+        pin=device.type == "cuda",
+    )
     with RunRecord(out, resumed_at=None if start.checkpoint is None else start.step) as record:
         module = RefinerModule(refiner, config, record, data[1].labelled)
         fit(module, crops, val, device, start.checkpoint)
@@ -127,9 +149,11 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     return out / "best"
 
 
-def _logits(config: Config, data: Dataset, device: torch.device, bases: Bases) -> LiveSplit | StoredSplit:
-    """The coarse logits of one split."""
-    source = CoarseLogits(config, data, device, bases)
+def _logits(
+    config: Config, data: Dataset, device: torch.device, bases: Bases, of: str | None = None
+) -> LiveSplit | StoredSplit:
+    """The coarse logits of one split by the base called ``of``; default: by ``config.base``."""
+    source = CoarseLogits(config, data, device, bases, of)
     return source.stored() if config.logits.source == "stored" else source.live()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from sparserefine.data.crops import CropBatch
+from sparserefine.data.batches import CropBatch
 from sparserefine.images.classes import IGNORE
 from sparserefine.images.pictures import labels_picture, shrink, side_by_side
 from sparserefine.refiner import SparseRefiner
 from sparserefine.scores.counts import Counts
 from sparserefine.stages.refinement import Refinement
+from sparserefine.training.averages import WeightMean
 from sparserefine.training.checks import FiniteWatch, Seen, check_finite_weights
 from sparserefine.training.config import Config
 from sparserefine.training.items import WholeImage
@@ -62,6 +64,8 @@ class RefinerModule(L.LightningModule):
         self._labelled: list[Tensor] = []
         self._names: list[str] = []
         self._watch = FiniteWatch()
+        self._mean = WeightMean(refiner, config.training.ema)
+        self._with_mean = ExitStack()
 
     def on_train_start(self) -> None:
         """Everything is restored."""
@@ -69,7 +73,7 @@ class RefinerModule(L.LightningModule):
 
     def training_step(self, batch: CropBatch, _: int) -> Tensor:
         """Loss of one batch of crops."""
-        result = self.refiner.refine(batch.image, batch.logits, windows=batch.windows, valid=batch.valid)
+        result = self.refiner.refine(batch.image, batch.logits, windows=batch.parts, valid=batch.valid)
         truth = result.sites.gather(batch.label[:, None])[:, 0]
         loss, has_target = self._loss(result, truth, batch)
         self.log("loss", loss.detach(), prog_bar=True)
@@ -102,6 +106,15 @@ class RefinerModule(L.LightningModule):
         if self.config.training.precision != "16-mixed":  # there, steps that overflow are skipped
             self._watch.add(self._seen("gradient norm", norm, names))
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step, and the mean of the weights follows."""
+        super().optimizer_step(*args, **kwargs)
+        self._mean.update()
+
+    def on_fit_end(self) -> None:
+        """The result is the mean, if there is one."""
+        self._mean.use()
+
     def _seen(self, what: str, value: Tensor, names: list[str]) -> Seen:
         return Seen(what, value, names, self.global_step + 1, self.trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -109,6 +122,7 @@ class RefinerModule(L.LightningModule):
         """Nothing is scored or stored unless all losses and weights are finite."""
         self._watch.check()
         check_finite_weights(self.refiner, self.global_step)
+        self._with_mean.enter_context(self._mean.in_use())
 
     def validation_step(self, item: WholeImage, index: int) -> None:
         """Scores one whole image."""
@@ -152,6 +166,7 @@ class RefinerModule(L.LightningModule):
         if self.learnt and score > self.best_score:
             self.best_score = score
             self.refiner.save_pretrained(Path(self.config.out) / "best")
+        self._with_mean.close()
         self._counts = self._no_counts()
         for values in (self._density, self._losses, self._labelled):
             values.clear()
@@ -191,12 +206,10 @@ class RefinerModule(L.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves crops with :meth:`CropBatch.to`, and anything else as Lightning does."""
-        return (
-            batch.to(device)
-            if isinstance(batch, CropBatch)
-            else super().transfer_batch_to_device(batch, device, dataloader_idx)
-        )
+        """Makes the crops of a training batch on the device; moves anything else as Lightning does."""
+        if isinstance(batch, list):
+            return CropBatch.of(batch, self.config.augment.crop, device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Removes the base from the checkpoint, as it is not trained."""
@@ -205,8 +218,10 @@ class RefinerModule(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("refiner.base.")}
         checkpoint["best_score"] = self.best_score
         checkpoint["learnt"] = self.learnt
+        checkpoint["mean"] = self._mean.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores what was reached so far."""
         self.best_score = checkpoint["best_score"]
         self.learnt = checkpoint.get("learnt", 1)  # checkpoints of older versions do not tell: assume something
+        self._mean.load(checkpoint.get("mean"))

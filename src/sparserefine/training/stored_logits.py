@@ -92,9 +92,9 @@ class StoredSplit:
             store.checked_header(sample.name, base, None, digest)
 
     def __call__(self, index: int, image_size: tuple[int, int]) -> Tensor:
-        """``float32 [K, h, w]`` of sample ``index``."""
+        """``float16 [K, h, w]`` of sample ``index``."""
         store = StoredLogits(self.folder)
-        return store.read(self.data.samples[index].name, base=self.bases[index], image_size=image_size).float()
+        return store.read(self.data.samples[index].name, base=self.bases[index], image_size=image_size)
 
 
 @dataclass(frozen=True)
@@ -104,5 +104,5 @@ class LiveSplit:
     items: list[Tensor]
 
     def __call__(self, index: int, image_size: tuple[int, int]) -> Tensor:
-        """``float32 [K, h, w]`` of sample ``index``."""
-        return self.items[index].float()
+        """``float16 [K, h, w]`` of sample ``index``."""
+        return self.items[index]

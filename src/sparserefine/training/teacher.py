@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
-from sparserefine.bases.load import load_base
 from sparserefine.files.text import first_line
 from sparserefine.images.classes import Classes
 from sparserefine.images.coarse import Coarse
 from sparserefine.images.resize import resize
 from sparserefine.images.soft_labels import SoftLabels
+from sparserefine.loading import load_base
 from sparserefine.sparse import Engine
 from sparserefine.training.teacher_config import ALIGNED, TeacherConfig
 
@@ -36,14 +36,17 @@ class Teacher:
         base: configuration of the refiner's base.
         classes: of the data.
         device: where it runs.
+        engine: of a teacher ``refiner:<folder>``.
 
     Attributes:
         model: the model as a base.
     """
 
-    def __init__(self, config: TeacherConfig, base: BaseConfig, classes: Classes, device: torch.device) -> None:
+    def __init__(
+        self, config: TeacherConfig, base: BaseConfig, classes: Classes, device: torch.device, *, engine: str = "auto"
+    ) -> None:
         self.config, self._device = config, device
-        self.model = load_base(config.base_config(base), classes).to(device)
+        self.model = load_base(config.base_config(base), classes, engine=engine).to(device)
 
     @cached_property
     def identity(self) -> str:

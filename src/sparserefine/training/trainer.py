@@ -19,7 +19,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from torch.utils.data import DataLoader
 
-from sparserefine.data.crops import CropBatch, CropDataset, EpochSampler
+from sparserefine.data.crops import CropDataset
+from sparserefine.data.loader import CropLoader
 from sparserefine.files.text import first_line
 from sparserefine.training.checkpoint import LAST, CheckpointError, read_checkpoint, write_checkpoint
 from sparserefine.training.checks import READ_EVERY
@@ -112,14 +113,7 @@ def fit(
     """
     c, out = module.config.training, Path(module.config.out)
     steps_per_epoch = min(c.val_every, c.steps)
-    loader = DataLoader(
-        crops,
-        batch_size=c.batch,
-        sampler=EpochSampler(steps_per_epoch * c.accumulate * c.batch),
-        num_workers=c.workers,
-        collate_fn=CropBatch.collate,
-        persistent_workers=c.workers > 0,
-    )
+    loader = CropLoader(crops, c.batch, steps_per_epoch * c.accumulate, c.workers)
     val_loader = DataLoader(val, batch_size=1, collate_fn=WholeImages.collate)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # below that it prints advertisements
     trainer = L.Trainer(

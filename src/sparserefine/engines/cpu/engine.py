@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sparserefine.engines.cpu import uncertainty as fused
+from sparserefine.engines.cpu.context import block_means
 from sparserefine.engines.cpu.gate import gated
 from sparserefine.engines.cpu.geometry import build_grid_plan
 from sparserefine.engines.cpu.kernels import kernels
@@ -93,6 +95,23 @@ class CpuEngine(TorchEngine):
         if _supported(image, scale, shift) and image.dtype in (torch.uint8, torch.float32):
             return fused.gather_normalised(self.kernels.library, image.contiguous(), coords, scale, shift)
         return super().pixels(image, coords, scale, shift)
+
+    def block_means(
+        self,
+        image: Tensor,
+        coarse: Coarse,
+        valid: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        cells: Sequence[Sites | PaddedSites],
+    ) -> list[Tensor]:
+        """What the cells of each level see; pixels of blocks without a cell are not looked at."""
+        coords = [sites.coords for sites in cells if isinstance(sites, Sites)]
+        fits = len(coords) == len(cells) and _supported(image, scale, shift, *coords, *coarse.logits)
+        if not fits or image.dtype not in (torch.uint8, torch.float32):
+            return super().block_means(image, coarse, valid, scale, shift, cells)
+        valid = None if valid is None else valid.contiguous()
+        return block_means(self.kernels.library, image.contiguous(), coarse, valid, scale, shift, coords)
 
     def gated(
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool

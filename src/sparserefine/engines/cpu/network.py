@@ -37,7 +37,7 @@ class _Layer:
 
 
 class PackedNetwork:
-    """A network in evaluation mode: ``(features [N, F], plan) -> logits [N, K]``, float32.
+    """A network in evaluation mode: ``(features [N, F], plan, context) -> logits [N, K]``, float32.
 
     Args:
         network: its weights are copied, so later changes have no effect.
@@ -77,21 +77,30 @@ class PackedNetwork:
                 list(_tables(layer, plan))
         _Run(self, plan)  # makes the tiles
 
-    def __call__(self, features: Tensor, plan: Plan, *, levels_ms: list[float] | None = None) -> Tensor:
+    def __call__(
+        self,
+        features: Tensor,
+        plan: Plan,
+        context: Sequence[Tensor] | None = None,
+        *,
+        levels_ms: list[float] | None = None,
+    ) -> Tensor:
         """Logits ``float32 [N, K]``.
 
         Args:
             features: ``float32 [N, F]``.
             plan: the plan of the N sites, built by this engine.
+            context: of each level, ``float32 [n_l, C]``, if the network takes one.
             levels_ms: if given, filled with the time of each level [ms].
 
         Raises:
-            ValueError: features or plan do not fit this network.
+            ValueError: features, plan or context do not fit this network.
         """
-        self.program.check(features, plan, Around, "cpu")
+        self.program.check(features, plan, Around, "cpu", context)
         run = _Run(self, plan)
         with self._memory.take(run.floats) as block:
-            return run(features.detach().contiguous(), block, levels_ms)
+            inputs = context and [values.detach().contiguous() for values in context]
+            return run(features.detach().contiguous(), inputs, block, levels_ms)
 
 
 def _pack(kernels: Kernels, program: Program, step: Step, weights: Weights, *, int8: bool) -> list[Packed | Int8Packed]:
@@ -118,7 +127,9 @@ class _Run:
         self.starts, floats = net.layout.starts(self.rows)
         self.floats = self.scratch_floats + floats
 
-    def __call__(self, features: Tensor, block: Tensor, levels_ms: list[float] | None) -> Tensor:
+    def __call__(
+        self, features: Tensor, context: Sequence[Tensor] | None, block: Tensor, levels_ms: list[float] | None
+    ) -> Tensor:
         layout, result = self.net.layout, self.net.program.result
         self.scratch, rest = block[: self.scratch_floats], block[self.scratch_floats :]
         slots = [shape.view(rest, start, self.rows) for shape, start in zip(layout.shapes, self.starts, strict=True)]
@@ -128,7 +139,7 @@ class _Run:
             levels_ms[:] = [0.0] * len(self.rows)
         for layer in self.net.layers:
             start = time.perf_counter()
-            self._layer(layer, features if layer.step.source is None else self.buffers[layer.step.source])
+            self._layer(layer, layer.step.input(features, context, self.buffers))
             if levels_ms is not None:
                 levels_ms[layer.step.finer] += 1e3 * (time.perf_counter() - start)
         return self.buffers[result]

@@ -16,7 +16,7 @@ from sparserefine.images.uncertainty import is_margin, label_dtype
 from sparserefine.images.upsampling import Axis, AxisTaps
 
 _LOGITS, _SCORES, _MARGIN = range(3)  # enum Outputs of uncertainty.cpp
-_TABLE_OUT_OF_RANGE, _SITES_INVALID = 1, 2  # enum Status of simd.h
+_TABLE_OUT_OF_RANGE, SITES_INVALID = 1, 2  # enum Status of simd.h
 _IMAGE_DTYPES = (torch.uint8, torch.float32)
 _LABEL_DTYPES = (torch.uint8, torch.int16)
 
@@ -49,14 +49,14 @@ def uncertainty(library: Library, coarse: Coarse) -> tuple[Tensor, Tensor]:
     for b in range(coarse.batch):
         image = coarse.logits[b].detach().float()
         image = (image[1:] - image[:1] if margin_only else image).contiguous()
-        rows, columns = map(_taps, coarse.axes(b))
+        rows, columns = map(taps_of, coarse.axes(b))
         status = _function(library, "sr_uncertainty")(
             *(pointer(image, torch.float32, "logits"), *image.shape),
-            *(_axis(rows), _axis(columns), outputs),
+            *(axis_of(rows), axis_of(columns), outputs),
             *(pointer(labels[b], _LABEL_DTYPES, "labels"), labels.element_size()),
             *(pointer(entropies[b], torch.float32, "entropies"), pointer(scratch, torch.float32, "scratch"), threads),
         )
-        _check_taps(status, tuple(image.shape))
+        check_taps(status, tuple(image.shape))
     return labels, entropies
 
 
@@ -66,7 +66,7 @@ def sample(library: Library, coarse: Coarse, coords: Tensor) -> Tensor:
     Raises:
         ValueError: as for :func:`uncertainty`, or a coordinate is out of range, or batches are not ascending.
     """
-    _check_coords(coords)
+    check_coords(coords)
     result = torch.empty(len(coords), coarse.num_classes, dtype=torch.float32)
     starts = torch.arange(1, coarse.batch, dtype=torch.int32)
     bounds = [0, *torch.searchsorted(coords[:, 0].contiguous(), starts).tolist(), len(coords)]
@@ -74,14 +74,20 @@ def sample(library: Library, coarse: Coarse, coords: Tensor) -> Tensor:
         if start >= end:
             continue
         image = coarse.logits[b].detach().float()
-        rows, columns = map(_taps, coarse.axes(b))
-        cells = image.permute(1, 2, 0).contiguous()  # [h, w, K]: a site reads four contiguous vectors of K
+        rows, columns = map(taps_of, coarse.axes(b))
+        cells = cells_of(image)  # a site reads four contiguous vectors of K
         status = _function(library, "sr_sample")(
             *(pointer(cells, torch.float32, "logits"), *image.shape),
-            *(_axis(rows), _axis(columns), int(coarse.upsampling.outputs == "scores"), b, _sites(coords[start:end])),
+            *(
+                axis_of(rows),
+                axis_of(columns),
+                int(coarse.upsampling.outputs == "scores"),
+                b,
+                sites_of(coords[start:end]),
+            ),
             *(pointer(result[start:end], torch.float32, "result"), torch.get_num_threads()),
         )
-        _check_taps(status, tuple(image.shape))
+        check_taps(status, tuple(image.shape))
         _check_sites(status, coords, (coarse.batch, *coarse.size))
     return result
 
@@ -102,7 +108,7 @@ def gather_normalised(library: Library, image: Tensor, coords: Tensor, scale: Te
     Raises:
         ValueError: a tensor has another dtype, shape or device, or a coordinate lies outside the image.
     """
-    _check_coords(coords)
+    check_coords(coords)
     pointer(image, _IMAGE_DTYPES, "image")
     channels = image.shape[1] if image.dim() == 4 else -1
     if not scale.shape == shift.shape == (channels,):
@@ -112,7 +118,7 @@ def gather_normalised(library: Library, image: Tensor, coords: Tensor, scale: Te
         )
     values = torch.empty(len(coords), channels, dtype=torch.float32)
     status = _function(library, "sr_gather_normalised")(
-        *(_image(image), _sites(coords)),
+        *(_image(image), sites_of(coords)),
         *(pointer(scale, torch.float32, "scale"), pointer(shift, torch.float32, "shift")),
         *(pointer(values, torch.float32, "values"), torch.get_num_threads()),
     )
@@ -133,7 +139,7 @@ def scatter_argmax(library: Library, logits: Tensor, coords: Tensor, labels: Ten
         ValueError: a tensor has another dtype, shape or device, or a coordinate lies outside the labels. Labels at
             valid coordinates may have been written by then.
     """
-    _check_coords(coords)
+    check_coords(coords)
     if logits.dim() != 2 or logits.shape[0] != len(coords) or not 1 <= logits.shape[1] <= MAX_CLASSES:
         raise ValueError(
             f"logits are {tuple(logits.shape)} for {len(coords)} sites; "
@@ -148,9 +154,14 @@ def scatter_argmax(library: Library, logits: Tensor, coords: Tensor, labels: Ten
     pointer(labels, _LABEL_DTYPES, "labels")
     status = _function(library, "sr_scatter")(
         *(pointer(logits, torch.float32, "logits"), classes),
-        *(_sites(coords), _image(labels[:, None]), torch.get_num_threads()),
+        *(sites_of(coords), _image(labels[:, None]), torch.get_num_threads()),
     )
     _check_sites(status, coords, tuple(labels.shape))
+
+
+def cells_of(image: Tensor) -> Tensor:
+    """``[K, h, w]`` with the classes last, ``[h w, K]``: torch transposes two dimensions faster than three."""
+    return image.flatten(1).t().contiguous()
 
 
 @cache
@@ -159,18 +170,20 @@ def _function(library: Library, name: str) -> ctypes._NamedFuncPointer:
 
 
 @lru_cache(maxsize=32)
-def _taps(axis: Axis) -> AxisTaps:
+def taps_of(axis: Axis) -> AxisTaps:
     """Taps in the dtypes of the kernels. Cached: all images of a stream share them, for labels and for samples."""
     taps = axis.taps()
     # Taps of a non-finite window lie below -2^31. Clamp them to -1, so that they stay out of range as int32.
     return AxisTaps(taps.low.clamp(min=-1).int(), taps.high.clamp(min=-1).int(), taps.weight.float())
 
 
-def _axis(taps: AxisTaps) -> c.Axis:
+def axis_of(taps: AxisTaps) -> c.Axis:
+    """The structure of an axis; it refers to the taps and does not keep them alive."""
     return c.Axis(taps.low.data_ptr(), taps.high.data_ptr(), taps.weight.data_ptr(), len(taps.low))
 
 
-def _sites(coords: Tensor) -> c.Sites:
+def sites_of(coords: Tensor) -> c.Sites:
+    """The structure of coordinates; it refers to them and does not keep them alive."""
     return c.Sites(coords.data_ptr(), len(coords), *coords.stride())
 
 
@@ -178,7 +191,8 @@ def _image(image: Tensor) -> c.Image:
     return c.Image(image.data_ptr(), image.element_size(), *image.shape)
 
 
-def _check_coords(coords: Tensor) -> None:
+def check_coords(coords: Tensor) -> None:
+    """Raises ``ValueError`` unless coordinates have the shape and dtype that kernels read."""
     if coords.dim() != 2 or coords.shape[1] != 3 or coords.dtype != torch.int32 or coords.device.type != "cpu":
         raise ValueError(
             f"coords are {coords.dtype} {tuple(coords.shape)} on {coords.device}, "
@@ -186,13 +200,14 @@ def _check_coords(coords: Tensor) -> None:
         )
 
 
-def _check_taps(status: int, coarse: tuple[int, ...]) -> None:
+def check_taps(status: int, coarse: tuple[int, ...]) -> None:
+    """Raises ``ValueError`` if a kernel found taps outside of the coarse logits."""
     if status == _TABLE_OUT_OF_RANGE:
         raise ValueError(f"taps reach outside logits of {coarse}; expected windows of finite, positive size")
 
 
 def _check_sites(status: int, coords: Tensor, size: tuple[int, ...]) -> None:
-    if status == _SITES_INVALID:
+    if status == SITES_INVALID:
         raise ValueError(
             f"coords run from {coords.amin(0).tolist()} to {coords.amax(0).tolist()}; expected each within [0, 0, 0] "
             f"and {[extent - 1 for extent in size]} (batch, row, column), and batches in ascending order"

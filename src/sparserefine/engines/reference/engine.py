@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from sparserefine.engines.reference.context import block_means
 from sparserefine.engines.reference.geometry import build_plan
 from sparserefine.engines.reference.selection import keep_largest
 from sparserefine.images.coarse import Coarse
@@ -46,6 +49,18 @@ class TorchEngine:
         """``image [B, C, H, W]`` at the sites, times ``scale [C]`` plus ``shift [C]``: ``float32 [N, C]``."""
         sites = Sites(coords, image.shape[0], image.shape[2], image.shape[3])
         return sites.gather(image).float() * scale + shift
+
+    def block_means(
+        self,
+        image: Tensor,
+        coarse: Coarse,
+        valid: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        cells: Sequence[Sites | PaddedSites],
+    ) -> list[Tensor]:
+        """What the cells of each level see; see :func:`sparserefine.engines.reference.context.block_means`."""
+        return block_means(self, image, coarse, valid, scale, shift, cells)
 
     def gated(
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool

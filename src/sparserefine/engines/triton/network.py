@@ -27,7 +27,7 @@ class _Layer:
 
 
 class PackedNetwork:
-    """A network in evaluation mode: ``(features [N, F], plan) -> logits float32 [N, K]``.
+    """A network in evaluation mode: ``(features [N, F], plan, context) -> logits float32 [N, K]``.
 
     Args:
         network: its weights are shared if they have the right dtype and layout already, otherwise copied.
@@ -53,25 +53,30 @@ class PackedNetwork:
         shared = {parameter.data_ptr() for parameter in network.parameters()}
         self.megabytes = sum(la.weight.nbytes for la in self._layers if la.weight.data_ptr() not in shared) / 1e6
 
-    def __call__(self, features: Tensor, plan: Plan) -> Tensor:
+    def __call__(self, features: Tensor, plan: Plan, context: Sequence[Tensor] | None = None) -> Tensor:
         """Logits ``float32 [N, K]``. With a padded plan, rows past the number of sites are undefined.
 
         Args:
             features: ``[N, F]``, floating point.
             plan: the plan of the N sites, built by this engine.
+            context: of each level, ``[n_l, C]``, floating point, if the network takes one.
 
         Raises:
-            ValueError: features or plan do not fit this network.
+            ValueError: features, plan or context do not fit this network.
         """
-        self.program.check(features, plan, GpuStencil, NAME)
-        features, live = features.detach().to(self.dtype).contiguous(), dict[int, Tensor]()
+        self.program.check(features, plan, GpuStencil, NAME, context)
+        features, live = self._input(features), dict[int, Tensor]()
+        context = context and [self._input(values) for values in context]
         for layer in self._layers:
             for buffer in layer.step.begins:
                 live[buffer] = self._new(buffer, plan, features.device)
-            _run(layer, features, live, plan)
+            _run(layer, layer.step.input(features, context, live), live, plan)
             for buffer in layer.step.ends:
                 del live[buffer]  # torch reuses its memory for the next buffers
         return live[self.program.result]
+
+    def _input(self, values: Tensor) -> Tensor:
+        return values.detach().to(self.dtype).contiguous()
 
     def _new(self, number: int, plan: Plan, device: torch.device) -> Tensor:
         buffer = self.program.buffers[number]
@@ -79,7 +84,7 @@ class PackedNetwork:
         return torch.empty(plan.levels[buffer.level].around.num_outputs, buffer.channels, dtype=dtype, device=device)
 
 
-def _run(layer: _Layer, features: Tensor, live: dict[int, Tensor], plan: Plan) -> None:
+def _run(layer: _Layer, x: Tensor, live: dict[int, Tensor], plan: Plan) -> None:
     """Runs one step. A separate function, so that no local variable keeps a buffer alive after the step."""
 
     def view_of(part: Part) -> Tensor:
@@ -95,7 +100,7 @@ def _run(layer: _Layer, features: Tensor, live: dict[int, Tensor], plan: Plan) -
         tuple(Activation(view_of(part), *factors) for part, factors in zip(step.activated, layer.norms, strict=True)),
     )
     convolve(
-        features if step.source is None else live[step.source],
+        x,
         layer.weight,
         epilogue,
         around.num_outputs,

@@ -163,10 +163,10 @@ def _check_packages(settings: Settings) -> None:
 def _load(entry: BaseEntry, settings: Settings) -> LoadedModel:
     if entry.name in RANDOM_MODELS:
         return random_model(entry.name, settings.classes)
-    from sparserefine.bases.load import load_model
+    from sparserefine.loading import load_model
 
     try:
-        return load_model(entry.name, settings.classes)
+        return load_model(entry.name, settings.classes, engine=settings.engine)
     except ValueError as error:
         if ":" in entry.name:
             raise

@@ -5,7 +5,7 @@ Loading an object compares their sizes with the compiled ones (``native/library.
 
 from __future__ import annotations
 
-from ctypes import Structure, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_int64, c_void_p
 
 
 class Activated(Structure):
@@ -165,8 +165,38 @@ class Image(Structure):
     )
 
 
+class Level(Structure):
+    """The cells of one level in one image, and where their means go, see ``context.cpp``."""
+
+    _fields_ = (("cells", Sites), ("means", c_void_p))
+
+
+class BlockMeans(Structure):
+    """Arguments of ``sr_block_means``."""
+
+    _fields_ = (
+        ("coarse", c_void_p),
+        ("classes", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("scores", c_int64),
+        ("rows", Axis),
+        ("columns", Axis),
+        ("image", c_void_p),
+        ("bytes", c_int64),
+        ("valid", c_void_p),
+        ("scale", c_void_p),
+        ("shift", c_void_p),
+        ("levels", POINTER(Level)),
+        ("count", c_int64),
+        ("floats", c_void_p),
+        ("cursors", c_void_p),
+        ("threads", c_int64),
+    )
+
+
 STRUCTURES: tuple[type[Structure], ...] = (
     *(Activated, Epilogue, Convolution, Winograd, Int8Convolution, WeightGradient),
-    *(Grid, Mlp, Axis, Sites, Image),
+    *(Grid, Mlp, Axis, Sites, Image, Level, BlockMeans),
 )
 """All structures. The compiled objects have an entry point for the size of each."""
