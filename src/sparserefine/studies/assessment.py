@@ -123,6 +123,9 @@ class Assessment:
                 f"{r.ms:7.0f} {r.ms / self.dense.ms:8.2f} {cell(r.gmacs, 8, 1)} {cell(work, 8, 2)}"
                 f"{'  <- start here' if r.threshold == self.threshold else ''}"
             )
+        lines.append(
+            "of gap: of coarse -> dense; prices: an untrained refiner run at two or three densities, else estimated"
+        )
         if known:
             lines.append("oracle: the truth in place of the dense model's labels; no refiner of any kind scores more")
         return "\n".join([*lines, "", self.reason])
