@@ -253,6 +253,14 @@ def uncertainty(classes: int, dtype: torch.dtype, upsampling: Upsampling) -> Non
     TritonEngine().sample(coarse, chosen().coords)
 
 
+def block_means(classes: int, dtype: torch.dtype, upsampling: Upsampling, masked: bool) -> None:
+    """Of five levels."""
+    coarse = Coarse(torch.zeros(1, classes, SIZE[0] // 8, SIZE[1] // 8, dtype=dtype), SIZE, upsampling)
+    image = torch.zeros(1, 3, *SIZE, dtype=torch.uint8)
+    valid = torch.ones(1, *SIZE, dtype=torch.bool) if masked else None
+    TritonEngine().block_means(image, coarse, valid, torch.ones(3), torch.zeros(3), [chosen()] * 5)
+
+
 def pixels(dtype: torch.dtype) -> None:
     TritonEngine().pixels(torch.zeros(1, 3, *SIZE, dtype=dtype), chosen().coords, torch.ones(3), torch.zeros(3))
 
@@ -287,6 +295,10 @@ def cases(recorder: Recorder, everything: bool) -> Iterator[tuple[str, Case]]:
         for name, upsampling in UPSAMPLING.items():
             for dtype in DTYPES if everything else ("float16",):
                 yield f"uncertainty {classes} {dtype}, {name}", partial(uncertainty, classes, DTYPES[dtype], upsampling)
+        for name in ("logits", "scores"):
+            for dtype in DTYPES if everything else ("float16",):
+                of = classes, DTYPES[dtype], UPSAMPLING[name], name == "logits"
+                yield f"block means {classes} {dtype}, {name}", partial(block_means, *of)
     for classes in (2, 19, 150) if everything else (19,):
         for fuser in ("residual", "paper") if everything else ("residual",):
             yield f"gated {classes}, {fuser}", partial(gated, classes, fuser)

@@ -28,8 +28,11 @@ from sparserefine.studies import assess as module
 from sparserefine.studies.assess import assess, ladder
 from sparserefine.studies.assessment import Cost, Rung, judge
 from sparserefine.studies.scoring import dense_labels
+from sparserefine.training.teacher import Teacher
+from sparserefine.training.teacher_config import TeacherConfig
 
 SIZE = (64, 80)
+CPU = torch.device("cpu")
 MS = {"base": 8.0, "labels": 2.0, "dense": 100.0}
 
 
@@ -164,7 +167,8 @@ def test_without_labels_the_dense_model_stands_for_the_truth(images, clock):
     assert (found.scored_on, found.dense.score, found.dense_better) == ("dense", 1.0, None)
     assert all(rung.oracle is None for rung in found.rungs)
     assert found.verdict == "worth it"
-    assert "only labels can tell" in found.reason
+    assert "lifts the agreement (Dice) from" in found.reason
+    assert "nothing here knows whether they are right" in found.reason
     assert "oracle" not in found.table()
 
 
@@ -210,9 +214,11 @@ def test_the_rule(values, verdict, threshold):
     assert "\nNext: " in reason
 
 
-def test_dense_may_be_worse_as_a_whole_and_better_where_the_base_is_unsure():
-    verdict, at, _ = judge(rungs((0.69, 60), (0.73, 40)), COARSE, replace(DENSE, score=0.68), "labels", "miou")
-    assert (verdict, at) == ("worth it", pytest.approx(0.2))
+def test_a_dense_model_that_is_better_at_a_few_pixels_only():
+    worse = replace(DENSE, score=0.68)
+    verdict, at, reason = judge(rungs((0.69, 60), (0.73, 40)), COARSE, worse, "labels", "miou")
+    assert (verdict, at) == ("no gain", None)
+    assert "Only at the pixels above 0.2 nats are its labels better (0.7300)" in reason
 
 
 def test_binned_confusion_is_that_of_the_pixels_of_each_bin():
@@ -277,6 +283,15 @@ def test_a_dense_model_that_does_not_fit(error, fits, images, clock):
     if not fits:
         assert "64 x 80 pixels does not fit into the memory of cpu" in str(caught.value)
         assert "--dense_ratio 0.5" in str(caught.value)
+
+
+def test_a_teacher_in_windows_is_the_same_dense_model(images, clock, project):
+    """It sees each pixel for itself, so windows change nothing."""
+    config = TeacherConfig("python:bright_model:build", window=32, overlap=0)
+    teacher = Teacher(config, BaseConfig("python:bright_model:build", ratio=0.25), Classes.numbered(2), CPU)
+    whole, windows = (assess(untrained(base_at(0.25)), images, dense) for dense in (base_at(1.0), teacher))
+    assert windows.dense.score == whole.dense.score
+    assert [rung.score for rung in windows.rungs] == [rung.score for rung in whole.rungs]
 
 
 def test_refinement_that_does_not_fit_at_high_densities_is_left_out(images, clock, monkeypatch):
@@ -349,6 +364,7 @@ def test_the_dense_model_is_the_teacher_unless_another_is_named(project, capsys)
     assert described(*teacher) == "unet:other.safetensors at ratio 0.5"
     assert described(*teacher, "--dense", "teacher", "--dense_ratio", "1") == "unet:other.safetensors at ratio 1"
     assert described(*teacher, "--dense", "unet:base.safetensors") == "unet:base.safetensors at ratio 1"
+    assert described("--teacher.window", "64", "--teacher.overlap", "0") == "python:bright_model:build at ratio 1"
     assert described("--teacher.size", "[72, 88]") == "python:bright_model:build at 72x88"
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.unet import UNet
+from sparserefine.bases.refined import refined
 from sparserefine.capture import CapturedRefiner
 from sparserefine.refiner import SparseRefiner
 from sparserefine.stages.config import RefinerConfig
@@ -83,6 +84,17 @@ def test_with_context(device: torch.device, down: str, capacities: list[int], ov
     captured = refiner.capture(pixels(device), capacities=capacities)
     assert_same(captured(pixels(device, 1)), eager(refiner, pixels(device, 1)))
     assert captured.overflows == overflows
+
+
+def test_with_a_refiner_as_base(device: torch.device) -> None:
+    """It runs before the graph, with an engine of its own."""
+    inner = refiner_of(device, Selector(0.0, 10))
+    outer = SparseRefiner(FrozenBase(refined(inner), config=BaseConfig(ratio=0.5)), inner.config, engine="triton")
+    captured = outer.eval().to(device).capture(pixels(device))
+    for seed in (1, 2):
+        image = pixels(device, seed)
+        assert_same(captured(image), eager(outer, image))
+    assert captured.overflows == 0
 
 
 def test_results_are_not_overwritten(device: torch.device) -> None:

@@ -24,6 +24,7 @@ from sparserefine.stages.context import block_means
 from sparserefine.stages.extractor import ExtractorConfig
 from sparserefine.stages.selector import Selector
 from support import (
+    CPU_ENGINES,
     ENGINES,
     KERNEL_ENGINES,
     assert_close,
@@ -220,6 +221,54 @@ def test_sites_of_another_image_are_refused(what: str) -> None:
     plan = engine.geometry(Sites.from_mask(mask_of("all", size)), PlanSpec(2, "cell"))
     with pytest.raises(ValueError, match=rf"{what} of \[B, H, W\] = .*, the sites are of \[1, 8, 8\]"):
         block_means(image, coarse, valid, plan, SCALE, SHIFT, engine)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [(0, 3, 3), (0, 0, 1)],
+        [(0, 2, 5), (0, 2, 4)],
+        [(0, 2, 4), (0, 2, 4)],
+        [(0, 6, 0)],
+        [(0, 0, 8)],
+        [(0, 0, -1)],
+        [(0, -1, 0)],
+        [(1, 0, 0), (0, 0, 0)],
+        [(2, 0, 0)],
+        [(-1, 0, 0)],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+def test_compiled_code_refuses_cells_that_are_not_those_of_a_plan(engine: str, level: int, wrong: list) -> None:
+    """It never writes elsewhere, and never leaves a row unwritten without a word."""
+    size, made = (6, 8), engine_of(engine)
+    coords = torch.tensor(wrong, dtype=torch.int32)
+    right = torch.zeros(1, 3, dtype=torch.int32)
+    cells = [Sites(coords if depth == level else right, 2, 6, 8) for depth in range(3)]
+    with pytest.raises(ValueError, match=r"cells of .*outside of 2 images of 6 x 8 pixels, or not in ascending order"):
+        made.block_means(
+            photographs(2, size), Coarse(outputs_of("logits", 2, (3, 4), 2), size), None, SCALE, SHIFT, cells
+        )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+def test_threads_change_nothing(engine: str, threads: int) -> None:
+    size, before = (90, 71), torch.get_num_threads()
+    image, mask, coarse = (
+        photographs(2, size),
+        mask_of("random", size, 2),
+        Coarse(outputs_of("logits", 5, (9, 8), 2), size),
+    )
+    expected = found(engine, image, coarse, mask, 3, "paper")
+    torch.set_num_threads(threads)
+    try:
+        actual = found(engine, image, coarse, mask, 3, "paper")
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 # ---- in a refiner

@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from sparserefine.data.crops import AugmentConfig, CropBatch, CropDataset, EpochSampler, Uniform, random_crop
+from sparserefine.data.batches import CropBatch
+from sparserefine.data.crops import AugmentConfig, CropDataset, EpochSampler, Uniform, Whole, random_crop
 from sparserefine.data.focus import Focus
 from sparserefine.data.loader import CropLoader
 from sparserefine.data.readers.dataset import Dataset, Sample
@@ -23,15 +24,15 @@ def ramps(height, width):
     return torch.stack([rows[:, None].expand(height, width), columns[None].expand(height, width)])
 
 
-def made(image, label, logits, config, uniform, **options):
+def made(image, label, logits, config, uniform, focus=None, **options):
     """One random crop, as a batch of one."""
-    crop = random_crop(image, label, logits, config, uniform, **options)
+    crop = random_crop(Whole(image, label, logits, focus=focus), config, uniform, **options)
     return CropBatch.of([crop], config.crop, torch.device("cpu"))
 
 
 def seen_logits(batch):
     """The first crop's coarse logits at each of its pixels."""
-    return dense(Coarse(batch.logits[:1], tuple(batch.label.shape[1:]), windows=batch.windows[:1]))[0]
+    return dense(Coarse(batch.logits[:1], tuple(batch.label.shape[1:]), windows=batch.parts[:1]))[0]
 
 
 @pytest.mark.parametrize("scale", [(1.0, 1.0), (0.5, 0.5), (1.9, 2.0), (0.5, 2.0)])
@@ -166,7 +167,8 @@ def test_resize_and_colours_are_those_of_floats():
     config = AugmentConfig((60, 60), (0.8, 0.8), 1.0, flip=False)
     changed = 0
     for seed in range(6):
-        crop = random_crop(image, torch.zeros(90, 110, dtype=torch.uint8), torch.zeros(2, 9, 11), config, Uniform(seed))
+        whole = Whole(image, torch.zeros(90, 110, dtype=torch.uint8), torch.zeros(2, 9, 11))
+        crop = random_crop(whole, config, Uniform(seed))
         result = CropBatch.of([crop], config.crop, torch.device("cpu"))
         pixels = torch.nn.functional.interpolate(
             crop.image[None].double(), crop.size, mode="bilinear", antialias=True, align_corners=False

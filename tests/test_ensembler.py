@@ -177,3 +177,27 @@ def test_other_modules_must_have_the_shapes_of_ours(engine):
     ensembler.fuser[2] = nn.Linear(64, 4)
     with torch.no_grad(), pytest.raises(ValueError, match=r"last weight of the fuser is \(4, 64\), expected \[3, 64\]"):
         ensembler(*logits, engine_of(engine))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_columns_in_chunks_give_the_gradients_of_the_modules(autocast: bool) -> None:
+    """More sites than one chunk; with autocast it computes in float32 all the same."""
+    torch.manual_seed(3)
+    ensembler = GatedEnsembler(3)
+    nn.init.normal_(ensembler.fuser[-1].weight)
+    coarse, sparse = 2 * torch.randn(2, 9001, 3)
+    weights, results = torch.randn(9001, 3), []
+    for reference in (False, True):
+        ensembler.zero_grad()
+        inputs = [t.clone().requires_grad_() for t in (coarse, sparse)]
+        if reference:
+            blend = blend_of(ensembler, *inputs)
+            refined = blend + two_layers(blend, ensembler.fuser)
+        else:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                refined = ensembler(*inputs)
+        (refined * weights).sum().backward()
+        results.append([refined.detach(), *(t.grad for t in inputs), *(p.grad for p in ensembler.parameters())])
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == torch.float32
+        assert float((ours - expected).norm() / expected.norm()) < 1e-4

@@ -48,6 +48,28 @@ def test_refinement_loss_is_the_sum():
     torch.testing.assert_close(refinement_loss(sparse, refined, truth, dice=0.3), ce + 0.3 * both)
 
 
+def test_weights_of_sites():
+    """A weighted mean; sites whose truth is 255 count in neither sum."""
+    logits, truth, weight = torch.randn(30, 3), torch.arange(30) % 3, torch.rand(30) + 0.1
+    truth[:7] = 255
+    each = F.cross_entropy(logits[7:], truth[7:], reduction="none")
+    expected = (each * weight[7:]).sum() / weight[7:].sum()
+    torch.testing.assert_close(cross_entropy(logits, truth, weight), expected)
+    torch.testing.assert_close(cross_entropy(logits, truth, torch.full((30,), 3.0)), cross_entropy(logits, truth))
+    assert cross_entropy(logits, torch.full((30,), 255), weight) == 0
+    both = cross_entropy(logits, truth, weight) + cross_entropy(-logits, truth, weight)
+    torch.testing.assert_close(refinement_loss(logits, -logits, truth, weight=weight), both)
+
+
+def test_soft_dice_of_many_classes_is_that_of_the_counted_rows():
+    logits, truth = torch.randn(40, 4, dtype=torch.float64), torch.arange(40) % 4
+    truth[5:15] = 255
+    kept = truth != 255
+    p, target = logits[kept].softmax(1), F.one_hot(truth[kept], 4)
+    expected = 1 - ((2 * (p * target).sum(0) + 1) / (p.sum(0) + target.sum(0) + 1)).mean()
+    assert float(soft_dice(logits, truth.to(torch.uint8))) == pytest.approx(float(expected), abs=1e-6)
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A small project; the working directory is its folder."""

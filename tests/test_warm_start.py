@@ -15,7 +15,6 @@ from projects import train, write_short_project
 from sparserefine import BaseConfig, EnsemblerConfig, ExtractorConfig, FrozenBase, RefinerConfig, SparseRefiner
 from sparserefine.bases.families.unet import UNet, save_unet
 from sparserefine.stages.extractor import PRESETS
-from sparserefine.stages.warm_start import Shape, weights_to_start
 
 TINY = ExtractorConfig(planes=(4, 6), features=("rgb", "probabilities", "entropy"))
 
@@ -116,14 +115,27 @@ def test_other_extractors_are_refused(former: tuple[SparseRefiner, Path], field:
     assert all(torch.equal(tensor, before[name]) for name, tensor in refiner.trained_state().items())
 
 
-def test_context_that_was_not_there_stays_as_it_is() -> None:
-    """Whatever layers have this prefix."""
-    shape = Shape(RefinerConfig(extractor=TINY), 3)
-    own = {"extractor.context.0.weight": torch.zeros(4, 6), "extractor.head.bias": torch.zeros(3)}
-    weights, report = weights_to_start("former", {"extractor.head.bias": torch.ones(3)}, shape, own, shape)
-    assert weights["extractor.head.bias"].eq(1).all()
-    assert weights["extractor.context.0.weight"].eq(0).all()
-    assert str(report) == "init former: 1 of 2 tensors taken; new: context (not there before)"
+@torch.no_grad()
+def test_context_that_was_not_there_begins_as_none(former: tuple[SparseRefiner, Path]) -> None:
+    """The refiner with context is at first the one without."""
+    base, config = former[0].base, former[0].config
+    refiner = SparseRefiner(base, replace(config, extractor=replace(TINY, context=True)), engine="torch").eval()
+    assert refiner.start_from(former[1]).new == ("context (not there before)",)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(refiner(image).sparse_logits, former[0].eval()(image).sparse_logits)
+
+
+def test_context_for_other_classes_begins_anew(tmp_path: Path) -> None:
+    extractor = replace(TINY, context=True)
+    refiner_of(3, seed=1, extractor=extractor).save_pretrained(tmp_path)
+    refiner = refiner_of(5, seed=2, extractor=extractor)
+    before = copies(refiner)
+    assert "context (3 -> 5 classes)" in refiner.start_from(tmp_path).new
+    found = {name: tensor for name, tensor in refiner.trained_state().items() if ".context." in name}
+    assert len(found) == 4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in found.items())
+    with pytest.raises(ValueError, match=r"extractor\.context = True, this configuration has False"):
+        refiner_of(3, seed=2).start_from(tmp_path)
 
 
 def test_other_normalisation_is_said(former: tuple[SparseRefiner, Path], caplog: pytest.LogCaptureFixture) -> None:

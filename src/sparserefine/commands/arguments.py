@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from jsonargparse import ArgumentParser, Namespace
 
-    from sparserefine.bases.base import BaseConfig
+    from sparserefine.bases.base import FrozenBase
+    from sparserefine.images.classes import Classes
     from sparserefine.refiner import SparseRefiner
     from sparserefine.training.config import Config
+    from sparserefine.training.teacher import Teacher
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 """What the command line ends with if not 0; documented in docs/getting_started.md."""
@@ -93,22 +96,26 @@ def add_dense(parser: ArgumentParser, default: str) -> None:
     )
 
 
-def dense_config(arguments: Namespace, config: Config) -> BaseConfig:
+def dense_of(arguments: Namespace, config: Config, classes: Classes, device: torch.device) -> FrozenBase | Teacher:
     """The dense model that the arguments of :func:`add_dense` describe: the teacher, unless they name another.
 
     Raises:
-        ValueError: ``--dense_ratio`` is out of range.
+        ValueError: ``--dense_ratio`` is out of range, or the model cannot be loaded.
     """
+    from sparserefine.training.teacher import Teacher
     from sparserefine.training.teacher_config import TeacherConfig
 
-    teacher = config.teacher if arguments.dense in (None, "teacher") else TeacherConfig(arguments.dense)
+    its = config.teacher
+    if arguments.dense not in (None, "teacher"):
+        its = TeacherConfig(arguments.dense, window=its.window, overlap=its.overlap)
     if arguments.dense_ratio is not None:
         if not 0 < arguments.dense_ratio <= 1:
             raise ValueError(f"--dense_ratio = {arguments.dense_ratio}, expected more than 0 and at most 1")
-        teacher = replace(teacher, ratio=arguments.dense_ratio, size=None)
+        its = replace(its, ratio=arguments.dense_ratio, size=None)
     if arguments.dense_class_map is not None:
-        teacher = replace(teacher, class_map=arguments.dense_class_map)
-    return teacher.base_config(config.base)
+        its = replace(its, class_map=arguments.dense_class_map)
+    teacher = Teacher(its, config.base, classes, device, engine=arguments.engine)
+    return teacher if its.window else teacher.model
 
 
 def results_file(given: str | None) -> Path | None:

@@ -11,7 +11,7 @@ from sparserefine.commands.arguments import (
     add_engine,
     add_precision,
     config_of,
-    dense_config,
+    dense_of,
     results_file,
 )
 from sparserefine.commands.output import print_error
@@ -50,10 +50,10 @@ def run(arguments: Namespace) -> int:
 
     from sparserefine.engines.choose import EngineChoice
     from sparserefine.files.results import write_results
-    from sparserefine.loading import load_base
     from sparserefine.machine.bounds import check_positive, check_whole
     from sparserefine.machine.device import check_precision, device_named, gpu_precision
     from sparserefine.studies.assess import MOST_IMAGES, assess
+    from sparserefine.studies.scoring import model_of
     from sparserefine.training.loop import build_refiner
 
     started, results = time.monotonic(), results_file(arguments.json)
@@ -65,8 +65,7 @@ def run(arguments: Namespace) -> int:
     refiner = build_refiner(config, data)
     refiner.engine = EngineChoice(arguments.engine)
     refiner = refiner.to(device)
-    peer = dense_config(arguments, config)
-    dense = load_base(peer, data.classes, engine=arguments.engine).to(device)
+    dense = dense_of(arguments, config, data.classes, device)
     with gpu_precision(arguments.precision, device):
         result = assess(
             refiner,
@@ -75,7 +74,7 @@ def run(arguments: Namespace) -> int:
             minutes=arguments.minutes - (time.monotonic() - started) / 60,
             progress=print_error,
         )
-    print(f"base {_described(config.base)}; dense {_described(peer)}")
+    print(f"base {_described(config.base)}; dense {_described(model_of(dense).config)}")
     print(result.table())
     if result.threshold is not None and arguments.config:
         teacher = "" if data.labelled else " --training.targets teacher"

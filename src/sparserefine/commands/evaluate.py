@@ -12,7 +12,7 @@ from sparserefine.commands.arguments import (
     add_precision,
     add_refiner,
     config_of,
-    dense_config,
+    dense_of,
     refiner_of,
     results_file,
 )
@@ -60,9 +60,7 @@ def run(arguments: Namespace) -> int:
             f"selector: {used} (the refiner's, not the configuration's; set them with --threshold and --budget)",
             file=sys.stderr,
         )
-    dense = None
-    if arguments.dense is not None:
-        dense = load_base(dense_config(arguments, config), data.classes, engine=arguments.engine).to(device)
+    dense = None if arguments.dense is None else dense_of(arguments, config, data.classes, device)
     images = (data.read(index) for index in tqdm(range(len(data)), desc=arguments.split, unit="image"))
     with gpu_precision(arguments.precision, device):
         result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)

@@ -2,7 +2,7 @@
 
 A crop is made in two steps. Where the data are, the rectangle that it shows is cut out, and everything random is drawn
 (:func:`random_crop`). On the device, in front of the training step, it is resized, recoloured and mirrored
-(:meth:`CropBatch.of`). So a GPU does not wait for the processor to resize images.
+(:meth:`sparserefine.data.batches.CropBatch.of`). So a GPU does not wait for the processor to resize images.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from threading import Lock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.images.classes import IGNORE
-from sparserefine.images.resize import resize
 from sparserefine.images.soft_labels import SoftLabels
 from sparserefine.images.upsampling import Window
 from sparserefine.machine.bounds import check_number, check_whole
@@ -85,10 +83,10 @@ class Crop:
         size: height and width after the resize [px]; what is missing to the size of the batch is padding.
         colour: affine map of the colours, ``float32 [3, 4]``; ``None``: as they are.
         mirrored: upside down, and left-right; applied to image, label and logits.
-        window: the part that the crop shows of the image that ``logits`` are of, once resized and mirrored.
-        whole: the part of the whole image that the crop shows, once resized and mirrored.
+        window: the part of the whole image, resized and mirrored, that the crop shows.
+        part: the same of that part of the image which ``logits`` are of.
         name: name of the sample it is cut from, for messages.
-        teacher: the part of the teacher's prediction that the crop needs, mirrored like the crop; ``None``: no teacher.
+        teacher: the part of the teacher's prediction that the crop needs, mirrored already; ``None``: no teacher.
     """
 
     image: Tensor
@@ -98,80 +96,36 @@ class Crop:
     colour: Tensor | None
     mirrored: tuple[bool, bool]
     window: Window
-    whole: Window
+    part: Window
     name: str
-    teacher: SoftLabels | None = None
+    teacher: SoftLabels | None
 
 
 @dataclass(frozen=True)
-class CropBatch:
-    """Crops of one size, ready for the refiner.
+class Whole:
+    """An image with all that belongs to it.
 
     Attributes:
-        image: ``uint8 [B, 3, H, W]``.
-        label: integers ``[B, H, W]``, 255 where ignored or padded.
-        valid: ``bool [B, H, W]``, false where padded.
-        logits: the base's outputs, B times ``float32 [K, h', w']``: their sizes may differ.
-        windows: the part of the image of ``logits`` that each crop shows.
-        names: names of the samples.
-        teacher: the parts of the teacher's predictions that the crops need; ``None``: no teacher.
-        wholes: the part of the whole image that each crop shows.
+        image: ``uint8 [3, H, W]``.
+        label: integers ``[H, W]``.
+        logits: the base's outputs for the whole image, ``[K, h', w']``.
+        name: name of the sample.
+        teacher: the teacher's prediction for the whole image.
+        focus: for ``AugmentConfig.focus``: pixels of ``logits`` that crops are drawn around, as indices into h' x w'.
     """
 
     image: Tensor
     label: Tensor
-    valid: Tensor
-    logits: list[Tensor]
-    windows: list[Window]
-    names: list[str]
-    wholes: list[Window]
-    teacher: list[SoftLabels] | None = None
+    logits: Tensor
+    name: str = ""
+    teacher: SoftLabels | None = None
+    focus: Tensor | None = None
 
-    @classmethod
-    def of(cls, crops: Sequence[Crop], size: tuple[int, int], device: torch.device) -> CropBatch:
-        """Resizes, recolours, mirrors and pads crops to ``size``, on the device.
-
-        A pixel may differ by 1 of 255 between devices.
-        """
-        where = device if device.type == "cuda" else torch.device("cpu")  # others cannot resize all dtypes
-        image = torch.zeros(len(crops), 3, *size, dtype=torch.uint8, device=where)
-        label = torch.full((len(crops), *size), IGNORE, dtype=torch.uint8, device=where)
-        valid = torch.zeros(len(crops), *size, dtype=torch.bool, device=where)
-        logits = []
-        for index, crop in enumerate(crops):
-            axes = [axis for axis, mirrored in zip((-2, -1), crop.mirrored, strict=True) if mirrored]
-            pixels, truth, outputs = (x.to(where, non_blocking=True) for x in (crop.image, crop.label, crop.logits))
-            here = (index, ..., slice(crop.size[0]), slice(crop.size[1]))
-            image[here] = _recoloured(_resized(pixels, crop.size), crop.colour).flip(axes)
-            label[here] = F.interpolate(truth[None, None], crop.size, mode="nearest-exact")[0, 0].flip(axes)
-            valid[here] = True
-            logits.append(outputs.float().flip(axes).to(device))
-        image, label, valid = (x.to(device) for x in (image, label, valid))
-        windows, wholes, names = ([getattr(crop, name) for crop in crops] for name in ("window", "whole", "name"))
-        teacher = [crop.teacher.to(device) for crop in crops if crop.teacher is not None]
-        return cls(image, label, valid, logits, windows, names, wholes, teacher or None)
-
-
-def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """``uint8 [3, h, w]`` -> ``[3, *size]``, antialiased: uint8 on the CPU, which is three times faster, or float32."""
-    if tuple(pixels.shape[1:]) == size:
-        return pixels
-    if pixels.device.type != "cpu":
-        return resize(pixels[None], size)[0]
-    return F.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
-
-
-def _recoloured(pixels: Tensor, colour: Tensor | None) -> Tensor:
-    """``[3, h, w]`` -> ``uint8 [3, h, w]``."""
-    if colour is not None:
-        colour = colour.to(pixels.device, non_blocking=True)
-        mixed = torch.addmm(colour[:, 3:], colour[:, :3], pixels.flatten(1).float())
-        pixels = mixed.view_as(pixels)
-    return pixels.round_().clamp_(0, 255).to(torch.uint8) if pixels.is_floating_point() else pixels
-
-
-_Whole = tuple[Tensor, Tensor, Tensor, Tensor | None, SoftLabels | None]
-"""Image, label, logits, the pixels of the logits that crops are drawn around, and the teacher's prediction."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        parts = (self.image, self.label, self.logits, self.teacher, self.focus)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 class Uniform:
@@ -186,80 +140,63 @@ class Uniform:
 
 
 def random_crop(
-    image: Tensor,
-    label: Tensor,
-    logits: Tensor,
-    config: AugmentConfig,
-    uniform: Uniform,
-    name: str = "",
-    *,
-    teacher: SoftLabels | None = None,
-    focus: Tensor | None = None,
-    whole_logits: bool = False,
-    pin: bool = False,
+    whole: Whole, config: AugmentConfig, uniform: Uniform, *, whole_logits: bool = False, pin: bool = False
 ) -> Crop:
-    """One random crop of a whole image.
+    """One random crop.
 
     Args:
-        image: ``uint8 [3, H, W]``.
-        label: integers ``[H, W]``.
-        logits: the base's outputs for the whole image, ``[K, h', w']``.
+        whole: the image.
         config: the augmentation.
         uniform: the random number generator.
-        name: of the sample.
-        teacher: the teacher's prediction for the whole image.
-        focus: for ``config.focus``: pixels of ``logits``, as indices into h' x w', around which crops are drawn.
         whole_logits: keep the logits of the whole image.
         pin: into memory from which a GPU copies by itself.
     """
-    height, width = label.shape
+    (height, width), coarse = whole.label.shape, whole.logits.shape[1:]
     scale = math.exp(uniform(math.log(config.scale[0]), math.log(config.scale[1])))
     # The source rectangle has whole pixels, so labels need no interpolation. The exact scale per axis follows from it.
     source = [min(size, max(1, round(crop / scale))) for size, crop in zip((height, width), config.crop, strict=True)]
     target = [min(crop, max(1, round(s * scale))) for s, crop in zip(source, config.crop, strict=True)]
-    focused = config.focus > 0 and uniform(0, 1) < config.focus and focus is not None and len(focus) > 0
+    focus = whole.focus if config.focus > 0 and uniform(0, 1) < config.focus else None
     for _ in range(_TRIES):
-        if focused:
-            assert focus is not None
-            top, left = _around(focus, logits.shape[1:], (height, width), source, uniform)
+        if focus is not None and len(focus):
+            top, left = _around(focus, coarse, (height, width), source, uniform)
         else:
             top = math.floor(uniform(0, height - source[0] + 1))
             left = math.floor(uniform(0, width - source[1] + 1))
-        part = label[top : top + source[0], left : left + source[1]]
-        # With a teacher there is something to learn without labels, too.
-        if _is_varied(part, config.max_class_share) or (teacher is not None and bool((part.numpy() == IGNORE).all())):
+        there = slice(top, top + source[0]), slice(left, left + source[1])
+        if whole.teacher is not None and not bool((whole.label[there] != IGNORE).any()):
+            break  # there is something to learn without labels
+        if _is_varied(whole.label[there], config.max_class_share):
             break
     colour = _photometric(uniform) if config.photometric else None
     size, ratio = (target[0], target[1]), (target[0] / source[0], target[1] / source[1])
-    whole = Window((height * ratio[0], width * ratio[1]), (top * ratio[0], left * ratio[1]))
-    rows, columns, window = _read_by(whole, size, logits.shape[1:], whole=whole_logits)
-    mirrored = [False, False]
-    for axis, wanted in ((1, config.flip), (0, config.flip_vertical)):
-        if wanted and uniform(0, 1) < 0.5:
-            mirrored[axis] = True
-    flipped = (mirrored[0], mirrored[1])
-    whole, window = (_mirrored(one, size, flipped) for one in (whole, window))
+    window = Window((height * ratio[0], width * ratio[1]), (top * ratio[0], left * ratio[1]))
+    read, part = _read_by(window, size, coarse, whole=whole_logits)
+    swapped = config.flip and uniform(0, 1) < 0.5
+    upside_down = config.flip_vertical and uniform(0, 1) < 0.5
+    mirrored = (upside_down, swapped)
+    window, part = (_mirrored(one, size, mirrored) for one in (window, part))
     return Crop(
-        _cut(image, slice(top, top + source[0]), slice(left, left + source[1]), pin=pin),
-        _cut(label, slice(top, top + source[0]), slice(left, left + source[1]), pin=pin),
-        _cut(logits, rows, columns, pin=pin),
+        _cut(whole.image, *there, pin=pin),
+        _cut(whole.label, *there, pin=pin),
+        _cut(whole.logits, *read, pin=pin),
         size,
         colour,
-        flipped,
+        mirrored,
         window,
-        whole,
-        name,
-        None if teacher is None else teacher.seen_by(whole, config.crop, flipped),
+        part,
+        whole.name,
+        whole.teacher.seen_by(window, config.crop, mirrored) if whole.teacher else None,
     )
 
 
 def _mirrored(window: Window, size: tuple[int, int], mirrored: tuple[bool, bool]) -> Window:
-    """The window of a crop of ``size`` in the mirrored image."""
-    offset = [
-        full - start - pixels if flipped else start
-        for full, start, pixels, flipped in zip(window.full, window.offset, size, mirrored, strict=True)
-    ]
-    return Window(window.full, (offset[0], offset[1]))
+    """The window of ``size`` pixels in the mirrored image."""
+    row, column = (
+        full - offset - pixels if turned else offset
+        for full, offset, pixels, turned in zip(window.full, window.offset, size, mirrored, strict=True)
+    )
+    return Window(window.full, (row, column))
 
 
 def _is_varied(label: Tensor, share: float) -> bool:
@@ -282,7 +219,9 @@ def _around(
     return corner[0], corner[1]
 
 
-def _read_by(window: Window, size: Sequence[int], coarse: Sequence[int], *, whole: bool) -> tuple[slice, slice, Window]:
+def _read_by(
+    window: Window, size: Sequence[int], coarse: Sequence[int], *, whole: bool
+) -> tuple[tuple[slice, slice], Window]:
     """The part of the coarse logits that a window of ``size`` pixels is interpolated from, and its window there.
 
     A coarse pixel more is kept on each side: rounding must not make a difference.
@@ -295,7 +234,7 @@ def _read_by(window: Window, size: Sequence[int], coarse: Sequence[int], *, whol
         parts.append(part)
         full.append((part.stop - part.start) / step)
         offset.append(start - part.start / step)
-    return parts[0], parts[1], Window((full[0], full[1]), (offset[0], offset[1]))
+    return (parts[0], parts[1]), Window((full[0], full[1]), (offset[0], offset[1]))
 
 
 def _cut(values: Tensor, rows: slice, columns: slice, *, pin: bool) -> Tensor:
@@ -340,7 +279,7 @@ class CropDataset(TorchDataset[Crop]):
         logits: function from the index in ``data`` and the image's (H, W) to the base's outputs for the whole image.
         config: augmentation.
         seed: seed of order and augmentation.
-        cache_gb: maximum size of the cache of decoded images and of their logits [GB].
+        cache_gb: maximum size of the cache of decoded images with their logits and teacher's predictions [GB].
         teacher: function from the same to the teacher's prediction for the whole image; default: no teacher.
         focus: for ``config.focus``: function from logits to the pixels of them that crops are drawn around.
         whole_logits: crops come with the logits of the whole image, not only with the part that they read.
@@ -354,15 +293,16 @@ class CropDataset(TorchDataset[Crop]):
         config: AugmentConfig,
         seed: int,
         cache_gb: float,
-        *,
         teacher: Callable[[int, tuple[int, int]], SoftLabels] | None = None,
+        *,
         focus: Callable[[Tensor], Tensor] | None = None,
         whole_logits: bool = False,
         pin: bool = False,
     ) -> None:
         self.data, self.logits, self.config, self.seed = data, logits, config, seed
-        self._teacher, self._focus, self._whole_logits, self._pin = teacher, focus, whole_logits, pin
-        self._cache: dict[int, _Whole] = {}
+        self.teacher = teacher
+        self._focus, self._whole_logits, self._pin = focus, whole_logits, pin
+        self._cache: dict[int, Whole] = {}
         self._cache_bytes_left = cache_gb * 1e9
         self._one_reads: defaultdict[int, Lock] = defaultdict(Lock)
 
@@ -371,34 +311,27 @@ class CropDataset(TorchDataset[Crop]):
             len(self.data), generator=torch.Generator().manual_seed(self.seed + index // len(self.data))
         )
         image_index = int(order[index % len(self.data)])
-        image, label, logits, focus, teacher = self._read(image_index)
         return random_crop(
-            image,
-            label,
-            logits,
+            self._read(image_index),
             self.config,
             Uniform(self.seed * 1_000_003 + index),
-            self.data.samples[image_index].name,
-            teacher=teacher,
-            focus=focus,
             whole_logits=self._whole_logits,
             pin=self._pin,
         )
 
-    def _read(self, image_index: int) -> _Whole:
-        with self._one_reads[image_index]:
-            if image_index in self._cache:
-                return self._cache[image_index]
-            image, label = self.data.read(image_index)
-            image_size = (label.shape[0], label.shape[1])
-            logits = self.logits(image_index, image_size)
+    def _read(self, index: int) -> Whole:
+        with self._one_reads[index]:
+            if index in self._cache:
+                return self._cache[index]
+            image, label = self.data.read(index)
+            size = (label.shape[0], label.shape[1])
+            logits = self.logits(index, size)
+            teacher = None if self.teacher is None else self.teacher(index, size)
             focus = self._focus(logits) if self._focus and self.config.focus else None
-            teacher = self._teacher(image_index, image_size) if self._teacher else None
-            whole = image, label, logits, focus, teacher
-            size = sum(x.nbytes for x in whole if x is not None)
-            if size <= self._cache_bytes_left:
-                self._cache_bytes_left -= size
-                self._cache[image_index] = whole
+            whole = Whole(image, label, logits, self.data.samples[index].name, teacher, focus)
+            if whole.nbytes <= self._cache_bytes_left:
+                self._cache_bytes_left -= whole.nbytes
+                self._cache[index] = whole
             return whole
 
 

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparserefine.bases.base import FrozenBase
 from sparserefine.files.text import first_line, printable
 from sparserefine.images.classes import IGNORE
 from sparserefine.images.upsampling import entropy_limit
@@ -29,7 +28,16 @@ from sparserefine.scores.confusion import binned_confusion
 from sparserefine.stages.refinement import Refinement
 from sparserefine.stages.selector import Selector
 from sparserefine.studies.assessment import Assessment, Cost, Rung, Truth, judge
-from sparserefine.studies.scoring import Costs, Stopwatch, dense_labels, main_score, main_score_of, recovered
+from sparserefine.studies.scoring import (
+    Costs,
+    Dense,
+    Stopwatch,
+    dense_prediction,
+    main_score,
+    main_score_of,
+    model_of,
+    recovered,
+)
 
 MOST_IMAGES = 10
 MINUTES = 2.0
@@ -53,7 +61,7 @@ def ladder(num_classes: int, own: float | None = None) -> tuple[float, ...]:
 def assess(
     refiner: SparseRefiner,
     images: Iterable[tuple[str, Tensor, Tensor]],
-    dense: FrozenBase,
+    dense: Dense,
     *,
     minutes: float = MINUTES,
     progress: Callable[[str], None] | None = None,
@@ -103,7 +111,7 @@ class _Look:
     """
 
     refiner: SparseRefiner
-    dense: FrozenBase
+    dense: Dense
     thresholds: tuple[float, ...]
     tell: Callable[[str], None]
     scored_on: Truth | None = None
@@ -145,19 +153,19 @@ class _Look:
 
     def _dense(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The dense model's labels ``[H, W]``."""
-        height, width = self.dense.input_size(*size)
+        model = model_of(self.dense)
+        height, width = model.input_size(*size)
         self.tell(f"  dense model, input of {height} x {width} pixels")
         with _fitting(
-            f"the dense model {self.dense.label} with an input of {height} x {width} pixels",
-            "give it a smaller input (--dense_ratio 0.5), or another dense model (--dense NAME)",
+            f"the dense model {model.label} with an input of {height} x {width} pixels",
+            "let it see windows (--teacher.window 1024) or a smaller input (--dense_ratio 0.5), or name another one "
+            "(--dense NAME)",
             self.device,
         ):
-            if self.dense.config.runtime is not None:
-                self.dense(x)
-            labels, ms, peak = self.watch.time(
-                "dense", lambda: dense_labels(self.engine, self.dense(x), size, self.dense.outputs)
-            )
-        self.costs["dense"].add(ms, self.dense.macs(*size), peak)
+            if model.config.runtime is not None:  # it compiles for each new size
+                dense_prediction(self.dense, x, self.engine)
+            labels, ms, peak = self.watch.time("dense", lambda: dense_prediction(self.dense, x, self.engine))
+        self.costs["dense"].add(ms, model.macs(*size), peak)
         found: Tensor = labels[0]
         return found
 

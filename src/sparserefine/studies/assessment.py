@@ -133,15 +133,24 @@ def judge(
 ) -> tuple[Verdict, float | None, str]:
     """Verdict, recommended threshold, and the reason in words.
 
-    The rule: of the thresholds that take at most :data:`MOST_TIME` of the dense model's time, the highest, which is the
-    cheapest, that keeps :data:`KEEP` of the largest gain of any. If none does, the one with the largest gain, if that
-    is half of it at least.
+    A dense model that is not better than coarse is nothing to learn from. Else, of the thresholds that take at most
+    :data:`MOST_TIME` of the dense model's time, it is the highest, and so the cheapest, that keeps :data:`KEEP` of the
+    largest gain of any. If none does, it is the one with the largest gain, if that is half of it at least.
     """
     title, little = _TITLES[score], LITTLE[scored_on]
     gain = {r.threshold: r.score - coarse.score for r in rungs}
     most = max(gain.values())
+    if dense.score - coarse.score < little:
+        return "no gain", None, _no_gain(rungs, coarse, dense, scored_on, title)
     if most < little:
-        return _no_gain(rungs, coarse, dense, scored_on, title)
+        return (
+            "confident errors",
+            None,
+            f"Verdict: not worth it. The dense model is better ({title} {dense.score:.4f}, coarse {coarse.score:.4f}), "
+            f"but not where the base is unsure: even at threshold {rungs[0].threshold:g} its labels there give only "
+            f"{rungs[0].score:.4f}. The base is too sure of its errors.\n"
+            "Next: a larger base.ratio, or a base that was trained with label smoothing, is sure of less.",
+        )
     affordable = [r for r in rungs if r.ms <= MOST_TIME * dense.ms]
     keeping = [r for r in affordable if gain[r.threshold] >= KEEP * most]
     best = keeping[-1] if keeping else max(affordable, key=lambda r: gain[r.threshold], default=None)
@@ -160,40 +169,35 @@ def judge(
     rule = f"the highest threshold that keeps {KEEP:.0%} of the largest gain within {MOST_TIME} of the dense time"
     if not keeping:
         rule = f"it keeps {part:.0%} of the largest gain; more takes over {MOST_TIME} of the dense time"
-    guess = "" if scored_on == "labels" else " Whether the dense model is right, only labels can tell."
+    lifted, check = title, ""
+    if scored_on == "dense":
+        lifted, check = f"the agreement ({title})", "look at the dense model's labels first, for nothing here knows "
+        check += "whether they are right; then "
     return (
         "worth it",
         best.threshold,
         f"Verdict: worth it. A refiner that learns all that the dense model knows at {best.density:.1%} of the pixels "
-        f"lifts {title} from {coarse.score:.4f} to {best.score:.4f} (dense {dense.score:.4f}), in "
-        f"{best.ms / dense.ms:.2f} of the dense time{operations}.{guess}\n"
-        f"Next: train with selector.threshold: {best.threshold:g} ({rule}).",
+        f"lifts {lifted} from {coarse.score:.4f} to {best.score:.4f} (dense {dense.score:.4f}), in "
+        f"{best.ms / dense.ms:.2f} of the dense time{operations}.\n"
+        f"Next: {check}train with selector.threshold: {best.threshold:g} ({rule}).",
     )
 
 
-def _no_gain(
-    rungs: Sequence[Rung], coarse: Cost, dense: Cost, scored_on: Truth, title: str
-) -> tuple[Verdict, float | None, str]:
-    """The verdict where the dense model's labels at the sites win nothing."""
-    if dense.score - coarse.score >= LITTLE[scored_on]:
-        lowest = rungs[0]
-        return (
-            "confident errors",
-            None,
-            f"Verdict: not worth it. The dense model is better ({title} {dense.score:.4f}, coarse {coarse.score:.4f}), "
-            f"but not where the base is unsure: even at threshold {lowest.threshold:g} its labels there give only "
-            f"{lowest.score:.4f}. The base is too sure of its errors.\n"
-            "Next: a larger base.ratio, or a base that was trained with label smoothing, is sure of less.",
-        )
+def _no_gain(rungs: Sequence[Rung], coarse: Cost, dense: Cost, scored_on: Truth, title: str) -> str:
+    """The verdict where the dense model is not better than coarse, in words."""
     if scored_on == "dense":
-        found = f"coarse and dense give the same labels ({title} of their agreement {coarse.score:.4f})"
-        return "no gain", None, f"Verdict: not worth it: {found}.\nNext: a smaller base.ratio costs less."
+        return (
+            f"Verdict: not worth it, coarse and dense give the same labels ({title} of their agreement "
+            f"{coarse.score:.4f}).\nNext: use the base as it is, or try a smaller base.ratio, which costs less."
+        )
+    best = max(rungs, key=lambda r: r.score)
+    there = ""
+    if best.score - coarse.score >= LITTLE[scored_on]:
+        there = f" Only at the pixels above {best.threshold:g} nats are its labels better ({best.score:.4f})."
     return (
-        "no gain",
-        None,
-        f"Verdict: not worth it with this dense model: it is not better than coarse ({title} {dense.score:.4f}, coarse "
-        f"{coarse.score:.4f}), nor are its labels where the base is unsure. There is nothing to learn from it.\n"
+        f"Verdict: not worth it with this dense model, it is not better than coarse ({title} {dense.score:.4f}, coarse "
+        f"{coarse.score:.4f}).{there} A refiner that learns from it gains nothing.\n"
         "Next: a model that was trained on small images often fails on large ones. If you have one that was trained at "
-        "full resolution, name it (--dense NAME). A refiner can also learn from the labels alone, up to the oracle; "
-        "how far, only training tells.",
+        "full resolution, name it: --dense NAME. A refiner can also learn from labels alone; how far towards the "
+        "oracle, only training tells."
     )

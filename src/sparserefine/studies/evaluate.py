@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparserefine.bases.base import FrozenBase
 from sparserefine.files.text import printable
 from sparserefine.images.classes import IGNORE
 from sparserefine.refiner import SparseRefiner
 from sparserefine.stages.refinement import Refinement
 from sparserefine.studies.scoring import (
     BOUNDS,
+    Dense,
     Scoreboard,
     Stopwatch,
     cell,
-    dense_labels,
+    dense_prediction,
     main_score,
+    model_of,
     why_undefined,
 )
 
@@ -129,7 +130,7 @@ def evaluate(
     refiner: SparseRefiner,
     images: Iterable[tuple[Tensor, Tensor]],
     *,
-    dense: FrozenBase | None = None,
+    dense: Dense | None = None,
     boundary_px: int | None = None,
     repeats: int = 1,
     seen: Callable[[Refinement, dict[str, Tensor]], None] | None = None,
@@ -177,9 +178,11 @@ def evaluate(
             result = refiner(x)
             return result, result.labels()
 
-        for base in (refiner.base, *([dense] if dense else ())):
-            if base.config.runtime is not None:  # it compiles for each new size, which is not to be timed
-                base(batch)
+        # A runtime compiles for each new size, which is not to be timed.
+        if refiner.base.config.runtime is not None:
+            refiner.base(batch)
+        if dense is not None and model_of(dense).config.runtime is not None:
+            dense_prediction(dense, batch, engine)
         report_step("coarse prediction")
         labels["coarse"], ms, peak = watch.time("coarse", coarse_labels)
         base_macs = refiner.base.macs(*size)
@@ -190,12 +193,12 @@ def evaluate(
         board.rows["refined"].costs.add(ms, None if None in macs else sum(m for m in macs if m is not None), peak)
         if dense is not None:
 
-            def predicted(x: Tensor = batch, size: tuple[int, int] = size, model: FrozenBase = dense) -> Tensor:
-                return dense_labels(engine, model(x), size, model.outputs)
+            def predicted(x: Tensor = batch, dense: Dense = dense) -> Tensor:
+                return dense_prediction(dense, x, engine)
 
             report_step("dense prediction")
             labels["dense"], ms, peak = watch.time("dense", predicted)
-            board.rows["dense"].costs.add(ms, dense.macs(*size), peak)
+            board.rows["dense"].costs.add(ms, model_of(dense).macs(*size), peak)
 
         report_step("scores")
         sites = result.sites.flat

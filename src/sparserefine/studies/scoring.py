@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparserefine.bases.base import FrozenBase
 from sparserefine.files.results import finite
 from sparserefine.images.classes import IGNORE, Classes
 from sparserefine.images.coarse import Coarse
@@ -22,6 +23,7 @@ from sparserefine.scores.boundary import boundary_bands
 from sparserefine.scores.confusion import dice, foreground, iou
 from sparserefine.scores.counts import Counts
 from sparserefine.sparse import Engine
+from sparserefine.training.teacher import Teacher, teacher_labels
 
 SMALLEST_GAIN = 0.0005
 """A share of a smaller gain is no figure: the score of a single image changes more from one seed to the next."""
@@ -291,6 +293,29 @@ def dense_labels(engine: Engine, logits: Tensor, size: tuple[int, int], outputs:
     for image, image_labels in zip(logits, labels, strict=True):
         first_largest(image, image_labels)
     return labels
+
+
+Dense = FrozenBase | Teacher
+"""A dense model to compare with: a base, or a teacher that sees windows where the whole image needs too much memory."""
+
+
+def model_of(dense: Dense) -> FrozenBase:
+    """The model itself."""
+    return dense.model if isinstance(dense, Teacher) else dense
+
+
+def dense_prediction(dense: Dense, image: Tensor, engine: Engine) -> Tensor:
+    """Labels ``[1, H, W]`` of one image ``uint8 [1, 3, H, W]``.
+
+    Args:
+        dense: the model.
+        image: on the device of the model.
+        engine: the engine of the refiner it is compared with.
+    """
+    size = (image.shape[2], image.shape[3])
+    if isinstance(dense, Teacher):
+        return teacher_labels(dense.predict(image[0]).to(image.device), size, engine)[None]
+    return dense_labels(engine, dense(image), size, dense.outputs)
 
 
 def cell(value: float | None, width: int, digits: int) -> str:

@@ -37,10 +37,17 @@ _HOST_BYTES_PER_PIXEL = 4
 
 @dataclass(frozen=True)
 class CrossFit:
-    """Images of ``split`` get their coarse logits from ``base``, a base that was not trained on them."""
+    """Images of ``split`` get their coarse logits from ``base``, a base that was not trained on them.
+
+    Attributes:
+        split: which images.
+        base: name of the base that was not trained on them.
+        instead_of: name of the base that it stands in for, one of ``bases``; empty: ``base.name``.
+    """
 
     split: str
     base: str
+    instead_of: str = ""
 
     def __post_init__(self) -> None:
         for name in ("split", "base"):
@@ -164,6 +171,9 @@ class Config(RefinerConfig):
     Attributes:
         data: images and splits.
         base: the frozen model.
+        bases: names of more frozen models, for one refiner that suits all of them: in training, crops come in equal
+            numbers from the logits of each and of ``base``. Their input size is that of ``base``; normalisation and
+            class map too, if they are of the same kind. Validation and the stored refiner use ``base``.
         out: folder of the trained refiner: ``best/``, ``last/``, ``last.ckpt``, and the records of the run.
         preset: named extractor shape, used instead of ``extractor``: ``paper``, ``slim`` or ``slim16``.
         logits: where coarse logits come from in training.
@@ -182,9 +192,19 @@ class Config(RefinerConfig):
     augment: AugmentConfig = AugmentConfig()
     training: TrainingConfig = TrainingConfig()
     boundary_px: int | None = None
+    bases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        names = [self.base.name, *self.bases]
+        double = next((name for name in self.bases if not name.strip() or names.count(name) > 1), None)
+        if double is not None:
+            raise ValueError(f"bases: {double!r}, expected names of bases, each once, and not base.name itself")
+        for fold in self.logits.crossfit:
+            if fold.instead_of not in ("", *names):
+                raise ValueError(
+                    f"logits.crossfit: instead_of = {fold.instead_of!r}, expected base.name or one of bases: {names}"
+                )
         if not self.out.strip():
             raise ValueError("out is empty, expected a folder for the trained refiner")
         if self.preset is not None and self.extractor not in (PRESETS["slim"], PRESETS[self.preset]):

@@ -49,7 +49,8 @@ class WholeImages(TorchDataset[WholeImage]):
         image, label = self.data.read(index)
         size = (label.shape[0], label.shape[1])
         teacher = None if self.teacher is None else self.teacher(index, size)
-        return WholeImage(self.data.samples[index].name, image, label, self.logits(index, size).float(), teacher)
+        logits = self.logits(index, size).float()
+        return WholeImage(self.data.samples[index].name, image, label, logits, teacher)
 
     @staticmethod
     def collate(items: list[WholeImage]) -> WholeImage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparserefine.bases.base import BaseConfig, FrozenBase
+from sparserefine.bases.other import other_config
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.files.digest import sha256_of
 from sparserefine.files.lock import locked
+from sparserefine.files.text import printable
 from sparserefine.files.whole import sweep
 from sparserefine.images.classes import Classes
 from sparserefine.loading import load_base
@@ -38,7 +40,7 @@ class Bases:
     """The bases that a configuration names. Each is loaded and identified once, when it is first needed.
 
     Args:
-        config: input size and normalisation of all bases.
+        config: input size of all bases, and the other settings of those of the same kind.
         device: the device they run on.
         loaded: a base that is loaded already, under the name ``config.name``.
     """
@@ -51,8 +53,13 @@ class Bases:
     def base(self, name: str, classes: Classes) -> FrozenBase:
         """The base called ``name``, for data with these classes."""
         if name not in self._bases:
-            self._bases[name] = load_base(replace(self._config, name=name), classes).to(self._device)
+            config = other_config(self._config, name, ratio=self._config.ratio, size=self._config.size)
+            self._bases[name] = load_base(config, classes).to(self._device)
         return self._bases[name]
+
+    def first(self, classes: Classes) -> FrozenBase:
+        """The base of the configuration."""
+        return self.base(self._config.name, classes)
 
     def identity(self, name: str, classes: Classes) -> str:
         """Identity of :meth:`base`."""
@@ -61,26 +68,50 @@ class Bases:
         return self._identities[name]
 
 
+def check_outputs(bases: Bases, name: str, classes: Classes) -> None:
+    """Raises ``ValueError`` unless the base of that name returns what ``config.base`` does: logits, or scores."""
+    first, other = bases.first(classes), bases.base(name, classes)
+    if other.outputs != first.outputs:
+        raise ValueError(
+            f"bases: {other.label} returns {other.outputs}, {first.label} returns {first.outputs}; a refiner reads one "
+            "of both, so name bases that return the same"
+        )
+
+
 class CoarseLogits:
-    """Coarse logits of the images of one split. ``logits.crossfit`` decides which base makes them for which image.
+    """Coarse logits of the images of one split by one base; ``logits.crossfit`` names others that stand in for it.
 
     Args:
         config: names the bases.
         data: the split. A cross-fit base is used for the images that its own split shares with this one.
         device: the device the bases run on.
         bases: the loaded bases, which several splits can share.
+        of: name of the base, one of ``config.bases``; default: ``config.base``.
     """
 
-    def __init__(self, config: Config, data: Dataset, device: torch.device, bases: Bases) -> None:
+    def __init__(
+        self, config: Config, data: Dataset, device: torch.device, bases: Bases, of: str | None = None
+    ) -> None:
         self.config, self.data, self.device, self._bases = config, data, device, bases
-        self.files = StoredLogits(config.logits.folder)
+        self._name = of or config.base.name
+        self.files = StoredLogits(self._folder())
         self._crossfit_base = {
-            sample.name: fold.base for fold in config.logits.crossfit for sample in config.data.read(fold.split).samples
+            sample.name: fold.base
+            for fold in config.logits.crossfit
+            if self._name == (fold.instead_of or config.base.name)
+            for sample in config.data.read(fold.split).samples
         }
+
+    def _folder(self) -> Path:
+        """Folder of the stored logits: ``logits.folder``, and in it one for each of ``config.bases``."""
+        folder = Path(self.config.logits.folder)
+        if self._name == self.config.base.name:
+            return folder
+        return folder / f"base-{self._bases.identity(self._name, self.data.classes).rpartition(':')[2]}"
 
     def _base_name(self, name: str) -> str:
         """Name of the base for the sample called ``name``."""
-        return self._crossfit_base.get(name, self.config.base.name)
+        return self._crossfit_base.get(name, self._name)
 
     def base(self, name: str) -> FrozenBase:
         """The base for the sample called ``name``."""
@@ -114,7 +145,7 @@ class CoarseLogits:
             OSError: an image cannot be read.
         """
         bases = tuple(self.identity(sample.name) for sample in self.data.samples)
-        split = StoredSplit(Path(self.config.logits.folder), self.data, bases)
+        split = StoredSplit(self.files.folder, self.data, bases)
         split.check()
         return split
 
@@ -129,6 +160,8 @@ def store_logits(config: Config, *, device: torch.device, overwrite: bool = Fals
 
     These are the coarse logits, and the teacher's predictions if ``training.targets`` needs them and ``teacher.folder``
     says where.
+
+    Those of ``config.bases``, which only training needs, are stored for the training split, in folders of their own.
 
     Args:
         config: the whole configuration.
@@ -150,6 +183,10 @@ def store_logits(config: Config, *, device: torch.device, overwrite: bool = Fals
         bases = Bases(config.base, device)
         logits = [CoarseLogits(config, data, device, bases) for data in splits]
         reports.append(_store("coarse logits", logits, overwrite))
+        for name in config.bases:
+            check_outputs(bases, name, splits[0].classes)
+            logits = [CoarseLogits(config, splits[0], device, bases, name)]
+            reports.append(_store(f"coarse logits of {printable(name)}", logits, overwrite))
         del bases, logits  # they may fill the memory that the teacher needs
     if wants_teacher:
         teacher = Teacher(config.teacher, config.base, splits[0].classes, device)

@@ -23,7 +23,8 @@ from sparserefine.training import slurm
 from sparserefine.training.checks import warn_if_vain
 from sparserefine.training.config import Config, check_batch_fits
 from sparserefine.training.items import WholeImages
-from sparserefine.training.logits import Bases, CoarseLogits
+from sparserefine.training.logits import Bases, CoarseLogits, check_outputs
+from sparserefine.training.mixing import Mixed, repeated
 from sparserefine.training.provenance import provenance
 from sparserefine.training.record import RunRecord
 from sparserefine.training.run import (
@@ -118,19 +119,24 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     if start.resumed:
         check_origin(out, origin, start)
     train, val = (WholeImages(part, _logits(config, part, device, bases), _taught(teacher, part)) for part in data)
-    del bases, teacher  # frees the cross-fit bases and the teacher, which training does not need
+    logits = [train.logits]
+    for name in config.bases:
+        check_outputs(bases, name, data[0].classes)
+        logits.append(_logits(config, data[0], device, bases, name))
+    del bases, teacher  # frees the other bases and the teacher, which training does not need
     if start.checkpoint is None:
         warn_if_vain(refiner, train, val, device)
     set_aside_broken(out, start)
     now = provenance(device, c.precision, refiner.engine.on(device).name)
     write_start(out, config, origin, start, now if init is None else {**now, "init": str(init)})
+    images = len(data[0])
     crops = CropDataset(
-        data[0],
-        train.logits,
+        repeated(data[0], len(logits)),
+        Mixed(logits, images),
         config.augment,
         c.seed,
         c.cache_gb,
-        teacher=train.teacher,
+        teacher=None if train.teacher is None else Mixed([train.teacher] * len(logits), images),
         focus=Focus(config.selector.threshold, Upsampling(outputs=refiner.base.outputs)),
         whole_logits=config.upsampling == "nearest",  # which needs the grid of the base's whole input
         pin=device.type == "cuda",
@@ -143,9 +149,11 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
     return out / "best"
 
 
-def _logits(config: Config, data: Dataset, device: torch.device, bases: Bases) -> LiveSplit | StoredSplit:
-    """The coarse logits of one split."""
-    source = CoarseLogits(config, data, device, bases)
+def _logits(
+    config: Config, data: Dataset, device: torch.device, bases: Bases, of: str | None = None
+) -> LiveSplit | StoredSplit:
+    """The coarse logits of one split by the base called ``of``; default: by ``config.base``."""
+    source = CoarseLogits(config, data, device, bases, of)
     return source.stored() if config.logits.source == "stored" else source.live()
 
 

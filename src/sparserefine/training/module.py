@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from sparserefine.data.crops import CropBatch
+from sparserefine.data.batches import CropBatch
 from sparserefine.images.classes import IGNORE
 from sparserefine.images.pictures import labels_picture, shrink, side_by_side
 from sparserefine.refiner import SparseRefiner
@@ -73,7 +73,7 @@ class RefinerModule(L.LightningModule):
 
     def training_step(self, batch: CropBatch, _: int) -> Tensor:
         """Loss of one batch of crops."""
-        result = self.refiner.refine(batch.image, batch.logits, windows=batch.windows, valid=batch.valid)
+        result = self.refiner.refine(batch.image, batch.logits, windows=batch.parts, valid=batch.valid)
         truth = result.sites.gather(batch.label[:, None])[:, 0]
         loss, has_target = self._loss(result, truth, batch)
         self.log("loss", loss.detach(), prog_bar=True)
@@ -90,7 +90,7 @@ class RefinerModule(L.LightningModule):
         sparse, refined = result.sparse_logits, result.refined_logits
         if batch.teacher is None:
             return refinement_loss(sparse, refined, truth, c.dice), labelled
-        teacher = teacher_at_sites(batch.teacher, batch.wholes, result.sites)
+        teacher = teacher_at_sites(batch.teacher, batch.windows, result.sites)
         loss = teacher_loss(sparse, refined, teacher, c.temperature, c.dice)
         if c.targets == "both":
             loss = refinement_loss(sparse, refined, truth, c.dice) + c.teacher_weight * loss

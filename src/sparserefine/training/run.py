@@ -36,7 +36,8 @@ _MAY_DIFFER = (
 )
 """Fields of the configuration that do not change the result."""
 _MAY_MOVE = (
-    *("data.root", "base.name", "base.class_map", "logits.folder", "logits.crossfit.base", "training.init"),
+    *("data.root", "base.name", "base.class_map", "bases", "logits.folder", "training.init"),
+    *("logits.crossfit.base", "logits.crossfit.instead_of"),
     *("teacher.name", "teacher.class_map", "teacher.folder"),
 )
 """Fields that say where something is. ``run.json`` has its digest, which tells whether it is the same elsewhere."""
@@ -64,8 +65,9 @@ class Origin:
     """What a run is made from. Results are the same only if this is.
 
     Attributes:
-        bases: identity of each model by its role: ``base``, ``fold:<split>`` for those of ``logits.crossfit``, and
-            ``teacher`` if there is one.
+        bases: identity of each model by its role: ``base``, ``bases:<number>`` for those of ``bases``,
+            ``fold:<split>`` for those of ``logits.crossfit``, with ``:<number>`` if it stands in for one of ``bases``,
+            and ``teacher`` if there is one.
         data: digest of the images and labels of each split, ``train`` and ``val``.
         weights: digest of the weights at step 0; ``None`` if it is not known.
     """
@@ -92,7 +94,10 @@ class Origin:
             refiner: the refiner, not yet trained; ``None`` where its first weights are not known.
             teacher: its teacher; default: none.
         """
-        names = {"base": config.base.name} | {f"fold:{fold.split}": fold.base for fold in config.logits.crossfit}
+        names = {"base": config.base.name} | {f"bases:{n}": name for n, name in enumerate(config.bases)}
+        for fold in config.logits.crossfit:
+            of = f":{config.bases.index(fold.instead_of)}" if fold.instead_of in config.bases else ""
+            names[f"fold:{fold.split}{of}"] = fold.base
         return cls(
             {role: bases.identity(name, data[0].classes) for role, name in names.items()}
             | ({} if teacher is None else {"teacher": teacher.identity}),
@@ -152,12 +157,17 @@ def _leave_out(values: Any, names: Sequence[str]) -> None:
             _leave_out(entry, names)
     elif isinstance(values, dict) and len(names) > 1:
         _leave_out(values.get(names[0]), names[1:])
-    elif isinstance(values, dict) and not str(values.get(names[0])).startswith("python:"):  # code does not move
-        values.pop(names[0], None)
+    elif isinstance(values, dict):
+        value = values.pop(names[0], None)
+        code = [name for name in (value if isinstance(value, list) else [value]) if str(name).startswith("python:")]
+        if code:  # which does not move
+            values[names[0]] = code if isinstance(value, list) else value
 
 
 def _with_defaults(stored: Any, like: object) -> Any:
     """Stored values; a field that was not there when they were stored had its default value."""
+    if isinstance(stored, list) and isinstance(like, tuple) and like:
+        return [_with_defaults(value, like[0]) for value in stored]
     if not dataclasses.is_dataclass(like) or not isinstance(stored, dict):
         return stored
     missing = {
@@ -221,13 +231,16 @@ def check_origin(out: Path, now: Origin, start: Start) -> None:
         _log.warning("%s: missing, so base and data are not compared with those the run was made from", path)
         return
     origin, _ = _read(path)
-    for role, identity in now.bases.items():
-        if origin.bases.get(role) != identity:
-            fold = f"the base of logits.crossfit for {role.removeprefix('fold:')}"
-            known = {"base": "base", "teacher": "the teacher"}.get(role, fold)
+    for role in sorted({*origin.bases, *now.bases}):
+        before, after = (one.bases.get(role) for one in (origin, now))
+        if before != after:
+            kind, _, which = role.partition(":")
+            known = {"base": "base", "teacher": "the teacher", "bases": f"bases[{which}]"}.get(
+                kind, f"the base of logits.crossfit for {which}"
+            )
             raise ValueError(
-                f"{path}: {known} had identity {origin.bases.get(role)} when the run was started, it has {identity} "
-                f"now; put the former weights back, or {_ANEW}"
+                f"{path}: {known} had identity {before} when the run was started, it has {after} now; put the former "
+                f"weights back, or {_ANEW}"
             )
     for split, digest in now.data.items():
         if origin.data.get(split, digest) != digest:

@@ -36,14 +36,17 @@ class Teacher:
         base: configuration of the refiner's base.
         classes: of the data.
         device: where it runs.
+        engine: of a teacher ``refiner:<folder>``.
 
     Attributes:
         model: the model as a base.
     """
 
-    def __init__(self, config: TeacherConfig, base: BaseConfig, classes: Classes, device: torch.device) -> None:
+    def __init__(
+        self, config: TeacherConfig, base: BaseConfig, classes: Classes, device: torch.device, *, engine: str = "auto"
+    ) -> None:
         self.config, self._device = config, device
-        self.model = load_base(config.base_config(base), classes).to(device)
+        self.model = load_base(config.base_config(base), classes, engine=engine).to(device)
 
     @cached_property
     def identity(self) -> str:

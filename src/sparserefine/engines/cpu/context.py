@@ -11,7 +11,15 @@ from torch import Tensor
 
 from sparserefine.engines.cpu.native import structures as c
 from sparserefine.engines.cpu.native.library import Library, pointer
-from sparserefine.engines.cpu.uncertainty import SITES_INVALID, axis_of, check_coords, check_taps, sites_of, taps_of
+from sparserefine.engines.cpu.uncertainty import (
+    SITES_INVALID,
+    axis_of,
+    cells_of,
+    check_coords,
+    check_taps,
+    sites_of,
+    taps_of,
+)
 from sparserefine.images.coarse import Coarse
 
 _INT = ctypes.c_int64
@@ -20,6 +28,10 @@ _PROTOTYPES: dict[str, tuple[type, ...]] = {
     "sr_block_means_cursors": (_INT,),
     "sr_block_means": (ctypes.POINTER(c.BlockMeans),),
 }
+_EXPECTED = (
+    "outside of {batch} images of {height} x {width} pixels, or not in ascending order of batch, row and column, each "
+    "once; expected the cells of a plan of these images"
+)
 
 
 def block_means(
@@ -57,24 +69,28 @@ def block_means(
         )
     if not scale.shape == shift.shape == (3,):
         raise ValueError(f"scale is {tuple(scale.shape)}, shift {tuple(shift.shape)}; expected [3] for both")
-    for coords in cells:
-        check_coords(coords)
     count, threads = len(cells), torch.get_num_threads()
     starts = torch.arange(1, batch, dtype=torch.int32)
-    bounds = [[0, *torch.searchsorted(coords[:, 0].contiguous(), starts).tolist(), len(coords)] for coords in cells]
+    bounds = []
+    for level, coords in enumerate(cells):
+        check_coords(coords)
+        bounds.append([0, *torch.searchsorted(coords[:, 0].contiguous(), starts).tolist(), len(coords)])
+        if bounds[-1] != sorted(bounds[-1]) or (len(coords) and not 0 <= coords[0, 0] <= coords[-1, 0] < batch):
+            raise ValueError(f"cells of level {level}: {_EXPECTED.format(batch=batch, height=size[0], width=size[1])}")
     means = [torch.empty(len(coords), 3 + classes) for coords in cells]
     floats = torch.empty(threads * _function(library, "sr_block_means_floats")(count, classes))
     cursors = torch.empty(threads * _function(library, "sr_block_means_cursors")(count), dtype=torch.int64)
     for b in range(batch):
-        logits = coarse.logits[b].detach().float().permute(1, 2, 0).contiguous()
+        logits = coarse.logits[b].detach().float()
+        height, width = logits.shape[1:]
+        of_pixels = cells_of(logits)
         rows, columns = map(taps_of, coarse.axes(b))
         levels = (c.Level * count)()
-        for level, coords, one, (start, end) in zip(
-            levels, cells, means, ((at[b], at[b + 1]) for at in bounds), strict=True
-        ):
-            level.cells, level.means = sites_of(coords[start:end]), one[start:end].data_ptr()
+        for held, coords, one, at in zip(levels, cells, means, bounds, strict=True):
+            part = slice(at[b], at[b + 1])
+            held.cells, held.means = sites_of(coords[part]), one[part].data_ptr()
         call = c.BlockMeans(
-            pointer(logits, torch.float32, "logits"), classes, *logits.shape[:2], coarse.upsampling.outputs == "scores",
+            pointer(of_pixels, torch.float32, "logits"), classes, height, width, coarse.upsampling.outputs == "scores",
             axis_of(rows), axis_of(columns),
             pointer(image[b], (torch.uint8, torch.float32), "image"), image.element_size(),
             pointer(None if valid is None else valid[b], torch.bool, "valid"),
@@ -84,10 +100,7 @@ def block_means(
         status = _function(library, "sr_block_means")(call)
         check_taps(status, tuple(coarse.logits[b].shape))
         if status == SITES_INVALID:
-            raise ValueError(
-                f"cells of image {b} of {batch} lie outside of its {size[0]} x {size[1]} pixels, or are not in "
-                "ascending order of batch, row and column, each once; expected the cells of a plan of these images"
-            )
+            raise ValueError(f"cells of image {b}: {_EXPECTED.format(batch=batch, height=size[0], width=size[1])}")
     return means
 
 

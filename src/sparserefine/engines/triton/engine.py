@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparserefine.engines.reference.engine import TorchEngine
+from sparserefine.engines.triton import context
 from sparserefine.engines.triton import uncertainty as fused
 from sparserefine.engines.triton.convolution import DTYPES, precision_of
 from sparserefine.engines.triton.gate import gated
@@ -107,6 +108,22 @@ class TritonEngine(TorchEngine):
         if fused.runs_kernels_on(image, coords, scale, shift) and image.dtype in (torch.uint8, *DTYPES):
             return fused.pixels(image, coords, scale, shift)
         return super().pixels(image, coords, scale, shift)
+
+    def block_means(
+        self,
+        image: Tensor,
+        coarse: Coarse,
+        valid: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        cells: Sequence[Sites | PaddedSites],
+    ) -> list[Tensor]:
+        """What the cells of each level see. The host does not wait for the GPU."""
+        coords = [(sites.rows if isinstance(sites, PaddedSites) else sites).coords for sites in cells]
+        known = image.dtype in (torch.uint8, *DTYPES) and coarse.num_classes <= context.MOST_CLASSES
+        if known and fused.runs_kernels_on(image, scale, shift, *coords, *coarse.logits):
+            return context.block_means(image, coarse, valid, scale, shift, coords)
+        return super().block_means(image, coarse, valid, scale, shift, cells)
 
     def gated(
         self, coarse: Tensor, sparse: Tensor, gate: Perceptron, fuser: Perceptron, residual: bool

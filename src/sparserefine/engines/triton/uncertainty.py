@@ -59,12 +59,12 @@ def uncertainty(coarse: Coarse) -> tuple[Tensor, Tensor]:
     """
     labels = torch.empty(coarse.batch, *coarse.size, dtype=label_dtype(coarse.num_classes), device=coarse.device)
     entropies = torch.empty(coarse.batch, *coarse.size, dtype=torch.float32, device=coarse.device)
-    for part, images, rows, columns in _launches(coarse):
+    for part, images, rows, columns in launches(coarse):
         launch(
             kernels.uncertainty,
             (len(rows.blocks), blocks(coarse.size[1], _COLUMNS), len(images)),
             coarse.device,
-            *(images, *images.stride(), coarse.num_classes, rows.blocks, *_tensors(rows), *_tensors(columns)),
+            *(images, *images.stride(), coarse.num_classes, rows.blocks, *taps_tensors(rows), *taps_tensors(columns)),
             *(labels[part], entropies[part], *coarse.size),
             OUTPUTS="margin" if is_margin(coarse) else coarse.upsampling.outputs,
             ROWS=rows.length,
@@ -83,12 +83,12 @@ def sample(coarse: Coarse, coords: Tensor) -> Tensor:
         ValueError: as for :func:`uncertainty`.
     """
     result = torch.empty(len(coords), coarse.num_classes, dtype=torch.float32, device=coarse.device)
-    for part, images, rows, columns in _launches(coarse):
+    for part, images, rows, columns in launches(coarse):
         launch(
             kernels.sample,
             (blocks(len(coords), _SITES),),
             coarse.device,
-            *(images, *images.stride(), coarse.num_classes, *_tensors(rows), *_tensors(columns)),
+            *(images, *images.stride(), coarse.num_classes, *taps_tensors(rows), *taps_tensors(columns)),
             *(coords, *coords.stride(), len(coords), part.start, result),
             SINGLE=len(images) < coarse.batch,
             SCORES=coarse.upsampling.outputs == "scores",
@@ -145,7 +145,7 @@ def write_labels(labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> 
     )
 
 
-def _launches(coarse: Coarse) -> Iterator[tuple[slice, Tensor, _Taps, _Taps]]:
+def launches(coarse: Coarse) -> Iterator[tuple[slice, Tensor, _Taps, _Taps]]:
     """Images with equal taps: their slice of the batch, logits ``[n, K, h, w]``, taps of rows and of columns."""
     if isinstance(coarse.logits, Tensor) and coarse.windows is None and coarse.batch <= _MOST_IMAGES:
         yield slice(0, coarse.batch), _as_supported(coarse.logits), *_taps(coarse, 0)
@@ -158,7 +158,8 @@ def _as_supported(logits: Tensor) -> Tensor:
     return logits.detach() if logits.dtype in _FLOATS else logits.detach().float()
 
 
-def _tensors(taps: _Taps) -> tuple[Tensor, Tensor, Tensor]:
+def taps_tensors(taps: _Taps) -> tuple[Tensor, Tensor, Tensor]:
+    """Taps of one axis as kernels take them: lower and upper coarse index, and weight."""
     return taps.low, taps.high, taps.weight
 
 

@@ -1,0 +1,83 @@
+"""Batches of crops: resized, recoloured and mirrored on the device of the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparserefine.data.crops import Crop
+from sparserefine.images.classes import IGNORE
+from sparserefine.images.resize import resize
+from sparserefine.images.soft_labels import SoftLabels
+from sparserefine.images.upsampling import Window
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """Crops of one size, ready for the refiner.
+
+    Attributes:
+        image: ``uint8 [B, 3, H, W]``.
+        label: integers ``[B, H, W]``, 255 where ignored or padded.
+        valid: ``bool [B, H, W]``, false where padded.
+        logits: the base's outputs, B times ``float32 [K, h', w']``: their sizes may differ.
+        windows: the part of the whole image that each crop shows.
+        parts: the same of that part of the image which ``logits`` are of.
+        names: names of the samples.
+        teacher: for each crop the part of the teacher's prediction that it needs; ``None``: no teacher.
+    """
+
+    image: Tensor
+    label: Tensor
+    valid: Tensor
+    logits: list[Tensor]
+    windows: list[Window]
+    parts: list[Window]
+    names: list[str]
+    teacher: list[SoftLabels] | None = None
+
+    @classmethod
+    def of(cls, crops: Sequence[Crop], size: tuple[int, int], device: torch.device) -> CropBatch:
+        """Resizes, recolours, mirrors and pads crops to ``size``, on the device.
+
+        A pixel may differ by 1 of 255 between devices.
+        """
+        where = device if device.type == "cuda" else torch.device("cpu")  # others cannot resize all dtypes
+        image = torch.zeros(len(crops), 3, *size, dtype=torch.uint8, device=where)
+        label = torch.full((len(crops), *size), IGNORE, dtype=torch.uint8, device=where)
+        valid = torch.zeros(len(crops), *size, dtype=torch.bool, device=where)
+        logits = []
+        for index, crop in enumerate(crops):
+            axes = [axis for axis, mirrored in zip((-2, -1), crop.mirrored, strict=True) if mirrored]
+            pixels, truth, outputs = (x.to(where, non_blocking=True) for x in (crop.image, crop.label, crop.logits))
+            here = (index, ..., slice(crop.size[0]), slice(crop.size[1]))
+            image[here] = _recoloured(_resized(pixels, crop.size), crop.colour).flip(axes)
+            label[here] = F.interpolate(truth[None, None], crop.size, mode="nearest-exact")[0, 0].flip(axes)
+            valid[here] = True
+            logits.append(outputs.float().flip(axes).to(device))
+        image, label, valid = (x.to(device) for x in (image, label, valid))
+        teacher = [crop.teacher.to(device) for crop in crops if crop.teacher is not None] or None
+        windows, parts, names = ([getattr(crop, name) for crop in crops] for name in ("window", "part", "name"))
+        return cls(image, label, valid, logits, windows, parts, names, teacher)
+
+
+def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """``uint8 [3, h, w]`` -> ``[3, *size]``, antialiased: uint8 on the CPU, which is three times faster, or float32."""
+    if tuple(pixels.shape[1:]) == size:
+        return pixels
+    if pixels.device.type != "cpu":
+        return resize(pixels[None], size)[0]
+    return F.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def _recoloured(pixels: Tensor, colour: Tensor | None) -> Tensor:
+    """``[3, h, w]`` -> ``uint8 [3, h, w]``."""
+    if colour is not None:
+        colour = colour.to(pixels.device, non_blocking=True)
+        mixed = torch.addmm(colour[:, 3:], colour[:, :3], pixels.flatten(1).float())
+        pixels = mixed.view_as(pixels)
+    return pixels.round_().clamp_(0, 255).to(torch.uint8) if pixels.is_floating_point() else pixels
