@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparserefine.data.crops import AugmentConfig, CropBatch, Uniform, random_crop
+from sparserefine.data.batches import CropBatch
+from sparserefine.data.crops import AugmentConfig, Uniform, Whole, random_crop
 from sparserefine.engines.choose import get_engine
 from sparserefine.images.coarse import Coarse
 from sparserefine.images.soft_labels import SoftLabels
@@ -123,12 +124,12 @@ def test_crops_see_of_the_teacher_what_they_see_of_coarse_logits() -> None:
         image = torch.zeros(3, height, width, dtype=torch.uint8)
         label = torch.zeros(height, width, dtype=torch.uint8)
         soft = SoftLabels.of(logits, "logits")
-        crops.append(random_crop(image, label, logits, config, Uniform(seed), str(seed), soft))
-    batch = CropBatch.collate(crops).to(torch.device("cpu"))
+        crops.append(random_crop(Whole(image, label, logits, str(seed), soft), config, Uniform(seed)))
+    batch = CropBatch.of(crops, config.crop, torch.device("cpu"))
     assert batch.teacher is not None
     assert not batch.valid.all()
     sites = Sites.from_mask(batch.valid & (torch.rand(batch.valid.shape, generator=generator) < 0.3))
-    expected = sample(Coarse(batch.logits, (40, 56), windows=batch.windows), sites, get_engine("torch"))
+    expected = sample(Coarse(batch.logits, (40, 56), windows=batch.parts), sites, get_engine("torch"))
     found = teacher_at_sites(batch.teacher, batch.windows, sites)
     torch.testing.assert_close(found.softmax(1), expected.softmax(1), rtol=1e-5, atol=1e-6)
 
@@ -145,5 +146,5 @@ def test_images_without_sites() -> None:
 
 def test_without_a_teacher_a_batch_has_none() -> None:
     image, label = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(8, 8, dtype=torch.uint8)
-    crop = random_crop(image, label, torch.zeros(2, 4, 4), AugmentConfig((8, 8)), Uniform(0))
-    assert CropBatch.collate([crop, crop]).to(torch.device("cpu")).teacher is None
+    crop = random_crop(Whole(image, label, torch.zeros(2, 4, 4)), AugmentConfig((8, 8)), Uniform(0))
+    assert CropBatch.of([crop, crop], (8, 8), torch.device("cpu")).teacher is None
