@@ -124,7 +124,7 @@ def test_crops_see_of_the_teacher_what_they_see_of_coarse_logits() -> None:
         image = torch.zeros(3, height, width, dtype=torch.uint8)
         label = torch.zeros(height, width, dtype=torch.uint8)
         soft = SoftLabels.of(logits, "logits")
-        crops.append(random_crop(Whole(image, label, logits, str(seed), soft), config, Uniform(seed)))
+        crops.append(random_crop(Whole(image, label, logits, teacher=soft), config, Uniform(seed)))
     batch = CropBatch.of(crops, config.crop, torch.device("cpu"))
     assert batch.teacher is not None
     assert not batch.valid.all()

@@ -30,7 +30,7 @@ def teacher_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Teacher]:
     """Makes a teacher of a model given in Python."""
 
     def made(model: nn.Module, config: TeacherConfig, classes: int = 3) -> Teacher:
-        def load(base: BaseConfig, of: Classes, **_: object) -> FrozenBase:
+        def load(base: BaseConfig, of: Classes, **_: str) -> FrozenBase:
             return FrozenBase(model, classes, base)
 
         monkeypatch.setattr(module, "load_base", load)

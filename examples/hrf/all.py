@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,8 +40,7 @@ LEVERS = {
     "five_levels": ("--extractor.planes", "[16,32,64,128,192]"),
     "two_blocks": ("--extractor.blocks", "2"),
     "from_demo": ("--training.init", "demo"),
-    "deep_supervision": ("--training.deep_supervision", "0.3"),
-    "boundary_weight": ("--training.boundary_weight", "1.0"),
+    "lower_threshold": ("--selector.threshold", "0.1"),
 }
 """Options that are tried, one at a time."""
 STRONG = (*LEVERS["five_levels"], *LEVERS["focus"], *LEVERS["ema"])
@@ -97,6 +97,9 @@ def refiners(o: Options) -> Iterator[Stage]:
         yield run(4, "both_strong", seed, 2400, *STRONG)
         yield run(2, "labels", seed, 2400)
         yield run(8, "both", seed, 2400)
+    other = f"unet:{o.out}/base4_seed1/best.safetensors"
+    several = run(4, "several_bases", 0, 2400, "--bases", f"[{other}]", "--logits.source", "live")
+    yield replace(several, needs=("logits4", "base4_seed1"))
     for name, options in LEVERS.items():  # a quarter of the steps
         yield run(4, f"short_{name}", 0, 600, *options)
 
