@@ -116,3 +116,22 @@ def test_a_missing_mask_names_those_there_are(sparse_unet, mask, monkeypatch, tm
     monkeypatch.setattr(sys.modules["benchmarks.common"], "MASKS", folder)
     with pytest.raises(SystemExit, match=words):
         sparse_unet.main(["--masks", "c"])
+
+
+@pytest.mark.slow
+def test_a_training_step_is_timed_part_by_part(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    training = importlib.import_module("benchmarks.training")
+    report = tmp_path / "report.json"
+    options = ["--rehearse", "--rounds", "1", "--device", "cpu", "--loader-threads", "0,1", "--precisions", "32-true"]
+    training.main([*options, "--json", str(report)])
+    records = json.loads(report.read_text())
+    assert [record["engine"] for record in records] == ["auto", "torch"]
+    for record in records:
+        assert list(record["parts_ms"]) == list(training.PARTS)
+        assert record["sites"] > 0
+        assert record["step_ms"] == pytest.approx(sum(record["parts_ms"].values()))
+        assert record["crops_s"] == pytest.approx(2 * record["steps_s"])
+    assert "crops alone, 1 loader threads" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no folder; pass --data FOLDER"):
+        training.main(["--data", str(tmp_path / "none")])

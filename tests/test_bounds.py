@@ -14,7 +14,19 @@ from sparserefine.data.crops import AugmentConfig
 from sparserefine.data.readers.config import DataConfig
 from sparserefine.training.config import CrossFit, LogitsConfig, TrainingConfig, check_batch_fits
 
-FLOATS = ("lr", "clip", "weight_decay", "warmup", "dice", "teacher_weight", "temperature", "cache_gb")
+FLOATS = (
+    "lr",
+    "clip",
+    "weight_decay",
+    "warmup",
+    "dice",
+    "teacher_weight",
+    "temperature",
+    "ema",
+    "boundary_weight",
+    "deep_supervision",
+    "cache_gb",
+)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])

@@ -45,8 +45,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["--training.precision", "bf16-mixed"],
         ["--training.accumulate", "2", "--training.precision", "bf16-mixed"],
         ["--training.ema", "0.8", "--augment.focus", "0.5", "--training.workers", "2"],
+        ["--training.deep_supervision", "0.5", "--training.class_weights", "[1, 2]", "--training.boundary_weight", "1"],
     ],
-    ids=["plain", "accumulate", "bf16", "both", "mean"],
+    ids=["plain", "accumulate", "bf16", "both", "mean", "weights"],
 )
 def test_a_resumed_run_ends_at_the_bits_of_one_that_was_not_killed(project, options):
     assert train(*options, out="whole") == 0
@@ -521,9 +522,9 @@ def test_a_run_that_diverges_stops_with_the_batch_and_stores_nothing_of_it(proje
 
     original, calls = module.refinement_loss, []
 
-    def diverging(sparse, refined, truth, dice):
+    def diverging(sparse, refined, *options):
         calls.append(None)
-        loss = original(sparse, refined, truth, dice)
+        loss = original(sparse, refined, *options)
         if len(calls) < 5:
             return loss
         return loss * torch.nan if what == "loss" else loss + (0 * sparse).sum().sqrt()

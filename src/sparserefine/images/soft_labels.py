@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,7 +80,7 @@ class SoftLabels:
     def seen_by(
         self, window: Window, size: tuple[int, int], mirrored: tuple[bool, bool] = (False, False)
     ) -> SoftLabels:
-        """The part that a crop needs; reads nothing else of this whole prediction.
+        """The part that a crop needs, on the CPU; reads nothing else of this whole prediction.
 
         Args:
             window: the part of the image that the crop shows; of the mirrored image if the crop is mirrored.
@@ -95,8 +96,9 @@ class SoftLabels:
             dim = axis + 1
             values, classes = (x[(slice(None),) * dim + (there,)] for x in (values, classes))
             start[axis] = first
-        dims = [axis + 1 for axis in (0, 1) if mirrored[axis]]
-        values, classes = (x.flip(dims) if dims else x.clone() for x in (values, classes))
+        dims = tuple(axis + 1 for axis in (0, 1) if mirrored[axis])
+        # By NumPy: torch would use all its threads for it, in each of a loader's threads.
+        values, classes = (torch.from_numpy(np.flip(x.numpy(), dims).copy()) for x in (values, classes))
         return replace(self, values=values, classes=classes, start=(start[0], start[1]))
 
     def at(self, rows: Tensor, columns: Tensor, window: Window, size: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparserefine.images.uncertainty import entropy
 from sparserefine.sparse import Engine, Perceptron
-from sparserefine.stages.perceptron import ColumnPerceptron
+from sparserefine.stages.perceptron import column_perceptron
 
 # Rows per chunk at inference. Hidden layers then take 8 MiB on the CPU, instead of N x 64 floats.
 _CHUNK_ROWS = {"cpu": 1 << 15, "other": 1 << 20}
@@ -97,9 +97,9 @@ class GatedEnsembler(Ensembler):
         c, s = coarse.t().contiguous(), sparse.t().contiguous()
         gate_input = torch.cat([c.softmax(0), s.softmax(0), entropy(c, 0)[None], entropy(s, 0)[None]])
         if coarse.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            w = torch.sigmoid(ColumnPerceptron.apply(gate_input, *_perceptron(self.gate)))
+            w = torch.sigmoid(column_perceptron(gate_input, *_perceptron(self.gate)))
             blend = w * c + (1 - w) * s
-            change: Tensor = ColumnPerceptron.apply(blend, *_perceptron(self.fuser))
+            change = column_perceptron(blend, *_perceptron(self.fuser))
             return (blend + change if self.residual else change).t()
         w = torch.sigmoid(self.gate(gate_input.t()))
         blend = w * coarse + (1 - w) * sparse

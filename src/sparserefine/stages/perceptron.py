@@ -11,39 +11,53 @@ _CHUNK_COLUMNS = 4096
 """Sites at once: hidden values of 1 MiB, which stay in the second-level cache."""
 
 
-class ColumnPerceptron(torch.autograd.Function):
-    """``w2 relu(w1 x + b1) + b2`` of the columns of ``x [I, N]``: ``[O, N]``, in float32.
+def column_perceptron(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """``w2 relu(w1 x + b1) + b2`` of the columns of ``x [I, N]``: ``[O, N]``, in float32 or float64, never in halves.
 
     Columns, because products with a few long rows are several times faster than those with many short ones. Hidden
     values are computed again for the gradients, chunk by chunk, and never written to memory as a whole.
-    """
 
+    Args:
+        x: ``[I, N]``.
+        w1: ``[H, I]``.
+        b1: ``[H]``.
+        w2: ``[O, H]``.
+        b2: ``[O]``.
+    """
+    with torch.autocast("cpu", enabled=False):
+        x = x.to(w1.dtype)
+        result: Tensor = _Columns.apply(x, w1, b1, w2, b2)  # type: ignore[no-untyped-call]  # as torch declares it
+    return result
+
+
+class _Columns(torch.autograd.Function):
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        """``[I, N]``, ``[H, I]``, ``[H]``, ``[O, H]``, ``[O]`` -> ``[O, N]``."""
         ctx.save_for_backward(x, w1, b1, w2)
         result = x.new_empty(len(w2), x.shape[1])
-        for part, out in zip(x.split(_CHUNK_COLUMNS, 1), result.split(_CHUNK_COLUMNS, 1), strict=True):
+        for part, out in zip(_chunks(x), _chunks(result), strict=True):
             out.copy_(torch.addmm(b2[:, None], w2, _hidden(part, w1, b1)))
         return result
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Gradients of all inputs."""
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         x, w1, b1, w2 = ctx.saved_tensors
-        grad = grad.to(x.dtype)
+        grad = grads[0].contiguous()  # the same bits, whatever the layout of the losses
         grad_x, grad_w1, grad_b1, grad_w2 = (torch.zeros_like(tensor) for tensor in (x, w1, b1, w2))
-        for part, g, out in zip(*(tensor.split(_CHUNK_COLUMNS, 1) for tensor in (x, grad, grad_x)), strict=True):
-            hidden = _hidden(part, w1, b1)
-            grad_w2.addmm_(g, hidden.t())
-            # The gradient passes where the hidden value is above 0.
-            g_hidden = torch.ops.aten.threshold_backward(w2.t() @ g, hidden, 0)
-            grad_w1.addmm_(g_hidden, part.t())
-            grad_b1 += g_hidden.sum(1)
-            out.copy_(w1.t() @ g_hidden)
+        with torch.autocast("cpu", enabled=False):
+            for part, g, out in zip(_chunks(x), _chunks(grad), _chunks(grad_x), strict=True):
+                hidden = _hidden(part, w1, b1)
+                grad_w2.addmm_(g, hidden.t())
+                # The gradient passes where the hidden value is above 0.
+                g_hidden = torch.ops.aten.threshold_backward(w2.t() @ g, hidden, 0)
+                grad_w1.addmm_(g_hidden, part.t())
+                grad_b1 += g_hidden.sum(1)
+                out.copy_(w1.t() @ g_hidden)
         return grad_x, grad_w1, grad_b1, grad_w2, grad.sum(1)
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x, _CHUNK_COLUMNS, 1)
 
 
 def _hidden(x: Tensor, w1: Tensor, b1: Tensor) -> Tensor:

@@ -96,6 +96,10 @@ class TrainingConfig:
         warmup: share of the steps in which the learning rate rises linearly.
         dice: weight of a Dice loss on sparse and refined logits, for labels and teacher; 0: cross entropy only, as in
             the paper.
+        class_weights: weight of each class in the cross entropies, one number for each class; ``null``: 1 each.
+        boundary_weight: how much more a site at a boundary of the label counts in the cross entropy: 1 + this.
+        deep_supervision: weight of cross entropies at the coarser levels of the extractor, by heads that are not
+            stored.
         ema: validate and store an exponential mean of the weights, of which this share stays at each step, such as
             0.999; 0: the weights themselves.
         targets: what the refiner learns: ``labels``; ``teacher``: the predictions of ``teacher``, so that images need
@@ -124,6 +128,9 @@ class TrainingConfig:
     weight_decay: float = 0.05
     warmup: float = 0.02
     dice: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    boundary_weight: float = 0.0
+    deep_supervision: float = 0.0
     ema: float = 0.0
     targets: Literal["labels", "teacher", "both"] = "labels"
     teacher_weight: float = 1.0
@@ -158,10 +165,14 @@ class TrainingConfig:
         check_number("training.temperature", self.temperature, 0.01, 100)
         for name in ("lr", "clip"):
             check_positive(f"training.{name}", getattr(self, name))
-        for name in ("weight_decay", "dice", "teacher_weight", "cache_gb"):
+        for name in ("weight_decay", "dice", "teacher_weight", "boundary_weight", "deep_supervision", "cache_gb"):
             check_number(f"training.{name}", getattr(self, name), 0)
         check_number("training.warmup", self.warmup, 0, 1)
         check_number("training.ema", self.ema, 0, _MAX_EMA)
+        for weight in self.class_weights or ():
+            check_number("training.class_weights", weight, 0)
+        if self.class_weights is not None and not any(self.class_weights):
+            raise ValueError(f"training.class_weights = {self.class_weights}, expected one above 0 at least")
 
 
 @dataclass(frozen=True)
@@ -219,6 +230,15 @@ class Config(RefinerConfig):
         """The refiner's settings, with the extractor of ``preset`` if one is named."""
         own = RefinerConfig(**{field.name: getattr(self, field.name) for field in fields(RefinerConfig)})
         return own if self.preset is None else replace(own, extractor=PRESETS[self.preset])
+
+
+def check_class_weights(config: TrainingConfig, classes: int) -> None:
+    """Raises ``ValueError`` unless there is a weight for each class, or none is given."""
+    if config.class_weights is not None and len(config.class_weights) != classes:
+        raise ValueError(
+            f"training.class_weights = {config.class_weights}: {len(config.class_weights)} weights for {classes} "
+            "classes, expected one for each"
+        )
 
 
 def check_batch_fits(config: Config, classes: int) -> None:

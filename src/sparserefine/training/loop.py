@@ -21,7 +21,7 @@ from sparserefine.machine.device import device_named
 from sparserefine.refiner import SparseRefiner
 from sparserefine.training import slurm
 from sparserefine.training.checks import warn_if_vain
-from sparserefine.training.config import Config, check_batch_fits
+from sparserefine.training.config import Config, check_batch_fits, check_class_weights
 from sparserefine.training.items import WholeImages
 from sparserefine.training.logits import Bases, CoarseLogits, check_outputs
 from sparserefine.training.mixing import Mixed, repeated
@@ -107,6 +107,7 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
         data[0].check_labelled(f"training.targets = {c.targets!r}")
     if c.targets == "labels":
         data[1].check_labelled("validation with training.targets = 'labels'")
+    check_class_weights(c, len(data[0].classes))
     check_batch_fits(config, len(data[0].classes))
     refiner, device = build_refiner(config, data[0]), device_named(c.device)
     start = start_of(out, refiner) if resume else Start()

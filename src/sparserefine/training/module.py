@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from sparserefine.stages.refinement import Refinement
 from sparserefine.training.averages import WeightMean
 from sparserefine.training.checks import FiniteWatch, Seen, check_finite_weights
 from sparserefine.training.config import Config
+from sparserefine.training.deep import DeepHeads
 from sparserefine.training.items import WholeImage
 from sparserefine.training.losses import refinement_loss
 from sparserefine.training.record import RunRecord
 from sparserefine.training.soft_losses import teacher_at_sites, teacher_loss
 from sparserefine.training.teacher import teacher_labels
+from sparserefine.training.weights import SiteWeights
 
 _PICTURE_PX = 330  # three of them are about 1,000 pixels wide
 _AGREEMENT = "agreement_"
@@ -66,6 +68,9 @@ class RefinerModule(L.LightningModule):
         self._watch = FiniteWatch()
         self._mean = WeightMean(refiner, config.training.ema)
         self._with_mean = ExitStack()
+        self._weights = SiteWeights(config.training.class_weights, config.training.boundary_weight)
+        deep = config.training.deep_supervision > 0 and len(config.refiner.extractor.planes) > 1
+        self._deep = DeepHeads(refiner.extractor, refiner.base.num_classes) if deep else None
 
     def on_train_start(self) -> None:
         """Everything is restored."""
@@ -73,7 +78,8 @@ class RefinerModule(L.LightningModule):
 
     def training_step(self, batch: CropBatch, _: int) -> Tensor:
         """Loss of one batch of crops."""
-        result = self.refiner.refine(batch.image, batch.logits, windows=batch.parts, valid=batch.valid)
+        with self._deep.watching() if self._deep else nullcontext():
+            result = self.refiner.refine(batch.image, batch.logits, windows=batch.parts, valid=batch.valid)
         truth = result.sites.gather(batch.label[:, None])[:, 0]
         loss, has_target = self._loss(result, truth, batch)
         self.log("loss", loss.detach(), prog_bar=True)
@@ -88,13 +94,21 @@ class RefinerModule(L.LightningModule):
         """The loss, and which sites have a target, ``bool [N]``."""
         c, labelled = self.config.training, truth != IGNORE
         sparse, refined = result.sparse_logits, result.refined_logits
-        if batch.teacher is None:
-            return refinement_loss(sparse, refined, truth, c.dice), labelled
-        teacher = teacher_at_sites(batch.teacher, batch.windows, result.sites)
-        loss = teacher_loss(sparse, refined, teacher, c.temperature, c.dice)
-        if c.targets == "both":
-            loss = refinement_loss(sparse, refined, truth, c.dice) + c.teacher_weight * loss
-        return loss, torch.ones_like(labelled)
+        loss = sparse.new_zeros(())
+        if c.targets != "teacher":
+            weight = self._weights.by_labels(truth, batch.label, result.sites)
+            loss = refinement_loss(sparse, refined, truth, c.dice, weight)
+        if batch.teacher is not None:
+            teacher = teacher_at_sites(batch.teacher, batch.windows, result.sites)
+            weight = self._weights.by_teacher(teacher)
+            taught = teacher_loss(sparse, refined, teacher, c.temperature, c.dice, weight)
+            loss = loss + (c.teacher_weight if c.targets == "both" else 1) * taught
+            labelled = torch.ones_like(labelled)
+            if c.targets == "teacher":
+                truth = teacher.argmax(1)
+        if self._deep is not None:
+            loss = loss + c.deep_supervision * self._deep.loss(truth)
+        return loss, labelled
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -190,6 +204,7 @@ class RefinerModule(L.LightningModule):
         """AdamW with weight decay on weights only; linear warm-up, then a cosine to zero."""
         c = self.config.training
         parameters = list(self.refiner.trained_parameters())
+        parameters += [] if self._deep is None else self._deep.parameters()
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": c.weight_decay},
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -215,7 +230,9 @@ class RefinerModule(L.LightningModule):
         """Removes the base from the checkpoint, as it is not trained."""
         check_finite_weights(self.refiner, self.global_step)
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("refiner.base.")}
+        trained = {k: v for k, v in state.items() if k.startswith("refiner.") and not k.startswith("refiner.base.")}
+        checkpoint["state_dict"] = trained
+        checkpoint["heads"] = {} if self._deep is None else self._deep.state_dict()
         checkpoint["best_score"] = self.best_score
         checkpoint["learnt"] = self.learnt
         checkpoint["mean"] = self._mean.state()
@@ -225,3 +242,5 @@ class RefinerModule(L.LightningModule):
         self.best_score = checkpoint["best_score"]
         self.learnt = checkpoint.get("learnt", 1)  # checkpoints of older versions do not tell: assume something
         self._mean.load(checkpoint.get("mean"))
+        if self._deep is not None:
+            self._deep.load_state_dict(checkpoint["heads"])

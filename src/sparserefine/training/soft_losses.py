@@ -31,7 +31,9 @@ def teacher_at_sites(teacher: Sequence[SoftLabels], windows: Sequence[Window], s
     )
 
 
-def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def soft_cross_entropy(
+    logits: Tensor, teacher: Tensor, temperature: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
     """Mean cross entropy to the teacher's probabilities over the sites; without any, it is 0 with a gradient of 0.
 
     Both logits are divided by the temperature, and the loss is multiplied by its square, so that its gradient stays as
@@ -41,10 +43,15 @@ def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float = 1.0
         logits: ``[N, K]``.
         teacher: the teacher's logits ``[N, K]``.
         temperature: T.
+        weight: of each site in the mean, ``[N]``; default: 1.
     """
     target = (teacher.float() / temperature).softmax(1)
-    total = F.cross_entropy(logits.float() / temperature, target, reduction="sum")
-    return temperature**2 * total / max(1, len(logits))
+    if weight is None:
+        total = F.cross_entropy(logits.float() / temperature, target, reduction="sum")
+        return temperature**2 * total / max(1, len(logits))
+    per_site = F.cross_entropy(logits.float() / temperature, target, reduction="none")
+    whole = weight.sum()
+    return temperature**2 * (per_site * weight).sum() / torch.where(whole > 0, whole, 1)
 
 
 def dice_to_soft(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -66,7 +73,12 @@ def dice_to_soft(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 def teacher_loss(
-    sparse: Tensor, refined: Tensor, teacher: Tensor, temperature: float = 1.0, dice: float = 0.0
+    sparse: Tensor,
+    refined: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    dice: float = 0.0,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Soft cross entropies of sparse and refined logits, plus ``dice`` times the Dice losses of both.
 
@@ -76,8 +88,10 @@ def teacher_loss(
         teacher: the teacher's logits ``[N, K]``.
         temperature: of the cross entropies.
         dice: weight of the Dice losses.
+        weight: of each site in the cross entropies, ``[N]``; default: 1.
     """
-    loss = soft_cross_entropy(sparse, teacher, temperature) + soft_cross_entropy(refined, teacher, temperature)
+    of_sparse, of_refined = (soft_cross_entropy(x, teacher, temperature, weight) for x in (sparse, refined))
+    loss = of_sparse + of_refined
     if dice:
         loss = loss + dice * (dice_to_soft(sparse, teacher) + dice_to_soft(refined, teacher))
     return loss
