@@ -3,7 +3,9 @@
 import json
 import math
 from argparse import Namespace
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +15,6 @@ from sparserefine.commands.evaluate import run
 from sparserefine.files.results import write_results
 from sparserefine.images.classes import Classes
 from sparserefine.refiner import SparseRefiner
-from sparserefine.scores.bootstrap import interval
 from sparserefine.scores.confusion import confusion, dice
 from sparserefine.scores.counts import Counts
 from sparserefine.stages.config import RefinerConfig
@@ -123,15 +124,18 @@ def test_intervals_over_images(refiner, images, dense):
     """Those of the images' own counts; differences are drawn together."""
     three, seen = [*images, images[0]], []
     result = evaluate(refiner, three, dense=dense, seen=lambda _, maps: seen.append(maps))
-    counts = {
-        name: [Counts.of(maps[name], truth, 2) for maps, (_, truth) in zip(seen, three, strict=True)]
-        for name in ("coarse", "refined", "dense")
-    }
+    draws = torch.randint(3, (2000, 3), generator=torch.Generator().manual_seed(0)).tolist()
+    scores = {}
+    for name in ("coarse", "refined", "dense"):
+        counts = [Counts.of(maps[name], truth, 2) for maps, (_, truth) in zip(seen, three, strict=True)]
+        of = {(a, b, c): (counts[a] + counts[b] + counts[c]).dice() for a, b, c in product(range(3), repeat=3)}
+        scores[name] = np.array([of[tuple(draw)] for draw in draws])
     refined = result.rows["refined"]
-    assert refined["interval"] == interval(Counts.dice, counts["refined"])
+    assert refined["interval"] == pytest.approx(np.quantile(scores["refined"], (0.025, 0.975)))
     assert refined["interval"][0] <= refined["dice"] <= refined["interval"][1]
     for other in ("coarse", "dense"):
-        assert refined[f"above_{other}"] == interval(Counts.dice, counts["refined"], counts[other])
+        difference = scores["refined"] - scores[other]
+        assert refined[f"above_{other}"] == pytest.approx(np.quantile(difference, (0.025, 0.975)))
     assert "above_coarse" not in result.rows["coarse"]
     assert result.agreement["coarse"]["above_dense"][1] < 0
     low, high = refined["above_dense"]

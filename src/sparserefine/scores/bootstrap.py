@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-
-from sparserefine.scores.counts import Counts
 
 RESAMPLES = 2000
 SEED = 0
@@ -15,49 +14,39 @@ FEWEST = 3
 """Of images: fewer say nothing about others."""
 
 
-def interval(
-    score: Callable[[Counts], float], images: Sequence[Counts], other: Sequence[Counts] | None = None
-) -> tuple[float, float] | None:
-    """The 95 % percentile interval of a score over images, or of the difference of two scores of the same images.
+def resampled(score: Callable[[Tensor], Tensor], images: Sequence[Tensor]) -> Tensor:
+    """A score of each of 2000 draws of images, ``float64 [2000]``.
 
-    Images are drawn with repeats, as many as there are, 2000 times, and their counts added: a score of a dataset is no
-    mean over its images. Equal images give equal intervals, whatever the order of calls.
+    A draw has as many images as there are, with repeats, and their counts are added: a score of a dataset is no mean
+    over its images. For equally many images the draws are the same, so that two predictions of the same images can be
+    compared draw by draw, and what is hard for both does not count.
 
     Args:
-        score: of counts.
-        images: counts of each image.
-        other: another prediction's counts of the same images; the interval is then of ``images`` minus ``other``, drawn
-            together, so that what is hard for both does not count.
+        score: of counts, ``float64 [2000, ...] -> [2000]``.
+        images: counts of each image, integers ``[...]``.
 
     Returns:
-        The two ends; ``None`` for fewer than 3 images, or if the score is undefined for a draw.
-
-    Raises:
-        ValueError: ``other`` has another number of images.
+        The scores; all are NaN for fewer than 3 images.
     """
-    if other is not None and len(other) != len(images):
-        raise ValueError(f"{len(images)} and {len(other)} images; expected the same ones")
-    if len(images) < FEWEST:
-        return None
-    draws = torch.randint(len(images), (RESAMPLES, len(images)), generator=torch.Generator().manual_seed(SEED))
-    times = torch.nn.functional.one_hot(draws, len(images)).sum(1)
-    values = _scores(score, images, times)
-    if other is not None:
-        values = values - _scores(score, other, times)
+    count = len(images)
+    if count < FEWEST:
+        return torch.full((RESAMPLES,), math.nan, dtype=torch.float64)
+    draws = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(SEED))
+    times = torch.zeros(RESAMPLES, count, dtype=torch.float64)
+    times.scatter_add_(1, draws, torch.ones(1, dtype=torch.float64).expand_as(draws))
+    return score(torch.tensordot(times, torch.stack(list(images)).double(), 1))  # whole numbers, so sums are exact
+
+
+def interval(values: Tensor) -> tuple[float, float] | None:
+    """The two ends of the 95 % percentile interval of a score, or of the difference of two.
+
+    Args:
+        values: of each draw, ``float64 [draws]``.
+
+    Returns:
+        The ends; ``None`` if a value is not finite, which is so where the score of a draw is undefined.
+    """
     if not bool(values.isfinite().all()):
         return None
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high
-
-
-def _scores(score: Callable[[Counts], float], images: Sequence[Counts], times: Tensor) -> Tensor:
-    """The score of each draw, ``float64``; ``times [draws, images]`` says how often each image is in it."""
-    weights = times.double()
-    matrices = torch.stack([one.matrix for one in images]).double()
-    boundaries = torch.stack([one.boundary for one in images]).double()
-    sums = zip(
-        torch.tensordot(weights, matrices, 1).round().long(),
-        torch.tensordot(weights, boundaries, 1).round().long(),
-        strict=True,
-    )
-    return torch.tensor([score(Counts(matrix, boundary)) for matrix, boundary in sums], dtype=torch.float64)

@@ -38,15 +38,31 @@ def binned_confusion(labels: Tensor, truth: Tensor, bins: Tensor, num_classes: i
     return torch.bincount(pairs, minlength=num_bins * num_classes**2).view(num_bins, num_classes, num_classes)
 
 
+def class_counts(matrix: Tensor) -> Tensor:
+    """Pixels of each class that are right, true and predicted, ``int64 [3, K]``: enough for IoU and Dice."""
+    return torch.stack([matrix.diag(), matrix.sum(1), matrix.sum(0)])
+
+
+def iou_of(counts: Tensor) -> Tensor:
+    """:func:`iou` of :func:`class_counts`, ``[..., 3, K] -> [..., K]``."""
+    right, true, predicted = counts.double().unbind(-2)
+    return right / (true + predicted - right)
+
+
+def dice_of(counts: Tensor) -> Tensor:
+    """:func:`dice` of :func:`class_counts`, ``[..., 3, K] -> [..., K]``."""
+    right, true, predicted = counts.double().unbind(-2)
+    return 2 * right / (true + predicted)
+
+
 def iou(matrix: Tensor) -> Tensor:
     """Intersection over union of each class, ``float64 [K]``; NaN where a class neither occurs nor is predicted."""
-    hits, union = matrix.diag().double(), (matrix.sum(0) + matrix.sum(1) - matrix.diag()).double()
-    return hits / union
+    return iou_of(class_counts(matrix))
 
 
 def dice(matrix: Tensor) -> Tensor:
     """Dice coefficient (F1) of each class, ``float64 [K]``; NaN where a class neither occurs nor is predicted."""
-    return 2 * matrix.diag().double() / (matrix.sum(0) + matrix.sum(1)).double()
+    return dice_of(class_counts(matrix))
 
 
 def accuracy(matrix: Tensor) -> float:

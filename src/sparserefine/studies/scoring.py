@@ -19,9 +19,9 @@ from sparserefine.images.uncertainty import first_largest, label_dtype
 from sparserefine.images.upsampling import Upsampling
 from sparserefine.machine.memory import PeakMemory
 from sparserefine.machine.timing import now_ms
-from sparserefine.scores.bootstrap import interval
+from sparserefine.scores.bootstrap import interval, resampled
 from sparserefine.scores.boundary import boundary_bands
-from sparserefine.scores.confusion import dice, foreground, iou
+from sparserefine.scores.confusion import class_counts, dice_of, iou_of
 from sparserefine.scores.counts import Counts
 from sparserefine.sparse import Engine
 from sparserefine.training.teacher import Teacher, teacher_labels
@@ -66,12 +66,19 @@ class Costs:
 
 @dataclass
 class Row:
-    """Scores and costs of one kind of prediction, accumulated over images."""
+    """Scores and costs of one kind of prediction, accumulated over images.
+
+    Attributes:
+        everywhere: counts of all pixels.
+        at_sites: counts of the sites.
+        costs: time, operations and memory.
+        images: for each image :func:`sparserefine.scores.confusion.class_counts`.
+    """
 
     everywhere: Counts
     at_sites: Counts
     costs: Costs = field(default_factory=Costs)
-    images: list[Counts] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def zero(cls, num_classes: int) -> Row:
@@ -89,14 +96,17 @@ class Row:
         """
         k = len(self.everywhere.matrix)
         image = Counts.of(labels, truth, k, bands=bands)
-        self.images.append(image)
+        self.images.append(class_counts(image.matrix))
         self.everywhere += image
         self.at_sites += Counts.of(labels, truth, k, bands=bands, where=sites)
 
     def summary(self, classes: Classes) -> dict[str, Any]:
         """Figures for tables and JSON, ``None`` for a class that never occurs.
 
-        Over images: the median ``ms``, mean ``gmacs`` and largest ``peak_mb``.
+        ``dice``, ``iou`` and ``boundary_iou`` are of class 1 of two classes, else means over the classes that occur;
+        ``miou`` is the mean IoU over all classes that occur, ``accuracy`` the share of pixels that are right,
+        ``class_iou`` IoU by class name, ``at_sites`` the same of the sites alone. Over images: the median ``ms`` [ms],
+        mean ``gmacs`` [1e9] and largest ``peak_mb`` [1e6 bytes], for predictions that are run by themselves.
         """
         figures = {**_figures(self.everywhere, classes), "at_sites": _figures(self.at_sites, classes)}
         if self.costs.ms:
@@ -190,7 +200,7 @@ class Scoreboard:
         """Figures of all rows, see :meth:`Row.summary`, with recovered shares if there is a dense model.
 
         ``interval`` is the 95 % bootstrap interval of the main score over images, ``above_coarse`` and ``above_dense``
-        those of the difference to these rows (:func:`sparserefine.scores.bootstrap.interval`).
+        those of the difference to these rows (:mod:`sparserefine.scores.bootstrap`).
         """
         rows = {name: row for name, row in self.rows.items() if name != "oracle" or self.labelled}
         found = [{name: row.summary(classes) for name, row in part.items()} for part in (rows, self.agreement)]
@@ -202,12 +212,12 @@ class Scoreboard:
 
     def _add_intervals(self, summaries: dict[str, dict[str, Any]], rows: Mapping[str, Row]) -> None:
         """Adds to each row how far its main score would move with other images, by itself and against other rows."""
-        score = Counts.dice if main_score(self._k) == "dice" else Counts.mean_iou
-        for name, row in rows.items():
-            summaries[name]["interval"] = interval(score, row.images)
+        draws = {name: resampled(_main_score_of_counts, row.images) for name, row in rows.items()}
+        for name, values in draws.items():
+            summaries[name]["interval"] = interval(values)
             for other in ("coarse", "dense"):
-                if other in rows and name not in (other, "oracle"):
-                    summaries[name][f"above_{other}"] = interval(score, row.images, rows[other].images)
+                if other in draws and name not in (other, "oracle"):
+                    summaries[name][f"above_{other}"] = interval(values - draws[other])
 
 
 def main_score(num_classes: int) -> Literal["dice", "miou"]:
@@ -217,7 +227,12 @@ def main_score(num_classes: int) -> Literal["dice", "miou"]:
 
 def main_score_of(matrix: Tensor) -> float:
     """The main score of a confusion matrix ``[K, K]``; NaN if no class occurs."""
-    return foreground(dice(matrix)) if len(matrix) == 2 else float(iou(matrix).nanmean())
+    return float(_main_score_of_counts(class_counts(matrix)))
+
+
+def _main_score_of_counts(counts: Tensor) -> Tensor:
+    """The same of :func:`sparserefine.scores.confusion.class_counts`, ``[..., 3, K] -> [...]``."""
+    return dice_of(counts)[..., 1] if counts.shape[-1] == 2 else iou_of(counts).nanmean(-1)
 
 
 def recovered(score: float | None, coarse: float | None, bound: float | None) -> float | None:
