@@ -20,7 +20,7 @@ class Stage:
         name: what it makes, and the folder for it.
         command: its arguments; Python's own path stands before them.
         needs: names of the stages whose results it reads.
-        again: further arguments if it was begun before and has left ``run.json``.
+        again: further arguments if it was begun before and has left ``config.json``.
     """
 
     name: str
@@ -97,7 +97,7 @@ def _run(todo: list[Stage], out: Path, jobs: int, deadline: float) -> list[str]:
             ):
                 continue
             else:
-                command = stage.command + (stage.again if (out / stage.name / "run.json").exists() else ())
+                command = stage.command + (stage.again if (out / stage.name / "config.json").exists() else ())
                 print(f"{stage.name}: {shlex.join(command)}", flush=True)
                 (out / "logs").mkdir(parents=True, exist_ok=True)
                 with (out / "logs" / f"{stage.name}.txt").open("ab") as log:

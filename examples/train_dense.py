@@ -140,6 +140,8 @@ def main() -> None:
     device, (reader, _, folder) = device_named(args.device), args.data.partition(":")
     config: Any = {"name": reader, "root": folder, "ignore": tuple(args.ignore)}
     splits = [DataConfig(**config).read(split) for split in (args.train, args.val)]
+    for data in splits:
+        data.check_labelled("train_dense.py")
     k = len(splits[0].classes)
     pairs = [[[part.to(device) for part in data.read(i)] for i in range(len(data))] for data in splits]
     train = [downsized(image, label, k, args.ratio) for image, label in pairs[0]]

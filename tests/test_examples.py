@@ -72,7 +72,7 @@ def test_a_failed_stage_stops_what_needs_it_and_nothing_else(run, tmp_path):
 def test_a_stage_that_was_begun_goes_on(run, tmp_path):
     given = [("run", f"import sys; open({str(tmp_path / 'log')!r}, 'w').write(' '.join(sys.argv[1:]))", [])]
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").touch()
+    (tmp_path / "run" / "config.json").touch()
     run(*given)
     assert (tmp_path / "log").read_text() == "again"
 

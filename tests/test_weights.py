@@ -120,6 +120,12 @@ def test_bad_weights_are_refused() -> None:
     assert dataclasses.replace(TrainingConfig(), boundary_weight=2.0).boundary_weight == 2
 
 
+def test_boundaries_need_labels() -> None:
+    assert TrainingConfig(boundary_weight=2.0, targets="both").boundary_weight == 2
+    with pytest.raises(ValueError, match=r"boundary_weight = 2\.0 with training\.targets = 'teacher'"):
+        TrainingConfig(boundary_weight=2.0, targets="teacher")
+
+
 @pytest.mark.slow
 def test_levers_change_the_run_and_not_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_short_project(tmp_path)

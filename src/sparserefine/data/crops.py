@@ -42,7 +42,8 @@ class AugmentConfig:
         crop: height and width [px], each at most 16,384 and together at most 8192 x 8192; smaller images are padded,
             and padding is never refined.
         scale: smallest and largest factor of the random resize, from 0.01 to 100.
-        max_class_share: a crop is drawn again, up to ten times, if one class covers a larger share of it.
+        max_class_share: a crop is drawn again, up to ten times, if one class covers a larger share of it by its label;
+            without labels it is not.
         flip: mirror left-right with probability 1/2.
         flip_vertical: mirror upside down with probability 1/2; for images without a fixed "up".
         photometric: random brightness, contrast, saturation and hue.

@@ -96,8 +96,10 @@ class TrainingConfig:
         warmup: share of the steps in which the learning rate rises linearly.
         dice: weight of a Dice loss on sparse and refined logits, for labels and teacher; 0: cross entropy only, as in
             the paper.
-        class_weights: weight of each class in the cross entropies, one number for each class; ``null``: 1 each.
-        boundary_weight: how much more a site at a boundary of the label counts in the cross entropy: 1 + this.
+        class_weights: weight of each class in the cross entropies, one number for each class; for a teacher, the mean
+            by its probabilities; ``null``: 1 each.
+        boundary_weight: how much more a site at a boundary of the label counts in the cross entropy to labels: 1 +
+            this.
         deep_supervision: weight of cross entropies at the coarser levels of the extractor, by heads that are not
             stored.
         ema: validate and store an exponential mean of the weights, of which this share stays at each step, such as
@@ -167,6 +169,11 @@ class TrainingConfig:
             check_positive(f"training.{name}", getattr(self, name))
         for name in ("weight_decay", "dice", "teacher_weight", "boundary_weight", "deep_supervision", "cache_gb"):
             check_number(f"training.{name}", getattr(self, name), 0)
+        if self.boundary_weight and self.targets == "teacher":
+            raise ValueError(
+                f"training.boundary_weight = {self.boundary_weight} with training.targets = 'teacher': boundaries are "
+                "those of labels; leave it out, or set training.targets: both"
+            )
         check_number("training.warmup", self.warmup, 0, 1)
         check_number("training.ema", self.ema, 0, _MAX_EMA)
         for weight in self.class_weights or ():
