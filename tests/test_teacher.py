@@ -82,6 +82,7 @@ def test_what_changes_predictions_changes_the_identity(tmp_path: Any) -> None:
     [
         ({"name": None}, "teacher.name = None, expected the name of a base"),
         ({"ratio": 0.0}, "teacher.ratio = 0.0, expected more than 0 and at most 1"),
+        ({"size": (0, 32)}, r"teacher.size = \(0, 32\), expected at least 1 pixel"),
         ({"source": "disk"}, "teacher.source = 'disk', expected 'stored' or 'live'"),
         ({"source": "stored"}, "teacher.source = 'stored' needs teacher.folder"),
         ({"window": 500}, "teacher.window = 500, expected a multiple of 32"),

@@ -424,4 +424,7 @@ def _class_count(
     return count
 
 
-_USE_CLASS_MAP = "give a class map (base.class_map), which assigns each class of the model to a class of the data"
+_USE_CLASS_MAP = (
+    "give a class map (base.class_map, or for a dense model teacher.class_map or --dense_class_map), which assigns "
+    "each class of the model to a class of the data"
+)

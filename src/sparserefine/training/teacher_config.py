@@ -50,6 +50,8 @@ class TeacherConfig:
             )
         if not 0 < self.ratio <= 1:
             raise ValueError(f"teacher.ratio = {self.ratio}, expected more than 0 and at most 1")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"teacher.size = {self.size}, expected at least 1 pixel each way")
         if self.source not in ("stored", "live"):
             raise ValueError(f"teacher.source = {self.source!r}, expected 'stored' or 'live'")
         if self.source == "stored" and not self.folder.strip():
