@@ -35,6 +35,8 @@ from support import (
     slow_if_interpreted,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter divides by 0 aloud
+
 DOWNS = ("paper", "cell")
 SCALE, SHIFT = torch.tensor([0.02, 0.03, 0.04]), torch.tensor([-0.5, 0.25, 1.0])
 UPSAMPLINGS = {
@@ -374,6 +376,15 @@ def test_training_reaches_its_weights(engine: str) -> None:
     for name, parameter in refiner.extractor.context.named_parameters():
         assert parameter.grad is not None, name
         assert float(parameter.grad.abs().max()) > 0, name
+
+
+@pytest.mark.slow
+def test_a_network_with_it_compiles_without_a_graph_break() -> None:
+    net, engine = with_weights(refiner_of()).extractor.train(), engine_of("torch")
+    plan = engine.plan(mask_of("random", (6, 5)), net.spec)
+    x, context = torch.randn(len(plan.sites), 3), [torch.randn(n, 6) for n in plan.rows]
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, plan, context), net(x, plan, context))
 
 
 def test_stored_and_read_back(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from sparserefine.commands.evaluate import run
 from sparserefine.files.results import write_results
 from sparserefine.images.classes import Classes
 from sparserefine.refiner import SparseRefiner
+from sparserefine.scores.bootstrap import interval
 from sparserefine.scores.confusion import confusion, dice
+from sparserefine.scores.counts import Counts
 from sparserefine.stages.config import RefinerConfig
 from sparserefine.stages.extractor import ExtractorConfig
 from sparserefine.stages.selector import Selector
@@ -115,6 +117,27 @@ def test_agreement_is_the_score_on_the_dense_labels(refiner, images, dense):
     assert alone.rows["refined"]["ms"] > 0
     assert alone.table().startswith("no labels: agreement with the dense model")
     assert f"{alone.agreement['refined']['dice']:.4f}" in alone.table()
+
+
+def test_intervals_over_images(refiner, images, dense):
+    """Those of the images' own counts; differences are drawn together."""
+    three, seen = [*images, images[0]], []
+    result = evaluate(refiner, three, dense=dense, seen=lambda _, maps: seen.append(maps))
+    counts = {
+        name: [Counts.of(maps[name], truth, 2) for maps, (_, truth) in zip(seen, three, strict=True)]
+        for name in ("coarse", "refined", "dense")
+    }
+    refined = result.rows["refined"]
+    assert refined["interval"] == interval(Counts.dice, counts["refined"])
+    assert refined["interval"][0] <= refined["dice"] <= refined["interval"][1]
+    for other in ("coarse", "dense"):
+        assert refined[f"above_{other}"] == interval(Counts.dice, counts["refined"], counts[other])
+    assert "above_coarse" not in result.rows["coarse"]
+    assert result.agreement["coarse"]["above_dense"][1] < 0
+    low, high = refined["above_dense"]
+    assert f"{low:+.4f} to {high:+.4f} above dense" in result.table()
+    assert evaluate(refiner, images).rows["refined"]["interval"] is None
+    assert "draws" not in evaluate(refiner, images).table()
 
 
 def test_an_image_without_labels_counts_in_the_agreement_only(refiner, images, dense):

@@ -72,7 +72,9 @@ class SoftLabels:
 
     def to(self, device: torch.device) -> SoftLabels:
         """The same on another device."""
-        values, classes = (x.to(device, non_blocking=True) for x in (self.values, self.classes))
+        # Towards the CPU it would return before the values are there.
+        ahead = device.type == "cuda"
+        values, classes = (x.to(device, non_blocking=ahead) for x in (self.values, self.classes))
         return replace(self, values=values, classes=classes)
 
     def seen_by(

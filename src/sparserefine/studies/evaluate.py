@@ -36,7 +36,9 @@ class Evaluation:
 
     The main score is Dice of class 1 for two classes, mIoU for more. With a dense model each row has two shares of it,
     ``None`` where there is nothing to recover: ``recovered``, (row - coarse) / (dense - coarse), and
-    ``recovered_at_sites``, (row - coarse) / (dense_at_sites - coarse).
+    ``recovered_at_sites``, (row - coarse) / (dense_at_sites - coarse). ``interval`` says how far the main score would
+    move with other images, ``above_coarse`` and ``above_dense`` the same of the difference to these rows: the ends of
+    95 % bootstrap intervals, ``None`` for fewer than three images.
 
     Attributes:
         rows: for each prediction its scores on the labels and its costs, see :meth:`Row.summary`. ``coarse``: the base
@@ -90,6 +92,7 @@ class Evaluation:
                 *_undefined("" if labelled else "agreement: ", first),
                 *(_undefined("agreement: ", self.agreement) if labelled else ()),
             ]
+        lines += _intervals(first, _SCORES[main_score(len(classes))])
         selected = [f"{self.images} image{'s' * (self.images != 1)}, density {self.density:.1%}"]
         if self.errors_selected is not None:
             selected.append(f"coarse errors selected {self.errors_selected:.1%}")
@@ -114,6 +117,20 @@ def _line(name: str, figures: dict[str, Any]) -> str:
     scores = [cell(figures[key], 6, 4) for key in _SCORES]
     shares = [cell(figures[key], _SHARE, 2) for key in _TITLES if key in figures]
     return f"{_shown(name):{_WIDE}}  {' '.join([*scores, *shares])}"
+
+
+def _intervals(rows: dict[str, dict[str, Any]], score: str) -> Iterator[str]:
+    """A line on how far the refined score would move with other images, if that is known."""
+    refined = rows["refined"]
+    if refined["interval"] is None:
+        return
+    low, high = refined["interval"]
+    parts = [f"{low:.4f} to {high:.4f}"]
+    for other in ("coarse", "dense"):
+        if refined.get(f"above_{other}") is not None:
+            low, high = refined[f"above_{other}"]
+            parts.append(f"{low:+.4f} to {high:+.4f} above {other}")
+    yield f"refined {score}, 95% of draws of these images with repeats: {', '.join(parts)}"
 
 
 def _undefined(where: str, rows: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from sparserefine.images.uncertainty import first_largest, label_dtype
 from sparserefine.images.upsampling import Upsampling
 from sparserefine.machine.memory import PeakMemory
 from sparserefine.machine.timing import now_ms
+from sparserefine.scores.bootstrap import interval
 from sparserefine.scores.boundary import boundary_bands
 from sparserefine.scores.confusion import dice, foreground, iou
 from sparserefine.scores.counts import Counts
@@ -70,6 +71,7 @@ class Row:
     everywhere: Counts
     at_sites: Counts
     costs: Costs = field(default_factory=Costs)
+    images: list[Counts] = field(default_factory=list)
 
     @classmethod
     def zero(cls, num_classes: int) -> Row:
@@ -86,7 +88,9 @@ class Row:
             sites: ``bool [H, W]``.
         """
         k = len(self.everywhere.matrix)
-        self.everywhere += Counts.of(labels, truth, k, bands=bands)
+        image = Counts.of(labels, truth, k, bands=bands)
+        self.images.append(image)
+        self.everywhere += image
         self.at_sites += Counts.of(labels, truth, k, bands=bands, where=sites)
 
     def summary(self, classes: Classes) -> dict[str, Any]:
@@ -183,12 +187,27 @@ class Scoreboard:
         return bool(self.rows["coarse"].everywhere.matrix.any())
 
     def summaries(self, classes: Classes) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-        """Figures of all rows, see :meth:`Row.summary`, with recovered shares if there is a dense model."""
+        """Figures of all rows, see :meth:`Row.summary`, with recovered shares if there is a dense model.
+
+        ``interval`` is the 95 % bootstrap interval of the main score over images, ``above_coarse`` and ``above_dense``
+        those of the difference to these rows (:func:`sparserefine.scores.bootstrap.interval`).
+        """
         rows = {name: row for name, row in self.rows.items() if name != "oracle" or self.labelled}
         found = [{name: row.summary(classes) for name, row in part.items()} for part in (rows, self.agreement)]
         for part in found if self.agreement else ():
             add_recovered(part, self._k)
+        for summaries, scored in zip(found, (rows, self.agreement), strict=True):
+            self._add_intervals(summaries, scored)
         return found[0], found[1]
+
+    def _add_intervals(self, summaries: dict[str, dict[str, Any]], rows: Mapping[str, Row]) -> None:
+        """Adds to each row how far its main score would move with other images, by itself and against other rows."""
+        score = Counts.dice if main_score(self._k) == "dice" else Counts.mean_iou
+        for name, row in rows.items():
+            summaries[name]["interval"] = interval(score, row.images)
+            for other in ("coarse", "dense"):
+                if other in rows and name not in (other, "oracle"):
+                    summaries[name][f"above_{other}"] = interval(score, row.images, rows[other].images)
 
 
 def main_score(num_classes: int) -> Literal["dice", "miou"]:

@@ -144,8 +144,12 @@ template <class T, bool SCORES> struct Walk {
   // Adds up the pixels of a cell in its sums, which are clear. The cell begins inside the image.
   void walk(int64_t level, int64_t r, int64_t c) {
     float* const mine = own + level * sums;
-    if (level == 0) pixel(r, c, mine);
-    for (int64_t child = 0; level > 0 && child < 4; child++) {
+    if (level == 0) return pixel(r, c, mine);
+    const int64_t y = 2 * r, x = 2 * c;
+    const bool together = level == 1 && padded == VL && y + 1 < height && x + 1 < width && counts(y, x) &&
+                          counts(y, x + 1) && counts(y + 1, x) && counts(y + 1, x + 1);
+    if (together) four_pixels(y, x, mine);
+    for (int64_t child = 0; !together && child < 4; child++) {
       const int64_t row = 2 * r + child / 2, column = 2 * c + child % 2;
       if (row << (level - 1) >= height || column << (level - 1) >= width) continue;
       if (level == 1) {
@@ -156,7 +160,7 @@ template <class T, bool SCORES> struct Walk {
       walk(level - 1, row, column);
       for (int64_t i = 0; i < sums; i += VL) store(mine + i, load(mine + i) + load(mine - sums + i));
     }
-    if (level > 0) finish(level, r, c, mine);
+    finish(level, r, c, mine);
   }
 
   // Stores the means of a cell, if it is the next of its row.
@@ -173,62 +177,94 @@ template <class T, bool SCORES> struct Walk {
       store_part(out + 3 + k, load(total + k) * share, smaller(classes - k, (int64_t)VL));
   }
 
-  vec part(const float* values, int64_t k) const {
-    return classes - k >= VL ? load(values + k) : load_part(values + k, classes - k);
+  bool counts(int64_t y, int64_t x) const { return !call.valid || call.valid[y * width + x]; }
+
+  // VL classes of a pixel, from k on; those past the last are zero.
+  vec value(int64_t y, int64_t x, int64_t k) const {
+    const float* above = call.coarse + call.rows.low[y] * call.width * classes + k;
+    const float* below = call.coarse + call.rows.high[y] * call.width * classes + k;
+    const int64_t left = call.columns.low[x] * classes, right = call.columns.high[x] * classes;
+    const float across = call.columns.weight[x], down = call.rows.weight[y];
+    const auto part = [&](const float* at) { return classes - k >= VL ? load(at) : load_part(at, classes - k); };
+    const vec a = part(above + left), b = part(above + right), upper = a + across * (b - a);
+    const vec d = part(below + left), e = part(below + right), lower = d + across * (e - d);
+    return upper + down * (lower - upper);
+  }
+
+  // Scores, given their sum, become shares of at least CLIP, as in log_shares; logits, given the largest, exp(z - max).
+  // Both are then divided by their sum over all classes.
+  vec weight(vec v, vec reference, bool last) const {
+    if (!SCORES) {
+      v -= reference;
+      return exp_of(v < LOWEST ? splat(LOWEST) : v);
+    }
+    v = reference > 0.f ? v / reference : splat(1.f / classes);
+    v = v < CLIP ? splat(CLIP) : v;
+    return last && absent < 0.f ? vec{} : v;
+  }
+  vec reference_of(vec v) const { return SCORES ? sum_of(v) : largest_of(v); }
+
+  quad colour(int64_t y, int64_t x) const {
+    const T* of = (const T*)call.image + y * width + x;
+    return quad{(float)of[0], (float)of[height * width], (float)of[2 * height * width], 1.f};
   }
 
   // Adds a pixel to sums, and stores its own values if it is a site.
   void pixel(int64_t y, int64_t x, float* into) {
     float* const z = own + call.count * sums;
-    if (call.valid && !call.valid[y * width + x]) {
+    if (!counts(y, x)) {
       clear(z);
       finish(0, y, x, z);
       return;
     }
-    const float* above = call.coarse + call.rows.low[y] * call.width * classes;
-    const float* below = call.coarse + call.rows.high[y] * call.width * classes;
-    const int64_t left = call.columns.low[x] * classes, right = call.columns.high[x] * classes;
-    const float across = call.columns.weight[x], down = call.rows.weight[y];
-    vec most = splat(NO_CLASS), total{};
-    const auto value = [&](int64_t k) {
-      const vec a = part(above + left, k), b = part(above + right, k), upper = a + across * (b - a);
-      const vec d = part(below + left, k), e = part(below + right, k), lower = d + across * (e - d);
-      return upper + down * (lower - upper);
-    };
+    vec reference = SCORES ? vec{} : splat(NO_CLASS), total{};
     for (int64_t k = 0; k < padded; k += VL) {
-      vec v = value(k);
-      if (!SCORES && k + VL == padded) v += absent;
+      const vec v = !SCORES && k + VL == padded ? value(y, x, k) + absent : value(y, x, k);
       store(z + k, v);
-      if (SCORES) total += v;
-      else most = larger_of(most, v);
+      reference = SCORES ? reference + v : larger_of(reference, v);
     }
-    // Scores become shares of at least CLIP, as in log_shares; logits exp(z - max z). Both are then divided by their sum.
-    const vec reference = SCORES ? sum_of(total) : largest_of(most);
-    total = vec{};
+    reference = reference_of(reference);
     for (int64_t k = 0; k < padded; k += VL) {
-      vec v = load(z + k);
-      if (SCORES) {
-        v = reference > 0.f ? v / reference : splat(1.f / classes);
-        v = v < CLIP ? splat(CLIP) : v;
-        if (k + VL == padded) v = absent < 0.f ? vec{} : v;
-      } else {
-        v -= reference;
-        v = exp_of(v < LOWEST ? splat(LOWEST) : v);
-      }
+      const vec v = weight(load(z + k), reference, k + VL == padded);
       store(z + k, v);
       total += v;
     }
-    const vec share = 1.f / sum_of(total);
+    const float share = 1.f / sum_of(total)[0];
     for (int64_t k = 0; k < padded; k += VL) {
       const vec v = load(z + k) * share;
       store(z + k, v);
       store(into + k, load(into + k) + v);
     }
-    const T* colour = (const T*)call.image + y * width + x;
-    const quad extra = {(float)colour[0], (float)colour[height * width], (float)colour[2 * height * width], 1.f};
+    const quad extra = colour(y, x);
     *(quad*)(z + padded) = extra;
     *(quad*)(into + padded) += extra;
     finish(0, y, x, z);
+  }
+
+  // The same for the four pixels of a cell of level 1, all inside and counting, with all classes in one vector: the
+  // processor works on all four while it would wait for one.
+  void four_pixels(int64_t y, int64_t x, float* into) {
+    vec v[4], total{};
+    SR_UNROLL
+    for (int i = 0; i < 4; i++) v[i] = SCORES ? value(y + i / 2, x + i % 2, 0) : value(y + i / 2, x + i % 2, 0) + absent;
+    SR_UNROLL
+    for (int i = 0; i < 4; i++) v[i] = weight(v[i], reference_of(v[i]), true);
+    SR_UNROLL
+    for (int i = 0; i < 4; i++) {
+      v[i] *= 1.f / sum_of(v[i])[0];
+      total += v[i];
+    }
+    store(into, load(into) + total);
+    for (int i = 0; i < 4; i++) {
+      const int64_t row = y + i / 2, column = x + i % 2;
+      const quad extra = colour(row, column);
+      *(quad*)(into + padded) += extra;
+      if (ahead[cursor(0, row)] != column) continue;
+      float* const z = own + call.count * sums;
+      store(z, v[i]);
+      *(quad*)(z + padded) = extra;
+      finish(0, row, column, z);
+    }
   }
 };
 
