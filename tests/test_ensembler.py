@@ -180,8 +180,10 @@ def test_other_modules_must_have_the_shapes_of_ours(engine):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_columns_in_chunks_give_the_gradients_of_the_modules(autocast: bool) -> None:
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+def test_columns_in_chunks_give_the_gradients_of_the_modules(name: str, autocast: bool) -> None:
     """More sites than one chunk; with autocast it computes in float32 all the same."""
+    engine = engine_of(name)
     torch.manual_seed(3)
     ensembler = GatedEnsembler(3)
     nn.init.normal_(ensembler.fuser[-1].weight)
@@ -195,9 +197,28 @@ def test_columns_in_chunks_give_the_gradients_of_the_modules(autocast: bool) -> 
             refined = blend + two_layers(blend, ensembler.fuser)
         else:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                refined = ensembler(*inputs)
+                refined = ensembler(*inputs, engine)
         (refined * weights).sum().backward()
         results.append([refined.detach(), *(t.grad for t in inputs), *(p.grad for p in ensembler.parameters())])
     for ours, expected in zip(*results, strict=True):
         assert ours.dtype == torch.float32
         assert float((ours - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_a_compiled_perceptron_has_the_same_bits_for_any_number_of_threads() -> None:
+    engine, threads, results = engine_of("cpu"), torch.get_num_threads(), []
+    torch.manual_seed(4)
+    x, weights = torch.randn(6, 5000), (torch.randn(20, 6), torch.randn(20), torch.randn(2, 20), torch.randn(2))
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            leaves = [tensor.clone().requires_grad_() for tensor in (x, *weights)]
+            result = engine.perceptron(leaves[0], tuple(leaves[1:]))
+            result.square().sum().backward()
+            results.append([result.detach(), *(leaf.grad for leaf in leaves)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    with pytest.raises(ValueError, match="expected \\[I, N\\]"):
+        engine.perceptron(x[:5], weights)
+    assert engine.perceptron(x.double(), weights) is None

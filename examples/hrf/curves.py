@@ -11,7 +11,7 @@ def main() -> None:
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/hrf")
     for file in sorted([*root.glob("*/curve.jsonl"), *root.glob("*/log.jsonl")]):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        key = "val_dice" if "val_dice" in lines[0] else "val_refined"
+        key = "val" if file.name == "curve.jsonl" else "val_refined"
         points = ", ".join(f"{line['step']}: {line[key]:.4f}" for line in lines)
         print(f"| {file.parent.name} | {points} |")
 

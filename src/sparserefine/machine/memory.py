@@ -1,7 +1,9 @@
-"""Peak memory, on CPU and GPU."""
+"""Peak memory, on CPU and GPU; memory that is free but kept."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 
 import psutil
@@ -43,3 +45,18 @@ class PeakMemory:
             self._thread.join()
             peak = max(self._peak, self._process.memory_info().rss)
         self.megabytes = (peak - self._before) / 1e6
+
+
+def give_back_free_memory() -> bool:
+    """Gives memory that is free, but that the C library keeps, back to the system; ``False`` if it cannot (not glibc).
+
+    Tensors of ever new sizes, as there are with every new set of sites, leave gaps that no later one fits: within an
+    hour, training took three times the memory in use. It takes about 0.1 s for a gigabyte.
+    """
+    if sys.platform != "linux":
+        return False
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:  # another C library
+        return False
+    trim(0)
+    return True

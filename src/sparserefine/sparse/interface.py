@@ -82,5 +82,8 @@ class Engine(Protocol):
     ) -> Tensor | None:
         """The result of the gated ensembler, or ``None`` if its own modules must compute it."""
 
+    def perceptron(self, x: Tensor, weights: Perceptron) -> Tensor | None:
+        """The perceptron of the columns of ``x [I, N]``, with gradients: ``[O, N]``; ``None``: torch computes it."""
+
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
         """Writes the class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites in use."""

@@ -86,6 +86,8 @@ class GatedEnsembler(Ensembler):
             refined = engine.gated(coarse, sparse, gate, fuser, self.residual)
             if refined is not None:
                 return refined
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and coarse.device.type == "cpu":
+            return self._learning(coarse, sparse, engine)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._refined(coarse, sparse)
         rows = _CHUNK_ROWS.get(coarse.device.type, _CHUNK_ROWS["other"])
@@ -93,18 +95,33 @@ class GatedEnsembler(Ensembler):
         return torch.cat([self._refined(c, s) for c, s in chunks])
 
     def _refined(self, coarse: Tensor, sparse: Tensor) -> Tensor:
-        # Transposed to [K, N], because softmax and entropy over the short rows of [N, K] are slow.
         c, s = coarse.t().contiguous(), sparse.t().contiguous()
-        gate_input = torch.cat([c.softmax(0), s.softmax(0), entropy(c, 0)[None], entropy(s, 0)[None]])
-        if coarse.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            w = torch.sigmoid(column_perceptron(gate_input, *_perceptron(self.gate)))
-            blend = w * c + (1 - w) * s
-            change = column_perceptron(blend, *_perceptron(self.fuser))
-            return (blend + change if self.residual else change).t()
-        w = torch.sigmoid(self.gate(gate_input.t()))
+        w = torch.sigmoid(self.gate(_gate_input(c, s).t()))
         blend = w * coarse + (1 - w) * sparse
         refined: Tensor = blend + self.fuser(blend) if self.residual else self.fuser(blend)
         return refined
+
+    def _learning(self, coarse: Tensor, sparse: Tensor, engine: Engine | None) -> Tensor:
+        """The same in training on the CPU, in columns ``[K, N]`` throughout."""
+
+        def perceptron(x: Tensor, network: nn.Sequential) -> Tensor:
+            result = None if engine is None else engine.perceptron(x, _perceptron(network))
+            return column_perceptron(x, *_perceptron(network)) if result is None else result
+
+        c, s = coarse.t().contiguous(), sparse.t().contiguous()
+        w = torch.sigmoid(perceptron(_gate_input(c, s), self.gate))
+        blend = w * c + (1 - w) * s
+        change = perceptron(blend, self.fuser)
+        return (blend + change if self.residual else change).t()
+
+
+def _gate_input(coarse: Tensor, sparse: Tensor) -> Tensor:
+    """Probabilities and entropies of logits ``[K, N]``: ``[2 K + 2, N]``.
+
+    Columns, because softmax and entropy over the short rows of ``[N, K]`` are slow.
+    """
+    entropies = entropy(coarse, 0)[None], entropy(sparse, 0)[None]
+    return torch.cat([coarse.softmax(0), sparse.softmax(0), *entropies])
 
 
 class MinimumEntropyEnsembler(Ensembler):

@@ -16,12 +16,13 @@ import torch
 from lightning import seed_everything as seed_everything
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from torch.utils.data import DataLoader
 
 from sparserefine.data.crops import CropDataset
 from sparserefine.data.loader import CropLoader
 from sparserefine.files.text import first_line
+from sparserefine.machine.memory import give_back_free_memory
 from sparserefine.training.checkpoint import LAST, CheckpointError, read_checkpoint, write_checkpoint
 from sparserefine.training.checks import READ_EVERY
 from sparserefine.training.items import WholeImages
@@ -36,6 +37,8 @@ _NOT_SO = (
 )
 """Warnings of Lightning that do not apply."""
 _EXIT_SIGTERM = 143
+_TRIM_EVERY = 50
+"""Steps: about a minute of a CPU."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -59,6 +62,15 @@ class SaveLast(Checkpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves it."""
         trainer.save_checkpoint(self._path)
+
+
+class Trim(Callback):
+    """Keeps the memory of a run on the CPU near what is in use."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Gives free memory back now and then."""
+        if trainer.global_step % _TRIM_EVERY == 0:
+            give_back_free_memory()
 
 
 class RunBar(TQDMProgressBar):
@@ -124,7 +136,7 @@ def fit(
         precision=c.precision,
         gradient_clip_val=c.clip,
         accumulate_grad_batches=c.accumulate,
-        callbacks=[RunBar(c.batch, device), SaveLast(out / LAST)],
+        callbacks=[RunBar(c.batch, device), SaveLast(out / LAST), *([Trim()] if device.type == "cpu" else [])],
         # One process on one device, whatever the variables of SLURM, torchrun and other launchers say.
         plugins=[LightningEnvironment(), WholeCheckpoints()],
         logger=False,

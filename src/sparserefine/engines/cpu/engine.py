@@ -14,6 +14,7 @@ from sparserefine.engines.cpu.gate import gated
 from sparserefine.engines.cpu.geometry import build_grid_plan
 from sparserefine.engines.cpu.kernels import kernels
 from sparserefine.engines.cpu.network import PackedNetwork
+from sparserefine.engines.cpu.perceptron import perceptron
 from sparserefine.engines.reference.engine import TorchEngine
 from sparserefine.images.coarse import Coarse
 from sparserefine.sparse.interface import Perceptron, Unavailable
@@ -121,6 +122,12 @@ class CpuEngine(TorchEngine):
         if not _supported(*tensors) or any(t.dtype != torch.float32 for t in tensors):
             return None
         return gated(self.kernels.library, coarse.contiguous(), sparse.contiguous(), gate, fuser, residual)
+
+    def perceptron(self, x: Tensor, weights: Perceptron) -> Tensor | None:
+        """The perceptron of the columns of ``x [I, N]``, with gradients; ``None`` if no kernel applies."""
+        if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in (x, *weights)):
+            return None
+        return perceptron(self.kernels.library, x, weights)
 
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
         """Writes the class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites.

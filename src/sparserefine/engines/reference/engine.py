@@ -68,6 +68,10 @@ class TorchEngine:
         """Always ``None``: the ensembler's own modules compute it."""
         return None
 
+    def perceptron(self, x: Tensor, weights: Perceptron) -> Tensor | None:
+        """Always ``None``."""
+        return None
+
     def write_labels(self, labels: Tensor, logits: Tensor, sites: Sites | PaddedSites) -> None:
         """Writes the class of the largest of ``logits [N, K]`` into ``labels [B, H, W]`` at the sites in use.
 

@@ -141,6 +141,28 @@ class Bf16Gradient(WeightGradient):
     """Arguments of ``sr_weight_gradient_bf16``."""
 
 
+class Perceptron(Structure):
+    """Arguments of ``sr_perceptron``."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("n", c_int64),
+        ("inputs", c_int64),
+        ("hidden", c_int64),
+        ("outputs", c_int64),
+        ("weight1", c_void_p),
+        ("bias1", c_void_p),
+        ("weight2", c_void_p),
+        ("bias2", c_void_p),
+        ("out", c_void_p),
+        ("grad", c_void_p),
+        ("grad_x", c_void_p),
+        ("sums", c_void_p),
+        ("scratch", c_void_p),
+        ("threads", c_int64),
+    )
+
+
 class Grid(Structure):
     """The active cells of one level, see ``geometry.cpp``."""
 
@@ -222,7 +244,7 @@ class BlockMeans(Structure):
 
 STRUCTURES: tuple[type[Structure], ...] = (
     *(Activated, Epilogue, Convolution, Winograd, Int8Convolution, WeightGradient),
-    *(Bf16Convolution, Bf16Gradient),
+    *(Bf16Convolution, Bf16Gradient, Perceptron),
     *(Grid, Mlp, Axis, Sites, Image, Level, BlockMeans),
 )
 """All structures. The compiled objects have an entry point for the size of each."""
