@@ -111,10 +111,21 @@ def refiners(o: Options) -> Iterator[Stage]:
         yield Stage(name, tuple(command), (f"logits{ratio}",), again=("--resume",))
 
 
+def reports(o: Options) -> Iterator[Stage]:
+    """Scores on the test images beside the dense network: one JSON file each."""
+    for ratio in (2, 4):
+        command = [
+            *("-m", "sparserefine", "evaluate", str(HERE / f"refine{ratio}.yaml"), "--data.root", f"{o.out}/data"),
+            *("--refiner", f"{o.out}/refiner{ratio}/best", "--json", f"{o.out}/test{ratio}.json"),
+            *("--dense", f"unet:{o.out}/dense1/best.safetensors", "--device", o.device),
+        ]
+        yield Stage(f"test{ratio}", tuple(command), (f"refiner{ratio}", "dense1"))
+
+
 def stages(o: Options) -> list[Stage]:
     """All stages, in the order in which they matter."""
     prepare(Path(o.data), o.out / "data")
-    return [*networks(o), *refiners(o)]
+    return [*networks(o), *refiners(o), *reports(o)]
 
 
 if __name__ == "__main__":

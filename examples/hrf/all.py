@@ -104,9 +104,27 @@ def refiners(o: Options) -> Iterator[Stage]:
         yield run(4, f"short_{name}", 0, 600, *options)
 
 
+def reports(o: Options) -> Iterator[Stage]:
+    """Scores on the test subjects beside the dense network at full size, and at half: one JSON file each."""
+    for name in (f"refiner4_{targets}" for targets in ("both", "labels", "teacher")):
+        yield from (_report(o, name, dense, ratio) for dense, ratio in (("dense1", 1.0), ("dense2", 0.5)))
+    yield _report(o, "refiner2_labels", "dense2", 0.5)
+    yield _report(o, "refiner8_both", "dense2", 0.5)
+
+
+def _report(o: Options, refiner: str, dense: str, ratio: float) -> Stage:
+    config = HERE / f"refine{refiner[len('refiner')]}.yaml"
+    command = [
+        *("-m", "sparserefine", "evaluate", str(config), "--data.root", o.data, "--device", o.device),
+        *("--refiner", f"{o.out}/{refiner}/best", "--json", f"{o.out}/test_{refiner}_{dense}.json"),
+        *("--dense", f"unet:{o.out}/{dense}/best.safetensors", "--dense_ratio", f"{ratio:g}"),
+    ]
+    return Stage(f"test_{refiner}_{dense}", tuple(command), (refiner, dense))
+
+
 def stages(o: Options) -> list[Stage]:
     """All stages, in the order in which they matter."""
-    return [*networks(o), *refiners(o)]
+    return [*networks(o), *refiners(o), *reports(o)]
 
 
 if __name__ == "__main__":
