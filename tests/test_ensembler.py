@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparserefine.stages import perceptron
 from sparserefine.stages.ensembler import Ensembler, EnsemblerConfig, GatedEnsembler, build_ensembler
 from support import assert_close, engine_of
 
@@ -201,3 +202,10 @@ def test_columns_in_chunks_give_the_gradients_of_the_modules(autocast: bool) -> 
     for ours, expected in zip(*results, strict=True):
         assert ours.dtype == torch.float32
         assert float((ours - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_gradients_of_gradients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perceptron, "_CHUNK_COLUMNS", 4)
+    shapes = ((3, 9), (4, 3), (4,), (2, 4), (2,))
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradgradcheck(perceptron.column_perceptron, tensors)
