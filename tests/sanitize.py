@@ -23,6 +23,7 @@ TESTS = Path(__file__).parent
 FILES = (
     *("test_cpu_kernels.py", "test_cpu_network.py", "test_cpu_uncertainty.py", "test_cpu_gate.py"),
     *("test_conformance_uncertainty.py", "test_conformance_gate.py", "test_int8.py", "test_context.py"),
+    "test_bfloat16.py",
 )
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so.6")
 """Loaded before Python, which is not built with them; the C++ runtime so that they see torch's exceptions."""

@@ -167,6 +167,19 @@ def test_a_base_that_has_changed_is_refused(inner: SparseRefiner) -> None:
     assert SparseRefiner.from_pretrained("outer", base=base).base is base
 
 
+def test_a_base_that_is_not_there_is_told_with_where_it_is_looked_for(
+    inner: SparseRefiner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer_of().save_pretrained("outer")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    words = (
+        r"outer.config\.json: base refiner:inner: inner: no such folder.*looked for in the refiner's folder, and then"
+    )
+    with pytest.raises(FileNotFoundError, match=words):
+        SparseRefiner.from_pretrained(tmp_path / "outer")
+
+
 def renamed_base(folder: Path, name: str) -> None:
     values = json.loads((folder / "config.json").read_text())
     values["base"]["name"] = name

@@ -1,6 +1,7 @@
 """Training crops: image, label and coarse logits must stay in register through resize, crop, flip and padding."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,6 +179,19 @@ def test_resize_and_colours_are_those_of_floats():
         expected = torch.einsum("ij,jhw->ihw", colour[:, :3], pixels) + colour[:, 3, None, None]
         assert (result.image[0].double() - expected.clamp(0, 255)).abs().max() < 2.5
     assert changed > 2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (17, 1), (1, 17)], ids=str)
+def test_a_single_column_or_row(size):
+    """torch resizes uint8 to a single column wrongly."""
+    image = torch.randint(0, 256, (3, 30, 40), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    whole = Whole(image, torch.zeros(30, 40, dtype=torch.uint8), torch.zeros(2, 9, 11))
+    config = AugmentConfig(size, (0.02, 0.02), 1.0, flip=False, photometric=False)
+    crop = replace(random_crop(whole, config, Uniform(0)), size=size)
+    result = CropBatch.of([crop], size, torch.device("cpu")).image.double()
+    pixels = crop.image[None].double()
+    expected = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+    assert (result - expected).abs().max() < 1.5
 
 
 def test_crops_around_uncertain_pixels():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparserefine.stages import perceptron
 from sparserefine.stages.ensembler import Ensembler, EnsemblerConfig, GatedEnsembler, build_ensembler
 from support import assert_close, engine_of
 
@@ -222,3 +223,10 @@ def test_a_compiled_perceptron_has_the_same_bits_for_any_number_of_threads() -> 
     with pytest.raises(ValueError, match="expected \\[I, N\\]"):
         engine.perceptron(x[:5], weights)
     assert engine.perceptron(x.double(), weights) is None
+
+
+def test_gradients_of_gradients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perceptron, "_CHUNK_COLUMNS", 4)
+    shapes = ((3, 9), (4, 3), (4,), (2, 4), (2,))
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradgradcheck(perceptron.column_perceptron, tensors)

@@ -236,6 +236,10 @@ def test_an_instruction_set_is_forced(name: str, monkeypatch: pytest.MonkeyPatch
     assert engine.kernels.library.name == name
     assert engine.kernels.library.lanes == build.INSTRUCTION_SETS[name][0]
     assert engine_report()["cpu"].startswith(f"available: {name}")
+    half = "by AVX512-BF16" if engine.kernels.has_bf16 else "computed in float32"
+    assert f"; training in bfloat16 {half}" in engine_report()["cpu"]
+    if name != "avx512":
+        assert not engine.kernels.has_bf16
 
 
 def test_without_a_choice_it_is_the_best(monkeypatch: pytest.MonkeyPatch, loading: None) -> None:

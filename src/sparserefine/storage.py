@@ -80,6 +80,7 @@ class StoredRefiner:
         Raises:
             ValueError: no base is named, its settings are wrong, it cannot be loaded, or its stored weights, or the
                 refiner that it is, are not those that ``config.json`` was written with.
+            FileNotFoundError: the base's files are neither in the refiner's folder nor where its name says.
         """
         where = self.folder / CONFIG
         stored = from_json(BaseConfig, self.base, f"{where}", "base", optional=_OPTIONAL)
@@ -89,7 +90,13 @@ class StoredRefiner:
         if self.base_sha256 is not None and file.exists() and sha256_of(file) != self.base_sha256:
             raise ValueError(f"{file}: not the file that {CONFIG} was written with; save the refiner again")
         config = replace(stored, runtime=runtime)
-        base = load_base(config, self.classes, folder=self.base_folder, trust_base=trust_base, refiners=refiners)
+        try:
+            base = load_base(config, self.classes, folder=self.base_folder, trust_base=trust_base, refiners=refiners)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{where}: base {printable(stored.name)}: {error}; files of a base are looked for in the refiner's "
+                "folder, and then in the current one"
+            ) from error
         if self.base_identity is not None and base.identity != self.base_identity:
             raise ValueError(
                 f"{where}: base {printable(stored.name)} has changed since: its identity was "

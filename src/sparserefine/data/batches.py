@@ -69,7 +69,7 @@ def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """``uint8 [3, h, w]`` -> ``[3, *size]``, antialiased: uint8 on the CPU, which is three times faster, or float32."""
     if tuple(pixels.shape[1:]) == size:
         return pixels
-    if pixels.device.type != "cpu":
+    if pixels.device.type != "cpu" or size[1] == 1:  # torch resizes uint8 to a single column wrongly, or fails
         return resize(pixels[None], size)[0]
     return F.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
 

@@ -306,6 +306,7 @@ class CropDataset(TorchDataset[Crop]):
         self._cache: dict[int, Whole] = {}
         self._cache_bytes_left = cache_gb * 1e9
         self._one_reads: defaultdict[int, Lock] = defaultdict(Lock)
+        self._one_keeps = Lock()
 
     def __getitem__(self, index: int) -> Crop:
         order = torch.randperm(
@@ -330,9 +331,10 @@ class CropDataset(TorchDataset[Crop]):
             teacher = None if self.teacher is None else self.teacher(index, size)
             focus = self._focus(logits) if self._focus and self.config.focus else None
             whole = Whole(image, label, logits, self.data.samples[index].name, teacher, focus)
-            if whole.nbytes <= self._cache_bytes_left:
-                self._cache_bytes_left -= whole.nbytes
-                self._cache[index] = whole
+            with self._one_keeps:
+                if whole.nbytes <= self._cache_bytes_left:
+                    self._cache_bytes_left -= whole.nbytes
+                    self._cache[index] = whole
             return whole
 
 

@@ -163,16 +163,19 @@ _AVAILABLE = "available: "
 
 
 def _cpu_report() -> str:
+    from sparserefine.engines.cpu.kernels import kernels
     from sparserefine.engines.cpu.native.build import NOTE
     from sparserefine.engines.cpu.native.library import available, load
 
     try:
-        chosen = load().name
+        compiled = kernels(load().name)
     except Unavailable as error:
         return str(error)
+    chosen = compiled.library.name
+    half = "by AVX512-BF16" if compiled.has_bf16 else "computed in float32"
     note = f"; {NOTE.read_text(encoding='utf-8').strip()}" if NOTE.is_file() else ""
     others = ", ".join(name for name in available() if name != chosen)
-    return f"{_AVAILABLE}{chosen}{f' (also {others})' if others else ''}{note}"
+    return f"{_AVAILABLE}{chosen}{f' (also {others})' if others else ''}; training in bfloat16 {half}{note}"
 
 
 def _int8_report() -> str:

@@ -12,7 +12,7 @@ _CHUNK_COLUMNS = 4096
 
 
 def column_perceptron(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """``w2 relu(w1 x + b1) + b2`` of the columns of ``x [I, N]``: ``[O, N]``, in float32 or float64, never in halves.
+    """``w2 relu(w1 x + b1) + b2`` of the columns of ``x [I, N]``: ``[O, N]``, in the dtype of ``w1``, autocast or not.
 
     Columns, because products with a few long rows are several times faster than those with many short ones. Hidden
     values are computed again for the gradients, chunk by chunk, and never written to memory as a whole.
@@ -43,17 +43,18 @@ class _Columns(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         x, w1, b1, w2 = ctx.saved_tensors
         grad = grads[0].contiguous()  # the same bits, whatever the layout of the losses
-        grad_x, grad_w1, grad_b1, grad_w2 = (torch.zeros_like(tensor) for tensor in (x, w1, b1, w2))
+        grad_w1, grad_b1, grad_w2 = (torch.zeros_like(tensor) for tensor in (w1, b1, w2))
+        grads_x = []
         with torch.autocast("cpu", enabled=False):
-            for part, g, out in zip(_chunks(x), _chunks(grad), _chunks(grad_x), strict=True):
+            for part, g in zip(_chunks(x), _chunks(grad), strict=True):
                 hidden = _hidden(part, w1, b1)
                 grad_w2.addmm_(g, hidden.t())
                 # The gradient passes where the hidden value is above 0.
                 g_hidden = torch.ops.aten.threshold_backward(w2.t() @ g, hidden, 0)
                 grad_w1.addmm_(g_hidden, part.t())
                 grad_b1 += g_hidden.sum(1)
-                out.copy_(w1.t() @ g_hidden)
-        return grad_x, grad_w1, grad_b1, grad_w2, grad.sum(1)
+                grads_x.append(w1.t() @ g_hidden)  # not written into one tensor: gradients may have gradients
+        return torch.cat(grads_x, 1), grad_w1, grad_b1, grad_w2, grad.sum(1)
 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
