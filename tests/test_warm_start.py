@@ -67,12 +67,13 @@ def test_other_classes_take_what_does_not_depend_on_them(former: tuple[SparseRef
 
 def test_the_stem_of_pixels_alone_is_taken_whole() -> None:
     """The refiner in the package, for 11 classes."""
-    refiner = refiner_of(11, seed=2, extractor=PRESETS["slim"])
+    refiner = refiner_of(11, seed=2, extractor=replace(PRESETS["slim"], context=True))
     stem = refiner.extractor.stem.weight.clone()
     report = refiner.start_from("demo")
     assert not torch.equal(refiner.extractor.stem.weight, stem)
-    assert report.new == ("head (2 -> 11 classes)", "gate (2 -> 11 classes)", "fuser (2 -> 11 classes)")
-    assert str(report).startswith(f"init demo: {report.total - 10} of {report.total} tensors taken; new: head (2 ->")
+    parts = ("head", "context", "gate", "fuser")
+    assert report.new == tuple(f"{part} (2 -> 11 classes)" for part in parts)
+    assert str(report).startswith(f"init demo: {report.total - 18} of {report.total} tensors taken; new: head (2 ->")
 
 
 @pytest.mark.parametrize(
