@@ -115,7 +115,7 @@ def _after_signal(
 ) -> tuple[str, list[str]]:
     """Judges a command that got a signal; ``early``: perhaps before the command line could answer it."""
     if outcome.timed_out:
-        return "hung", ["did not end within two minutes of a signal"]
+        return "hung", [f"did not end within two minutes of a signal; it stood at:\n{outcome.stderr[-4000:]}"]
     if outcome.code == 0:
         return "ended", [*after(scene, attack, stage), *finished(scene, attack, stage)]
     if outcome.signal == number != signal.SIGKILL and not finished(scene, attack, stage):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import os
 import pickle
@@ -102,6 +103,8 @@ class Child:
                 at = None
             if seconds > timeout and not timed_out:
                 timed_out = True
+                self.signal(signal.SIGUSR2)  # where do its threads stand?
+                time.sleep(0.5)
                 self.signal(signal.SIGKILL)
             time.sleep(0.002)
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -132,6 +135,7 @@ def _run(work: Callable[[], int], folder: Path, output: list[int], told: int, en
         sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
         os.write(told, b".")
         os.close(told)
         code = work()
