@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with escaped_output(tracebacks=_TRACEBACK in arguments):
             return _main(arguments)
+    except KeyboardInterrupt as error:  # before a command began, or after it ended
+        return _interrupted(next(iter(arguments), ""), error)
     except OSError as error:  # of the output itself
         if not isinstance(error, BrokenPipeError):
             print_error(f"sparserefine: the output cannot be written ({error})")
