@@ -51,7 +51,7 @@ def ladder(num_classes: int, own: float | None = None) -> tuple[float, ...]:
     """Thresholds to look at [nats], from almost 0 to almost ln K, and the configuration's own.
 
     >>> ladder(2)
-    (0.005, 0.0099, 0.02, 0.039, 0.078, 0.16, 0.31, 0.62)
+    (0.005, 0.01, 0.02, 0.04, 0.079, 0.16, 0.31, 0.62)
     """
     steps = np.geomspace(_LOWEST, _HIGHEST * entropy_limit(num_classes), _RUNGS)
     return tuple(sorted({*(float(f"{step:.2g}") for step in steps), *(() if own is None else (own,))}))
