@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -49,6 +50,58 @@ class Options:
         """Steps, and steps between validations, shortened to the share."""
         every = max(1, round(steps * self.share / validations))
         return str(every * validations), str(every)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a dense network is trained (``train_dense.py``).
+
+    Attributes:
+        ratio: size of its input relative to the image.
+        crop: height and width of the crops [px of its input].
+        steps: optimiser steps of eight crops.
+        lr: peak learning rate.
+        first: name of the recipe whose weights it begins with; ``None``: random ones.
+    """
+
+    ratio: float
+    crop: tuple[int, int]
+    steps: int
+    lr: str
+    first: str | None = None
+
+    def stage(
+        self,
+        o: Options,
+        name: str,
+        splits: Sequence[str],
+        validations: int,
+        *more: str,
+        suffix: str = "",
+        seed: int = 0,
+    ) -> Stage:
+        """The stage that trains it.
+
+        Args:
+            o: of the command line.
+            name: of this recipe.
+            splits: data as ``reader:folder``, and the splits to train on and to choose by.
+            validations: how often it is scored.
+            more: further arguments of ``train_dense.py``.
+            suffix: appended to the names of this stage and of the one that it begins with: other images or seeds.
+            seed: of weights and crops.
+        """
+        total, every = o.steps(self.steps, validations)
+        needs = () if self.first is None else (self.first + suffix,)
+        command = [
+            os.path.relpath(Path(__file__).with_name("train_dense.py")),
+            *("--data", splits[0], "--train", splits[1], "--val", splits[2], *more),
+            *("--ratio", f"{self.ratio:g}", "--crop", *map(str, self.crop), "--batch", "8", "--lr", self.lr),
+            *("--steps", total, "--val-every", every, "--seed", str(seed), "--device", o.device),
+            *("--out", f"{o.out}/{name}{suffix}"),
+            *(argument for need in needs for argument in ("--init", f"{o.out}/{need}/best.safetensors")),
+        ]
+        return Stage(name + suffix, tuple(command), needs)
 
 
 def main(doc: str, data: str, out: str, stages: Callable[[Options], Sequence[Stage]]) -> None:

@@ -16,15 +16,14 @@ from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stages import Options, Stage, main
+from stages import Options, Recipe, Stage, main
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 NETWORKS = {
-    "base4": (0.25, (80, 112), 2400, "2e-3", None),
-    "base2": (0.5, (160, 208), 2400, "1e-3", "base4"),
-    "dense1": (1.0, (320, 416), 2400, "1e-3", "base4"),
+    "base4": Recipe(0.25, (80, 112), 2400, "2e-3"),
+    "base2": Recipe(0.5, (160, 208), 2400, "1e-3", "base4"),
+    "dense1": Recipe(1.0, (320, 416), 2400, "1e-3", "base4"),
 }
-"""Ratio, crop [px], steps, peak rate, and the network to begin with."""
 CHOOSING = (0.70, 0.85)
 """The stretch of each drive that chooses, in parts of its frames."""
 
@@ -60,28 +59,8 @@ def networks(o: Options) -> Iterator[Stage]:
     """Bases, the bases of the folds, and the dense peers, each from the weights of the lower resolution."""
 
     def stage(kind: str, split: str, suffix: str = "", seed: int = 0) -> Stage:
-        ratio, crop, steps, lr, first = NETWORKS[kind]
-        total, every = o.steps(steps, 8)
-        start = [] if first is None else ["--init", f"{o.out}/{first}{suffix}/best.safetensors"]
-        command = [
-            *(str(HERE.parent / "train_dense.py"), "--data", f"folder:{o.out}/data", "--train", split),
-            *(
-                "--val",
-                "choose",
-                "--ignore",
-                "11",
-                "--ratio",
-                f"{ratio:g}",
-                "--crop",
-                *map(str, crop),
-                "--upright",
-                "--batch",
-                "8",
-            ),
-            *("--lr", lr, "--steps", total, "--val-every", every, "--seed", str(seed), "--device", o.device),
-            *("--out", f"{o.out}/{kind}{suffix}"),
-        ]
-        return Stage(kind + suffix, (*command, *start), () if first is None else (first + suffix,))
+        splits = (f"folder:{o.out}/data", split, "choose")
+        return NETWORKS[kind].stage(o, kind, splits, 8, "--ignore", "11", "--upright", suffix=suffix, seed=seed)
 
     for kind in NETWORKS:
         yield stage(kind, "fit")

@@ -15,19 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stages import Options, Stage, main
+from stages import Options, Recipe, Stage, main
 
 FOLDS = {"06-09": "10-13", "10-13": "06-09"}
 """Training subjects, and those that the base for their coarse logits is trained on."""
 HERE = Path(os.path.relpath(Path(__file__).parent))
 NETWORKS = {
-    "base8": (0.125, 288, 2400, "2e-3", None),
-    "base4": (0.25, 448, 2400, "2e-3", None),
-    "base2": (0.5, 512, 2400, "1e-3", "base4"),
-    "dense2": (0.5, 512, 1200, "7e-4", "base2"),
-    "dense1": (1.0, 640, 1200, "7e-4", "base2"),
+    "base8": Recipe(0.125, (288, 288), 2400, "2e-3"),
+    "base4": Recipe(0.25, (448, 448), 2400, "2e-3"),
+    "base2": Recipe(0.5, (512, 512), 2400, "1e-3", "base4"),
+    "dense2": Recipe(0.5, (512, 512), 1200, "7e-4", "base2"),
+    "dense1": Recipe(1.0, (640, 640), 1200, "7e-4", "base2"),
 }
-"""Ratio, crop [px], steps, peak rate, and the network to begin with. ``dense2`` is ``base2``, trained for longer."""
+"""``dense2`` is ``base2``, trained for longer."""
 RATIOS = (4, 2, 8)
 """Refiners for bases at 1/4, 1/2 and 1/8."""
 
@@ -50,15 +50,7 @@ def networks(o: Options) -> Iterator[Stage]:
     """Bases, the bases of the folds, and the dense peers, each from the weights of the lower resolution."""
 
     def stage(kind: str, subjects: str, suffix: str = "", seed: int = 0) -> Stage:
-        ratio, crop, steps, lr, first = NETWORKS[kind]
-        total, every = o.steps(steps, 12)
-        start = [] if first is None else ["--init", f"{o.out}/{first}{suffix}/best.safetensors"]
-        command = [
-            *(str(HERE.parent / "train_dense.py"), "--data", f"hrf:{o.data}", "--train", subjects, "--val", "14-15"),
-            *("--ratio", f"{ratio:g}", "--crop", str(crop), str(crop), "--batch", "8", "--lr", lr, "--steps", total),
-            *("--val-every", every, "--seed", str(seed), "--device", o.device, "--out", f"{o.out}/{kind}{suffix}"),
-        ]
-        return Stage(kind + suffix, (*command, *start), () if first is None else (first + suffix,))
+        return NETWORKS[kind].stage(o, kind, (f"hrf:{o.data}", subjects, "14-15"), 12, suffix=suffix, seed=seed)
 
     for kind in NETWORKS:
         yield stage(kind, "06-13")
