@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -17,13 +16,12 @@ from sparserefine.images.coarse import Coarse
 from sparserefine.images.resize import resize
 from sparserefine.images.soft_labels import SoftLabels
 from sparserefine.loading import load_base
+from sparserefine.machine.exhausted import out_of_memory
 from sparserefine.sparse import Engine
 from sparserefine.training.teacher_config import ALIGNED, TeacherConfig
 
 Span = tuple[int, int]
 """First and end."""
-_OUT_OF_MEMORY = re.compile("can't allocate|out of memory")
-"""PyTorch has no class of its own for the CPU's and some devices' errors."""
 _STRIDES = (1, 2, 4, 8, 16, 32)
 """Pixels of the input for each cell of the output."""
 
@@ -67,7 +65,7 @@ class Teacher:
                 return self._compact(self.model, image[None])
             return self._in_windows(image[None])
         except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error))):
+            if not out_of_memory(error):
                 raise
             seen = "{} x {}".format(*self.model.input_size(*image.shape[1:]))
             cure = f"less than {self.config.window}" if self.config.window else "1024, for instance"
