@@ -50,6 +50,9 @@ class WeightMean:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """The refiner has the mean's weights inside, and its own again afterwards."""
+        if not self._values:
+            yield
+            return
         own = {name: value.detach().clone() for name, value in self._refiner.trained_state().items()}
         self.use()
         try:
