@@ -33,8 +33,8 @@ class Epilogue(Structure):
     )
 
 
-class Operands(Structure):
-    """With what the arguments of all kernels of the primitive begin."""
+class Convolution(Structure):
+    """Arguments of ``sr_convolve``."""
 
     _fields_ = (
         ("x", c_void_p),
@@ -48,13 +48,6 @@ class Operands(Structure):
         ("cout", c_int64),
         ("rows", c_void_p),
         ("n_out", c_int64),
-    )
-
-
-class Convolution(Operands):
-    """Arguments of ``sr_convolve``."""
-
-    _fields_ = (
         ("epilogue", Epilogue),
         ("zeros", c_void_p),
         ("scratch", c_void_p),
@@ -84,10 +77,21 @@ class Winograd(Structure):
     )
 
 
-class Int8Convolution(Operands):
+class Int8Convolution(Structure):
     """Arguments of ``sr_convolve_int8``."""
 
     _fields_ = (
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("n_in", c_int64),
+        ("cin", c_int64),
+        ("table", c_void_p),
+        ("n", c_int64),
+        ("taps", c_int64),
+        ("weight", c_void_p),
+        ("cout", c_int64),
+        ("rows", c_void_p),
+        ("n_out", c_int64),
         ("scale", c_void_p),
         ("epilogue", Epilogue),
         ("threads", c_int64),
@@ -112,10 +116,21 @@ class WeightGradient(Structure):
     )
 
 
-class Bf16Convolution(Operands):
+class Bf16Convolution(Structure):
     """Arguments of ``sr_convolve_bf16``."""
 
     _fields_ = (
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("n_in", c_int64),
+        ("cin", c_int64),
+        ("table", c_void_p),
+        ("n", c_int64),
+        ("taps", c_int64),
+        ("weight", c_void_p),
+        ("cout", c_int64),
+        ("rows", c_void_p),
+        ("n_out", c_int64),
         ("out", c_void_p),
         ("zeros", c_void_p),
         ("threads", c_int64),
