@@ -18,7 +18,8 @@ from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 from torch import Tensor
 
 from sparserefine.files import claims, images
-from sparserefine.files.images import ImageError, read_image, read_label
+from sparserefine.files.images import ImageError, read_image
+from sparserefine.files.labels import read_label
 
 HEIGHT, WIDTH, CLAIMED = 16, 50, 300
 PIXELS = np.random.default_rng(7).integers(1, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8)

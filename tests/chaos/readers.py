@@ -48,7 +48,8 @@ def readers() -> dict[str, Reader]:
     from sparserefine.bases.families.unet import load_unet
     from sparserefine.bases.load import load_base
     from sparserefine.data.readers.folder import folder
-    from sparserefine.files.images import read_image, read_label
+    from sparserefine.files.images import read_image
+    from sparserefine.files.labels import read_label
     from sparserefine.images.classes import Classes, read_classes
 
     def refiner(path: Path) -> object:

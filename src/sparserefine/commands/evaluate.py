@@ -38,6 +38,7 @@ def run(arguments: Namespace) -> int:
     """Prints the table of :func:`sparserefine.evaluate`."""
     from tqdm import tqdm
 
+    from sparserefine.data.readers.check import check_labels
     from sparserefine.files.results import write_results
     from sparserefine.files.text import printable
     from sparserefine.loading import load_base
@@ -53,6 +54,7 @@ def run(arguments: Namespace) -> int:
             f"the {arguments.split} data in {config.data.root} have no labels to score by; name a dense model to agree "
             f"with: --dense teacher (here {printable(config.teacher.name or config.base.name)}), or --dense NAME"
         )
+    check_labels(data, f"{arguments.split} split")
     refiner = refiner_of(arguments, base=load_base(config.base, data.classes))
     if refiner.selector != config.selector:
         used = f"threshold {refiner.selector.threshold}, budget {refiner.selector.budget}"

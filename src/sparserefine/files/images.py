@@ -1,10 +1,12 @@
-"""Reads images as a viewer shows them, reads label maps, and writes PNG files."""
+"""Reads images as a viewer shows them, and writes PNG files."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +79,14 @@ _OURS = _PillowSettings()
 
 
 @contextmanager
-def _opened(path: Path, what: str) -> Iterator[Image.Image]:
-    """Opens and decodes ``what``, rotated by its EXIF tag; any failure raises an :class:`ImageError` with the path."""
+def opened(path: Path, what: str, *, turn: int | None = None) -> Iterator[Image.Image]:
+    """Opens and decodes ``what``; any failure raises an :class:`ImageError` with the path.
+
+    Args:
+        path: the file.
+        what: what it should be, for messages.
+        turn: the EXIF orientation, 1 to 8, by which it is rotated; ``None``: that of its own tag.
+    """
     try:
         regular_file(path, what)
     except (OSError, ValueError) as error:
@@ -98,7 +106,7 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
                 check_png(image, path)
             elif image.format in ("JPEG", "MPO"):
                 check_jpeg(image, path)
-            yield _upright(image)
+            yield _turned(image, _orientation(image) if turn is None else turn)
     except ImageError:
         raise
     except ClaimError as error:
@@ -122,13 +130,53 @@ def _advice(start: bytes) -> str:
     return f"; the file may be of a kind that Pillow cannot read: {REWRITE}" if start in kinds else ""
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image, rotated by its EXIF tag."""
+def _orientation(image: Image.Image) -> int:
+    """The orientation in the EXIF tag, 1 to 8."""
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        found = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a damaged EXIF block may raise anything; without one, a picture is shown as it is stored
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        return 1
+    return found if found in _TURNS else 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    """The image, rotated as its orientation says."""
+    return image if orientation == 1 else image.transpose(_TURNS[orientation])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How an image file stores its pixels: the orientation in its EXIF tag, 1 to 8, and height and width [px]."""
+
+    orientation: int
+    size: tuple[int, int]
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """Height and width of the image as a viewer shows it, turned by the tag."""
+        return self.size if self.orientation < 5 else self.size[::-1]
+
+
+def stored_as(path: str | Path) -> Stored | None:
+    """Reads the header of an image file; ``None``: it has none that can be read, which reading the image will tell."""
+    try:
+        with _OURS, Image.open(path, formats=FORMATS) as image:
+            # For the tag behind the pixels of a PNG, Pillow decodes them. It need not where there is none.
+            turned = image.format != "PNG" or "exif" in image.info or _png_has_text(Path(path))
+            return Stored(_orientation(image) if turned else 1, (image.height, image.width))
+    except Exception:
+        return None
+
+
+def _png_has_text(path: Path) -> bool:
+    """Whether a PNG has chunks in which an orientation can stand."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+            if head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    return False
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -148,7 +196,7 @@ def read_image(path: str | Path) -> Tensor:
             pixels, floating-point pixels, or integer pixels outside 0..65535.
     """
     path = Path(path)
-    with _opened(path, "an image") as image:
+    with opened(path, "an image") as image:
         if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
             wide = np.asarray(image).astype(np.int64)
             if wide.min() < 0 or wide.max() > 65535:
@@ -172,28 +220,6 @@ def read_image(path: str | Path) -> Tensor:
 def _three_channels(grey: np.ndarray) -> Tensor:
     """``uint8 [H, W]`` -> ``uint8 [3, H, W]``, with no other copy: it may be large."""
     return torch.from_numpy(grey.copy() if not grey.flags.writeable else grey)[None].repeat(3, 1, 1)
-
-
-def read_label(path: str | Path) -> Tensor:
-    """Reads an index image, whose pixel values are class numbers (1-bit, palette, 8-bit or 16-bit grey file).
-
-    Args:
-        path: a label file; PNG by convention.
-
-    Returns:
-        ``int64 [H, W]``.
-
-    Raises:
-        ImageError: as for :func:`read_image`, or a colour image, whose classes are unknown.
-    """
-    path = Path(path)
-    with _opened(path, "a label image") as image:
-        if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
-            raise ImageError(
-                f"{printable(path)}: labels must be an index image (1 channel), this one has mode {image.mode!r}; "
-                "convert it"
-            )
-        return torch.from_numpy(np.array(image).astype(np.int64))
 
 
 def write_png(path: str | Path, pixels: Tensor, palette: list[tuple[int, int, int]] | None = None) -> None:

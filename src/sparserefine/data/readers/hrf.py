@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from sparserefine.data.readers.dataset import Dataset, checked, existing, pairs
+from sparserefine.data.readers.labels import LabelsConfig
 from sparserefine.images.classes import Classes
 
 HRF_CLASSES = Classes(("background", "vessel"), ((0, 0, 0), (0, 230, 110)))
@@ -28,4 +29,4 @@ def hrf(root: str | Path, split: str) -> Dataset:
         subjects |= {f"{subject:02d}" for subject in range(first, last + 1)}
     labels = existing(root, "labels", "manual1")
     samples = [s for s in pairs(existing(root, "images"), labels) if s.name[:2] in subjects]
-    return checked(samples, HRF_CLASSES, root, split, labels.name == "manual1")
+    return checked(samples, HRF_CLASSES, root, split, LabelsConfig(black_white=labels.name == "manual1"))
