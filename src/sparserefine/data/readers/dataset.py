@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from sparserefine.data.readers.labels import INDEX, LabelCode, LabelsConfig
 from sparserefine.files.digest import sha256_of
-from sparserefine.files.images import IMAGE_SUFFIXES, read_image, stored_as
+from sparserefine.files.image_config import ImageConfig
+from sparserefine.files.images import IMAGE_SUFFIXES, orientation_of, read_image, stored_size
 from sparserefine.files.regular import regular_file
 from sparserefine.images.classes import IGNORE, Classes
 
@@ -38,11 +39,13 @@ class Dataset:
         samples: image and label files.
         classes: at most 255 classes, because label 255 marks ignored pixels.
         labels: what the pixels of label files mean.
+        images: how image files become pixels.
     """
 
     samples: tuple[Sample, ...]
     classes: Classes
     labels: LabelsConfig = INDEX
+    images: ImageConfig = ImageConfig()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -62,7 +65,7 @@ class Dataset:
                 )
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Reads an image, ``uint8 [3, H, W]``, and its label, ``uint8 [H, W]`` with 255 at ignored pixels.
+        """Reads an image, ``[C, H, W]`` as :func:`sparserefine.read_image`, and its label, ``uint8 [H, W]`` with 255 at ignored pixels.
 
         Without a label file, all pixels are ignored.
 
@@ -72,7 +75,7 @@ class Dataset:
                 dataset.
         """
         sample = self.samples[index]
-        image = read_image(sample.image)
+        image = read_image(sample.image, self.images)
         if sample.label is None:
             return image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
         label = self.read_label(index)
@@ -87,7 +90,7 @@ class Dataset:
         """Reads a label alone, as in :meth:`read`; the sample has one."""
         sample = self.samples[index]
         assert sample.label is not None
-        return self._code.read(sample.label, turn_of_label(sample.image, sample.label))
+        return self._code.read(sample.label, turn_of_label(sample.image, sample.label, self.images.exif))
 
     @cached_property
     def _code(self) -> LabelCode:
@@ -146,20 +149,24 @@ def turn_of_label(image: Path, label: Path, exif: Literal["apply", "ignore"] | N
     """
     if exif == "ignore":
         return 1
-    of_image, of_label = stored_as(image), stored_as(label)
-    if of_image is None or of_label is None or of_image.orientation == of_label.orientation:
-        return 1 if of_label is None else of_label.orientation
-    together = of_label.size if of_image.orientation < 5 else of_label.size[::-1]
-    if of_label.shown_size == of_image.shown_size != together:
-        return of_label.orientation
+    of_image, of_label = orientation_of(image), orientation_of(label)
+    if of_image == of_label:
+        return of_label
+    shown, there = _shown(stored_size(image), of_image), stored_size(label)
+    if _shown(there, of_label) == shown != _shown(there, of_image):
+        return of_label
     if exif == "apply":
-        return of_image.orientation
+        return of_image
     raise ValueError(
-        f"{image}: EXIF says orientation {of_image.orientation}, and that of its label {label} is "
-        f"{of_label.orientation}, so one of them is shown turned and the other is not; set images.exif: apply to turn "
+        f"{image}: EXIF says orientation {of_image}, and that of its label {label} is {of_label}, so one of them is shown turned and the other is not; set images.exif: apply to turn "
         "both as the image's EXIF says, or images.exif: ignore to turn neither; if the label was drawn on the turned "
         "picture, store the image turned, without EXIF"
     )
+
+
+def _shown(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Height and width of what is stored with ``size``, turned."""
+    return size if orientation < 5 else size[::-1]
 
 
 def pairs(
@@ -184,7 +191,7 @@ def pairs(
     """
     label_files: dict[str, list[Path]] = {}
     if labels is not None:
-        for file, name in _image_files(labels, labels, label_suffix):
+        for file, name in _image_files(labels / below, labels, label_suffix):
             label_files.setdefault(name, []).append(file)
     samples: dict[str, Sample] = {}
     for file, name in _image_files(images / below, images, image_suffix):
