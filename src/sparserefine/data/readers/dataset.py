@@ -65,7 +65,9 @@ class Dataset:
                 )
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Reads an image, ``[C, H, W]`` as :func:`sparserefine.read_image`, and its label, ``uint8 [H, W]`` with 255 at ignored pixels.
+        """Reads an image, ``[C, H, W]`` as :func:`sparserefine.files.images.read_image` does, and its label.
+
+        The label is ``uint8 [H, W]``, 255 at ignored pixels.
 
         Without a label file, all pixels are ignored.
 
@@ -158,9 +160,10 @@ def turn_of_label(image: Path, label: Path, exif: Literal["apply", "ignore"] | N
     if exif == "apply":
         return of_image
     raise ValueError(
-        f"{image}: EXIF says orientation {of_image}, and that of its label {label} is {of_label}, so one of them is shown turned and the other is not; set images.exif: apply to turn "
-        "both as the image's EXIF says, or images.exif: ignore to turn neither; if the label was drawn on the turned "
-        "picture, store the image turned, without EXIF"
+        f"{image}: EXIF says orientation {of_image}, and that of its label {label} is {of_label}, so one of them is "
+        "shown turned and the other is not; set images.exif: apply to turn both as the image's EXIF says, or "
+        "images.exif: ignore to turn neither; if the label was drawn on the turned picture, store the image turned, "
+        "without EXIF"
     )
 
 
