@@ -48,7 +48,7 @@ def _channels(colour: str) -> tuple[int, int, int]:
 
 CLASSES = Classes(tuple(_COLOURS), tuple(_channels(colours[0]) for colours in _COLOURS.values()))
 COLOURS = LabelsConfig(
-    "colour", map={"0 0 0": None} | {colour: name for name, colours in _COLOURS.items() for colour in colours}
+    "colour", map={"0 0 0": None, **{colour: name for name, colours in _COLOURS.items() for colour in colours}}
 )
 NUMBERS = LabelsConfig(ignore=(11,))
 

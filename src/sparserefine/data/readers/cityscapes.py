@@ -13,7 +13,7 @@ ORIGIN = Published("Cityscapes", "https://www.cityscapes-dataset.com", "free for
 SPLITS = ("train", "val", "test")
 _IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """The label id of each class that is scored. The others of 0 to 33 are ignored."""
-LABEL_IDS = LabelsConfig(map=dict.fromkeys(range(34)) | {value: k for k, value in enumerate(_IDS)})
+LABEL_IDS = LabelsConfig(map={value: _IDS.index(value) if value in _IDS else None for value in range(34)})
 
 
 def cityscapes(root: str | Path, split: str) -> Dataset:
