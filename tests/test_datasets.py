@@ -13,11 +13,15 @@ import torch
 import yaml
 
 import trees
+from sparserefine.bases.families.unet import UNet, save_unet
+from sparserefine.commands.main import main
 from sparserefine.commands.parser import Parser
 from sparserefine.data.readers.check import check_labels
 from sparserefine.data.readers.config import PUBLISHED, DataConfig
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.data.readers.pairs import pairs_csv
+from sparserefine.files.images import read_image
+from sparserefine.files.labels import read_label
 
 SIZE = (20, 30)
 MISSING = {
@@ -216,3 +220,33 @@ def test_configurations_of_the_page(entries: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", sorted([*PUBLISHED, "folder", "pairs"]))
 def test_the_page_names_every_reader(name: str) -> None:
     assert f"`{name}`" in PAGE.read_text(encoding="utf-8")
+
+
+# ---- from the files to a refiner
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", trees.TREES)
+def test_each_is_trained_on_evaluated_and_predicted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = trees.TREES[name](tmp_path / "data", (48, 64))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    save_unet(UNet(tree.classes, (4, 8)), tmp_path / "base.safetensors")
+    config = {
+        "data": {"name": tree.name, "root": "data", **tree.settings},
+        "base": {"name": "unet:base.safetensors", "ratio": 0.25},
+        "out": "run",
+        "selector": {"threshold": 0.1},
+        "extractor": {"planes": [8, 16]},
+        "augment": {"crop": [32, 32], "max_class_share": 1.0},
+        "training": {"steps": 2, "val_every": 2, "batch": 1, "device": "cpu", "pictures": 0},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", "config.yaml"]) == 0
+    assert main(["evaluate", "config.yaml", "--refiner", "run/last", "--split", "val"]) == 0
+    assert "refined" in capsys.readouterr().out
+    image = config_of(tree).read(config_of(tree).val).samples[0].image
+    assert main(["predict", str(image), "--refiner", "run/last", "--out", "labels"]) == 0
+    assert read_label(tmp_path / "labels" / f"{image.stem}.png").shape == read_image(image).shape[1:]

@@ -13,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import yaml
+from PIL import Image, ImageOps
 
+from sparserefine.commands.main import main
 from sparserefine.commands.parser import Parser
 from sparserefine.data.readers.check import check_labels
 from sparserefine.data.readers.config import DataConfig
 from sparserefine.data.readers.dataset import Dataset, Sample
 from sparserefine.data.readers.folder import folder
 from sparserefine.data.readers.labels import INDEX, LabelsConfig
-from sparserefine.files.images import ImageError
+from sparserefine.files.image_config import ImageConfig
+from sparserefine.files.images import ImageError, orientation_of
 from sparserefine.files.labels import read_label
 from sparserefine.images.classes import Classes, read_classes, wheel
 from support import shared
@@ -498,6 +501,27 @@ def test_unlabelled_splits_are_left_alone(data: Path) -> None:
     check_labels(replace(dataset, samples=tuple(replace(s, label=None) for s in dataset.samples)), "test split")
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "assess"])
+def test_commands_look_first(
+    command: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a base is loaded: here there is none."""
+    masks(data, [[0, 255, 255]])
+    for split in ("train", "val", "test"):
+        (data / f"{split}.txt").write_text("0\n")
+    config = {
+        "data": {"name": "folder", "root": "."},
+        "base": {"name": "unet:no.safetensors", "ratio": 0.5},
+        "out": "run",
+    }
+    (data / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(data)
+    more = {"train": [], "evaluate": ["--refiner", "no"], "assess": ["--dense", "teacher"]}[command]
+    assert main([command, "config.yaml", *more]) == 1
+    assert "all values are 0 or 255" in (told := capsys.readouterr().err)
+    assert "set data.black_white: true" in told
+
+
 # ---- EXIF
 
 
@@ -527,6 +551,40 @@ def test_what_sizes_cannot_prove_is_asked(orientation: int, size: tuple[int, int
         ValueError, match=r"a\.jpg: EXIF says orientation .* images\.exif: apply .* images\.exif: ignore"
     ):
         Dataset((Sample("a", image, label),), Classes.numbered(2)).read(0)
+
+
+@pytest.mark.parametrize(("exif", "expected"), [("apply", [[5, 4, 3], [2, 1, 0]]), ("ignore", [[0, 1, 2], [3, 4, 5]])])
+@pytest.mark.parametrize("own", [1, 8])
+def test_both_are_turned_or_neither(exif: str, expected: list[list[int]], own: int, tmp_path: Path) -> None:
+    tag, tag_of_label = Image.Exif(), Image.Exif()
+    tag[0x0112], tag_of_label[0x0112] = 3, own
+    pixels = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
+    pixels.save(tmp_path / "a.png", exif=tag)
+    pixels.save(tmp_path / "b.png", exif=tag_of_label)
+    images = ImageConfig(exif=exif)  # type: ignore[arg-type]  # one of both
+    sample = Sample("a", tmp_path / "a.png", tmp_path / "b.png")
+    image, label = Dataset((sample,), Classes.numbered(6), images=images).read(0)
+    assert label.tolist() == expected
+    assert image[0].tolist() == expected
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_label_is_turned_once(suffix: str, orientation: int, tmp_path: Path) -> None:
+    """By whoever: Pillow turns a TIFF when it is loaded."""
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    stored = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
+    stored.save(tmp_path / f"a.{suffix}", exif=tag)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / f"a.{suffix}"))
+    assert read_label(tmp_path / f"a.{suffix}").tolist() == np.array(expected).tolist()
+    assert expected.size == ((3, 2) if orientation < 5 else (2, 3))
+
+
+def test_to_look_for_exif_does_not_decode_a_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (6, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    assert orientation_of(tmp_path / "a.png") == 1
 
 
 # ---- digest

@@ -57,7 +57,7 @@ def read_label(path: str | Path) -> Tensor:
         ImageError: as for :func:`sparserefine.files.images.read_image`; or the file is compressed with loss, or does
             not hold its values exactly; or it is a colour image, whose classes are unknown.
     """
-    values = read_pixels(path).values
+    values = read_label_pixels(path).values
     if values is None:
         raise ImageError(
             f"{printable(path)}: a colour image, expected class numbers (1 channel, or 3 equal ones); in a data set, "
@@ -66,7 +66,7 @@ def read_label(path: str | Path) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def read_pixels(path: str | Path, turn: int | None = None) -> LabelPixels:
+def read_label_pixels(path: str | Path, turn: int | None = None) -> LabelPixels:
     """What a label file holds.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from sparserefine.data.readers.ade20k import ade20k
@@ -17,7 +17,6 @@ from sparserefine.data.readers.isic2018 import isic2018
 from sparserefine.data.readers.labels import INDEX, LabelsConfig
 from sparserefine.data.readers.pairs import pairs_csv
 from sparserefine.data.readers.voc2012 import voc2012
-from sparserefine.files.image_config import ImageConfig
 
 PUBLISHED = {
     "ade20k": ade20k,
@@ -97,25 +96,18 @@ class DataConfig:
             if "/" in suffix:
                 raise ValueError(f"data.{name} = {suffix!r}, expected the end of a name, without folders")
 
-    def read(self, split: str, images: ImageConfig = ImageConfig()) -> Dataset:  # noqa: B008  # frozen
-        """Reads one split.
-
-        Args:
-            split: a value such as ``self.train``, not the field name ``"train"``.
-            images: how image files become pixels.
-        """
+    def read(self, split: str) -> Dataset:
+        """Reads one split. ``split`` is a value such as ``self.train``, not the field name ``"train"``."""
         if self.name in PUBLISHED:
-            data = PUBLISHED[self.name](self.root, split)
-        elif self.name == "pairs":
-            data = pairs_csv(self.root, split, self.labels.also(self.ignore, self.black_white))
-        else:
-            data = folder(
-                self.root,
-                split,
-                ignore=self.ignore,
-                black_white=self.black_white,
-                labels=self.labels,
-                image_suffix=self.image_suffix,
-                label_suffix=self.label_suffix,
-            )
-        return replace(data, images=images)
+            return PUBLISHED[self.name](self.root, split)
+        if self.name == "pairs":
+            return pairs_csv(self.root, split, self.labels.also(self.ignore, self.black_white))
+        return folder(
+            self.root,
+            split,
+            ignore=self.ignore,
+            black_white=self.black_white,
+            labels=self.labels,
+            image_suffix=self.image_suffix,
+            label_suffix=self.label_suffix,
+        )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparserefine.files.labels import LabelPixels, read_pixels
+from sparserefine.files.labels import LabelPixels, read_label_pixels
 from sparserefine.files.yaml import read_yaml
 from sparserefine.images.classes import IGNORE, Classes, wheel
 from sparserefine.machine.bounds import check_whole
@@ -146,13 +146,13 @@ class LabelCode:
 
         Args:
             path: the file.
-            turn: as for :func:`sparserefine.files.labels.read_pixels`.
+            turn: as for :func:`sparserefine.files.labels.read_label_pixels`.
 
         Raises:
             ImageError: the file cannot be read.
             ValueError: a pixel means nothing, or the palette contradicts the indices.
         """
-        pixels = read_pixels(path, turn)
+        pixels = read_label_pixels(path, turn)
         if self.config.name == "colour":
             values, found = self._by_colour(pixels, path)
         elif pixels.values is None:
