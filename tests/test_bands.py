@@ -467,7 +467,7 @@ def test_a_raster_that_is_cut_short(tmp_path: Path) -> None:
         ({"bands": [0]}, "images.bands has 0, expected whole numbers from 1"),
         ({"bands": []}, "images.bands = [], expected 1 to 16 bands"),
         ({"bands": [1] * 17}, "expected 1 to 16 bands"),
-        ({"range": [5, 5]}, "images.range has [5, 5], expected two finite numbers, the lower one first"),
+        ({"range": [5, 5]}, "images.range has [5.0, 5.0], expected two finite numbers, the lower one first"),
         ({"range": [[0, 1], [0, 2]]}, "images.range has 2 pairs for 3 channels"),
         ({"bands": [1], "range": [[0, 1], [0, 2]]}, "images.range has 2 pairs for 1 channels"),
         ({"range": {"percentile": [98, 2]}}, "percentile = [98, 2], expected two of 0 to 100, the lower one first"),

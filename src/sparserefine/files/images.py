@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, TiffTags, UnidentifiedImageError
 from torch import Tensor
 
 from sparserefine.files.claims import (
@@ -29,7 +29,7 @@ from sparserefine.files.rasters import have_rasters
 from sparserefine.files.regular import regular_file
 from sparserefine.files.samples import from_picture, from_raster, tell_once, warn_if_dark
 from sparserefine.files.text import first_line, printable
-from sparserefine.files.tiff import MAGIC, BandsError, check_bands, pillow_reads, read_tiff
+from sparserefine.files.tiff import GEO, MAGIC, NODATA, BandsError, check_bands, pillow_reads, read_tiff
 from sparserefine.files.whole import written_whole
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jp2")
@@ -265,15 +265,47 @@ def write_png(path: str | Path, pixels: Tensor, palette: list[tuple[int, int, in
 
 def save_png(file: Path, pixels: Tensor, palette: list[tuple[int, int, int]] | None = None) -> None:
     """Writes a PNG file inside :func:`sparserefine.files.whole.written_whole`; arguments as for :func:`write_png`."""
+    _picture(pixels, palette).save(file, format="PNG")
+
+
+def save_tiff(
+    file: Path,
+    pixels: Tensor,
+    palette: list[tuple[int, int, int]] | None = None,
+    *,
+    place: Mapping[int, Any] | None = None,
+    nodata: int | None = None,
+) -> None:
+    """Writes a TIFF file inside :func:`sparserefine.files.whole.written_whole`.
+
+    Args:
+        file: the file.
+        pixels: as for :func:`write_png`.
+        palette: as for :func:`write_png`.
+        place: tags of GeoTIFF, as :func:`sparserefine.files.tiff.placed` reads them.
+        nodata: value of pixels without data.
+    """
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in (place or {}).items():
+        tags.tagtype[tag] = GEO[tag]
+        tags[tag] = value
+    if nodata is not None:
+        tags.tagtype[NODATA] = TiffTags.ASCII
+        tags[NODATA] = str(nodata)
+    _picture(pixels, palette).save(file, format="TIFF", compression="tiff_adobe_deflate", tiffinfo=tags)
+
+
+def _picture(pixels: Tensor, palette: list[tuple[int, int, int]] | None) -> Image.Image:
     array = pixels.cpu().numpy()
     if array.ndim == 3:
-        image = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
-    elif array.dtype == np.uint8:
+        return Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
+    if array.dtype == np.uint8:
         image = Image.fromarray(array)
         if palette:
-            image.putpalette([channel for colour in palette for channel in colour])
-    else:
-        if array.size and (array.min() < 0 or array.max() > 65535):
-            raise ValueError(f"labels {array.min()}..{array.max()}, expected 0..65535, the range of a PNG")
-        image = Image.fromarray(array.astype(np.uint16))
-    image.save(file, format="PNG")
+            # Decoders refuse a number that has no colour: one that marks pixels without data.
+            more = int(array.max(initial=0)) + 1 - len(palette)
+            image.putpalette([channel for colour in [*palette, *[(0, 0, 0)] * more] for channel in colour])
+        return image
+    if array.size and (array.min() < 0 or array.max() > 65535):
+        raise ValueError(f"labels {array.min()}..{array.max()}, expected 0..65535, the range of 16 bits")
+    return Image.fromarray(array.astype(np.uint16))
