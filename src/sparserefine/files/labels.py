@@ -12,14 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparserefine.files.image_config import ImageConfig
-from sparserefine.files.images import FORMATS, ImageError, opened, orientation_of, turned
+from sparserefine.files.images import FORMATS, ImageError, opened
 from sparserefine.files.text import printable
 
 _LOSSLESS = "write it again from its source in a format without loss: PNG"
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 """Compressions of TIFF that change values. WebP has a form without loss; which one it is, the header does not say."""
-_AS_STORED = ImageConfig(exif="ignore")
 _ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _HEAD = 1 << 16
 """Bytes of a file in which its headers are looked for."""
@@ -77,15 +75,12 @@ def read_label_pixels(path: str | Path, turn: int | None = None) -> LabelPixels:
         ImageError: as for :func:`read_label`, colour images excepted.
     """
     path = Path(path)
-    if turn is None:
-        turn = orientation_of(path)
-    with opened(path, "a label image", _AS_STORED) as stored:
+    with opened(path, "a label image", turn=turn) as image:
         # What is rotated is another image, without these.
         with Image.open(path, formats=FORMATS) as header:
             _check_exact(header, path)
             tags = getattr(header, "tag_v2", {})
             signed, bits = tags.get(339, (1,))[0] == 2, tags.get(258, (8,))[0]
-        image = turned(stored, turn)
         if image.mode in ("RGBA", "LA") and image.getextrema()[-1] == (255, 255):
             image = image.convert(image.mode[:-1])
         array = np.array(image)

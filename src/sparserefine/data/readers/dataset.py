@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sparserefine.data.readers.labels import INDEX, LabelCode, LabelsConfig
 from sparserefine.files.digest import sha256_of
 from sparserefine.files.image_config import ImageConfig
-from sparserefine.files.images import IMAGE_SUFFIXES, orientation_of, read_image, stored_size
+from sparserefine.files.images import IMAGE_SUFFIXES, orientation_of, read_pixels, stored_size
 from sparserefine.files.regular import regular_file
 from sparserefine.images.classes import IGNORE, Classes
 
@@ -65,11 +65,10 @@ class Dataset:
                 )
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Reads an image, ``[C, H, W]`` as :func:`sparserefine.files.images.read_image` does, and its label.
+        """Reads an image and its label.
 
-        The label is ``uint8 [H, W]``, 255 at ignored pixels.
-
-        Without a label file, all pixels are ignored.
+        The image is as :func:`sparserefine.read_image` gives it, the label ``uint8 [H, W]`` with 255 at ignored pixels.
+        Pixels without data are ignored; without a label file, all are.
 
         Raises:
             ImageError: a file cannot be read.
@@ -77,7 +76,8 @@ class Dataset:
                 dataset.
         """
         sample = self.samples[index]
-        image = read_image(sample.image, self.images)
+        pixels = read_pixels(sample.image, self.images)
+        image = pixels.image
         if sample.label is None:
             return image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
         label = self.read_label(index)
@@ -86,6 +86,8 @@ class Dataset:
                 f"{sample.label}: label is {tuple(label.shape)} pixels, image {sample.image.name} "
                 f"{tuple(image.shape[1:])}; they must be equal"
             )
+        if pixels.valid is not None:
+            label[~pixels.valid] = IGNORE
         return image, label
 
     def read_label(self, index: int) -> Tensor:
@@ -100,9 +102,12 @@ class Dataset:
 
     @cached_property
     def image_digests(self) -> tuple[str, ...]:
-        """SHA-256 of each image file, as it was when this was first asked. Errors as in :meth:`digest`."""
+        """SHA-256 of each image file, as it was when this was first asked, and of how it is read.
+
+        Errors as in :meth:`digest`.
+        """
         shown = tqdm(self.samples, desc="digest of the images", unit="image", delay=2)
-        return tuple(sha256_of(sample.image, "an image") for sample in shown)
+        return tuple(self.images.digest(sha256_of(sample.image, "an image")) for sample in shown)
 
     def digest(self) -> str:
         """Fingerprint of all that training reads: names, contents of the files, and what their label values mean.
