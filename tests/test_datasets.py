@@ -31,6 +31,7 @@ MISSING = {
     "camvid_colours": ("LabeledApproved_full", r"mi\.eng\.cam\.ac\.uk"),
     "cityscapes": ("gtFine", r"www\.cityscapes-dataset\.com"),
     "deepglobe": ("train", r"deepglobe\.org"),
+    "hrf": ("images", r"www5\.cs\.fau\.de"),
     "isic2018": ("ISIC2018_Task1_Training_GroundTruth", r"challenge\.isic-archive\.com"),
     "voc2012": ("SegmentationClass", r"host\.robots\.ox\.ac\.uk"),
 }

@@ -322,11 +322,12 @@ def flat(colours: object) -> list[int]:
         (RGB.palette, RGB),
         ([*RGB.palette[:2], (9, 9, 9)], RGB),  # of a class that is not in the file
         ([(k, k, k) for k in range(256)], RGB),
+        ([(0, 0, 0), (255, 255, 255)], RGB),
         ([wheel(k) for k in range(256)], RGB),
         ([(200, 0, 0), (10, 20, 30)], Classes.numbered(3)),
         ([(200, 0, 0), (10, 20, 30)], replace(RGB, guessed=(0, 1, 2))),
     ],
-    ids=["equal", "equal where used", "grey", "VOC", "numbered", "no colours given"],
+    ids=["equal", "equal where used", "grey", "black and white", "VOC", "numbered", "no colours given"],
 )
 def test_palettes_of_index_images(palette: object, classes: Classes, tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", [[0, 1, 1, 0]], palette=flat(palette))
@@ -334,11 +335,18 @@ def test_palettes_of_index_images(palette: object, classes: Classes, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "palette", [[(200, 0, 0), (10, 20, 30)], [(1, 1, 1), (2, 2, 2)], [(10, 20, 30), (0, 255, 7)]], ids=str
+    "palette", [[(200, 0, 0), (10, 20, 30)], [(255, 255, 255), (0, 0, 0)], [(10, 20, 30), (0, 255, 7)]], ids=str
 )
 def test_palettes_that_contradict(palette: object, tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", [[0, 1, 1, 0]], palette=flat(palette))
     assert "the palette contradicts the indices" in refused(path, RGB)
+
+
+def test_greys_that_are_colours_of_classes_are_no_ramp(tmp_path: Path) -> None:
+    classes = Classes(("line", "paper", "ground"), ((255, 255, 255), (9, 9, 9), (0, 0, 0)))
+    path = saved(tmp_path / "a.png", [[0, 1, 1, 0]], palette=flat([(0, 0, 0), (255, 255, 255)]))
+    assert "that of 'ground', expected 255 255 255 of 'line'" in refused(path, classes)
+    assert decoded(path, classes, COLOUR).tolist() == [[2, 0, 0, 2]]
 
 
 def test_a_void_index_has_any_colour(tmp_path: Path) -> None:

@@ -132,14 +132,6 @@ class Dataset:
             yield [sample.name, image, *([] if sample.label is None else [sha256_of(sample.label, "a label image")])]
 
 
-def existing(root: Path, *names: str) -> Path:
-    """The first folder in ``root``, of those in ``names``, that exists."""
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    raise ValueError(f"{root}: no folder {' or '.join(names)} in it")
-
-
 def turn_of_label(image: Path, label: Path, exif: Literal["apply", "ignore"] | None = None) -> int:
     """The EXIF orientation by which a label is to be turned, so that its pixels are those of its image.
 

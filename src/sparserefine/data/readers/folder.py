@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from sparserefine.data.readers.dataset import Dataset, checked, existing, pairs
+from sparserefine.data.readers.dataset import Dataset, checked, pairs
 from sparserefine.data.readers.labels import INDEX, LabelsConfig
 from sparserefine.files.images import IMAGE_SUFFIXES
 from sparserefine.files.lines import read_lines
@@ -50,7 +50,9 @@ def folder(
         raise ValueError(f"split {split!r}: expected a folder in {root / 'images'} or the stem of a list in {root}")
     labels = labels.also(tuple(ignore), black_white)
     classes = read_classes(root / "classes.txt", labels.ignore)
-    images = existing(root, "images")
+    images = root / "images"
+    if not images.is_dir():
+        raise ValueError(f"{root}: no folder images in it")
     below = split if (images / split).is_dir() else ""
     there: Path | None = root / "labels" if label_suffix == "" or (root / "labels").is_dir() else images
     there = there if there and (there / below).is_dir() else None

@@ -35,10 +35,11 @@ class LabelsConfig:
     255 means "ignored", unless ``map`` or ``zero_is_void`` makes it a class.
 
     **Palettes.** With ``index`` the palette of a file is compared with the colours that the data set gives its classes.
-    A file is an index image if, for all classes in it, both agree; if the palette is the ramp of greys, or that of
-    PASCAL VOC, which many programs use for any classes; or if the classes have no colours of their own. Any other file
-    is refused, because its indices may be an encoder's own numbers: ``colour`` decodes it, and if its indices are
-    right, the data set should give its classes the file's colours, or none. So nothing is guessed from a palette.
+    A file is an index image if, for all classes in it, both agree; if the palette rises from dark to light greys, or is
+    that of PASCAL VOC, which many programs use for any classes; or if the classes have no colours of their own. Any
+    other file is refused, because its indices may be an encoder's own numbers, and so is one whose few greys are
+    colours of other classes: ``colour`` decodes it, and if its indices are right, the data set should give its classes
+    the file's colours, or none. So nothing is guessed from a palette.
 
     Attributes:
         name: ``index``: pixel values are class numbers. ``colour``: the colour that a viewer shows is that of a class.
@@ -237,10 +238,13 @@ class LabelCode:
             return
         there = [tuple(of) for of in shown.tolist()]
         usual = there in ([(k, k, k) for k in range(len(shown))], [wheel(k) for k in range(len(shown))])
+        greys = [there[index] for index in used.tolist() if index < len(shown)]
+        rising = all(len(set(of)) == 1 for of in greys) and greys == sorted(set(greys))
+        coded = next((one for one in odd if one[1] in own), None)
         # An encoder's own palette has the colours of the picture and no more.
-        if usual and (len(shown) > len(used) or any(colour not in own for _, colour, _ in odd)):
+        if (usual and len(shown) > len(used)) or (coded is None and (usual or rising)):
             return
-        index, colour, meant = next((one for one in odd if one[1] in own), odd[0])
+        index, colour, meant = coded or odd[0]
         others = [name for name, of in zip(self.classes.names, self.classes.palette, strict=True) if of == colour]
         raise ValueError(
             f"{path}: the palette contradicts the indices: {index} has colour {_shown(colour)}"
