@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -164,7 +164,7 @@ def images(root: Path, count: int, tiny: Path | None) -> Dataset:
     """The first images of HRF's training part; with ``tiny``, small ones of noise, written there."""
     if tiny is None:
         data = hrf(root, "06-07")
-        return Dataset(data.samples[:count], data.classes, data.black_white)
+        return replace(data, samples=data.samples[:count])
     samples = []
     for index in range(count):
         generator = torch.Generator().manual_seed(index)

@@ -16,7 +16,8 @@ from projects import write_project
 from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.families.unet import UNet
 from sparserefine.commands.main import main
-from sparserefine.files.images import read_image, read_label
+from sparserefine.files.images import read_image
+from sparserefine.files.labels import read_label
 from sparserefine.images.classes import Classes
 from sparserefine.machine.exhausted import out_of_memory
 from sparserefine.refiner import SparseRefiner

@@ -18,7 +18,7 @@ from sparserefine.bases import load
 from sparserefine.bases.families.unet import UNet
 from sparserefine.bases.refined import RefinedModel, refined
 from sparserefine.commands.main import main
-from sparserefine.files.images import read_label
+from sparserefine.files.labels import read_label
 from sparserefine.images.resize import resize
 from support import engine_of
 

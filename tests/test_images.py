@@ -17,7 +17,9 @@ from torch import Tensor
 from sparserefine.data.readers.dataset import Dataset, Sample
 from sparserefine.data.readers.folder import folder
 from sparserefine.data.readers.hrf import hrf
-from sparserefine.files.images import ImageError, read_image, read_label, write_png
+from sparserefine.data.readers.labels import LabelsConfig
+from sparserefine.files.images import ImageError, read_image, write_png
+from sparserefine.files.labels import read_label
 from sparserefine.files.whole import written_whole
 from sparserefine.images.classes import Classes, read_classes, wheel
 from support import shared
@@ -251,9 +253,9 @@ def test_label_values_are_classes(mode: str, tmp_path: Path) -> None:
     assert torch.equal(found, torch.from_numpy(indices.astype(np.int64)))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "CMYK", "F"])
-def test_colour_is_no_label(mode: str, tmp_path: Path) -> None:
-    path = stored(tmp_path / "a.tif", Image.new(mode, (3, 3)))
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "CMYK", "F"])
+def test_what_is_no_label(mode: str, tmp_path: Path) -> None:
+    path = stored(tmp_path / "a.tif", Image.new(mode, (3, 3)))  # transparent, for those that can be
     with pytest.raises(ImageError, match=rf"a\.tif: labels must be an index image .* mode '{mode}'"):
         read_label(path)
 
@@ -477,7 +479,7 @@ def two_classes(path: Path, values: list[int]) -> Dataset:
 def test_black_and_white_masks_are_two_classes(tmp_path: Path) -> None:
     dataset = two_classes(tmp_path, [0, 255, 255, 0])
     assert dataset.read(0)[1].tolist() == [[0, 255, 255, 0]]  # ignored, unless said otherwise
-    assert replace(dataset, black_white=True).read(0)[1].tolist() == [[0, 1, 1, 0]]
+    assert replace(dataset, labels=LabelsConfig(black_white=True)).read(0)[1].tolist() == [[0, 1, 1, 0]]
 
 
 @pytest.mark.parametrize("values", [[1, 255, 1], [0, 1, 255]], ids=str)

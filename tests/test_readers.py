@@ -14,6 +14,7 @@ from PIL import Image
 from sparserefine.data.readers.config import DataConfig
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.data.readers.folder import folder
+from sparserefine.data.readers.labels import LabelsConfig
 from sparserefine.images.classes import Classes, read_classes
 
 
@@ -259,7 +260,7 @@ def changed(data: Path, what: str) -> Dataset:
     if what == "ignore":
         return replace(dataset, classes=replace(dataset.classes, ignore=(2,)))
     if what == "black_white":
-        return replace(dataset, black_white=True)
+        return replace(dataset, labels=LabelsConfig(black_white=True))
     if what == "order":
         return replace(dataset, samples=dataset.samples[::-1])
     return dataset

@@ -8,8 +8,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sparserefine.bases.base import BaseConfig as BaseConfig
     from sparserefine.bases.base import FrozenBase as FrozenBase
+    from sparserefine.files.image_config import ImageConfig as ImageConfig
     from sparserefine.files.images import read_image as read_image
-    from sparserefine.files.images import read_label as read_label
+    from sparserefine.files.labels import read_label as read_label
     from sparserefine.images.classes import Classes as Classes
     from sparserefine.inference.predict import predict as predict
     from sparserefine.loading import load_base as load_base
@@ -31,8 +32,9 @@ _MODULE_OF = {
     "FrozenBase": "bases.base",
     "load_base": "loading",
     "Classes": "images.classes",
+    "ImageConfig": "files.image_config",
     "read_image": "files.images",
-    "read_label": "files.images",
+    "read_label": "files.labels",
     "RefinerConfig": "stages.config",
     "EnsemblerConfig": "stages.ensembler",
     "PRESETS": "stages.extractor",

@@ -48,7 +48,10 @@ def readers() -> dict[str, Reader]:
     from sparserefine.bases.families.unet import load_unet
     from sparserefine.bases.load import load_base
     from sparserefine.data.readers.folder import folder
-    from sparserefine.files.images import read_image, read_label
+    from sparserefine.data.readers.labels import LabelCode, LabelsConfig
+    from sparserefine.data.readers.pairs import pairs_csv
+    from sparserefine.files.images import read_image
+    from sparserefine.files.labels import read_label
     from sparserefine.images.classes import Classes, read_classes
 
     def refiner(path: Path) -> object:
@@ -56,6 +59,9 @@ def readers() -> dict[str, Reader]:
 
     def base_of(kind: str) -> Callable[[Path], object]:
         return lambda path: load_base(BaseConfig(f"{kind}:{path}", ratio=0.5), Classes.numbered(2))
+
+    def label_map(path: Path) -> object:
+        return LabelCode.of(LabelsConfig(map=str(path)), two)
 
     two = Classes(("ground", "line"), ((0, 0, 0), (255, 0, 0)))
     predict = ("predict", "FILE", "--refiner", "refiner", "--out", "out")
@@ -75,6 +81,8 @@ def readers() -> dict[str, Reader]:
         "pth": Reader("bad.pth", (read_checkpoint, read_checkpoint), (), 3),
         "onnx": Reader("bad.onnx", (onnx, base_of("onnx")), ((*logits, "--base.name", "onnx:bad.onnx"),), 3),
         "classmap": Reader("bad.yaml", (lambda path: read_class_map(path, two, two),), (), 2),
+        "labelmap": Reader("bad.yaml", (label_map,), (), 1),
+        "table": Reader("data/pairs.csv", (lambda path: pairs_csv(path.parent, "train"),), (), 1),
         "classes": Reader("data/classes.txt", (read_classes,), (logits,), 1),
         "list": Reader("data/train.txt", (lambda path: folder(path.parent, "train"),), (logits,), 1),
         "logits": Reader("logits/0.safetensors", (), (from_stored,), 3),
@@ -145,7 +153,7 @@ class Corpus:
                 data, what = bad_models.bad_checkpoint(number, generator, sample)
             case "onnx":
                 data, what = bad_models.bad_onnx(number, generator, self.onnx) if self.onnx else (b"", "")
-            case "classmap":
+            case "classmap" | "labelmap":
                 data, what = bad_texts.bad_class_map(number, generator)
             case "classes":
                 data, what = bad_texts.bad_classes(number, generator)

@@ -48,6 +48,7 @@ def run(arguments: Namespace) -> int:
     import time
     from dataclasses import asdict
 
+    from sparserefine.data.readers.check import check_labels
     from sparserefine.engines.choose import EngineChoice
     from sparserefine.files.results import write_results
     from sparserefine.machine.bounds import check_positive, check_whole
@@ -61,7 +62,8 @@ def run(arguments: Namespace) -> int:
     check_positive("--minutes", arguments.minutes)
     config, device = config_of(arguments), device_named(arguments.device)
     check_precision(arguments.precision, device)
-    data = config.data.read(getattr(config.data, arguments.split))
+    data = config.read(getattr(config.data, arguments.split))
+    check_labels(data, f"{arguments.split} split")
     refiner = build_refiner(config, data)
     refiner.engine = EngineChoice(arguments.engine)
     refiner = refiner.to(device)

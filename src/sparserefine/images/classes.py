@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparserefine.files.lines import read_lines
@@ -19,11 +19,19 @@ _MAX_LINE = 200
 
 @dataclass(frozen=True)
 class Classes:
-    """Names and colours of the K classes, and further label values to ignore besides 255."""
+    """Names and colours of the K classes, and further label values to ignore besides 255.
+
+    Attributes:
+        names: a name for each.
+        palette: a colour for each.
+        ignore: values that are ignored.
+        guessed: classes whose colour nobody gave: no label is read by it.
+    """
 
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     ignore: tuple[int, ...] = ()
+    guessed: tuple[int, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.palette):
@@ -41,7 +49,8 @@ class Classes:
         >>> Classes.numbered(2).names
         ('class 0', 'class 1')
         """
-        return cls(tuple(f"class {k}" for k in range(count)), tuple(wheel(k) for k in range(count)))
+        names, palette = tuple(f"class {k}" for k in range(count)), tuple(wheel(k) for k in range(count))
+        return cls(names, palette, guessed=tuple(range(count)))
 
 
 def read_classes(path: Path, ignore: Sequence[int] = ()) -> Classes:
@@ -54,6 +63,7 @@ def read_classes(path: Path, ignore: Sequence[int] = ()) -> Classes:
         raise ValueError(f"{path}: no classes file; write one class per line, such as 'road' or 'road 128 64 128'")
     names: list[str] = []
     palette: list[tuple[int, int, int]] = []
+    guessed: list[int] = []
     for line in read_lines(path, "a list of classes", max_bytes=_MAX_BYTES):
         short = len(line) <= _MAX_LINE  # a long line of blanks takes the pattern minutes
         match = re.fullmatch(r"([^\t]+?)(?:\s+(\d+)\s+(\d+)\s+(\d+))?", line) if short else None
@@ -65,11 +75,13 @@ def read_classes(path: Path, ignore: Sequence[int] = ()) -> Classes:
         r, g, b = (int(c) for c in match.groups()[1:]) if match[2] else wheel(len(names))
         if max(r, g, b) > 255:
             raise ValueError(f"{path}: colour {r} {g} {b} of class {match[1]!r} is outside 0..255")
+        if match[2] is None:
+            guessed.append(len(names))
         names.append(match[1])
         palette.append((r, g, b))
     if len(names) < 2:
         raise ValueError(f"{path}: {len(names)} classes, expected at least 2")
-    return Classes(tuple(names), tuple(palette), tuple(ignore))
+    return Classes(tuple(names), tuple(palette), tuple(ignore), tuple(guessed))
 
 
 def wheel(index: int) -> tuple[int, int, int]:

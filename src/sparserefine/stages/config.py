@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sparserefine.files.image_config import ImageConfig
 from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, check_normalisation
 from sparserefine.stages.ensembler import EnsemblerConfig
 from sparserefine.stages.extractor import PRESETS, ExtractorConfig
@@ -23,6 +24,7 @@ class RefinerConfig:
             chosen for one does not suit the other.
         mean: per channel, subtracted from the extractor's input pixels, which are in 0..1.
         std: per channel, the extractor's input pixels are then divided by it.
+        images: which bands of image files are read, and what their values mean.
     """
 
     selector: Selector = Selector(threshold=0.3)
@@ -31,6 +33,7 @@ class RefinerConfig:
     upsampling: Literal["bilinear", "nearest"] = "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    images: ImageConfig = ImageConfig()
 
     def __post_init__(self) -> None:
         if self.upsampling not in ("bilinear", "nearest"):

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from sparserefine.bases.base import FrozenBase
 from sparserefine.bases.load import load_base
-from sparserefine.files.images import read_image, read_label, write_png
+from sparserefine.files.images import read_image, write_png
+from sparserefine.files.labels import read_label
 from sparserefine.files.regular import given_path
 from sparserefine.files.results import write_results
 from sparserefine.files.text import printable

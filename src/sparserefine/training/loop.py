@@ -13,6 +13,7 @@ import torch
 
 from sparserefine.data.crops import CropDataset
 from sparserefine.data.focus import Focus
+from sparserefine.data.readers.check import check_labels
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.files.lock import locked
 from sparserefine.files.whole import sweep
@@ -106,11 +107,14 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
         sweep(folder)
     c = config.training
     seed_everything(c.seed, verbose=False)
-    data = [config.data.read(split) for split in (config.data.train, config.data.val)]
+    data = [config.read(split) for split in (config.data.train, config.data.val)]
     if c.targets != "teacher":
         data[0].check_labelled(f"training.targets = {c.targets!r}")
     if c.targets == "labels":
         data[1].check_labelled("validation with training.targets = 'labels'")
+    for part, name in zip(data, ("training", "validation"), strict=True):
+        if c.targets != "teacher" or part is data[1]:
+            check_labels(part, f"{name} split")
     check_class_weights(c, len(data[0].classes))
     check_batch_fits(config, len(data[0].classes))
     refiner, device = build_refiner(config, data[0]), device_named(c.device)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sparserefine.data.readers.labels import INDEX, LabelCode, LabelsConfig
 from sparserefine.files.digest import sha256_of
-from sparserefine.files.images import IMAGE_SUFFIXES, read_image, read_label
+from sparserefine.files.image_config import ImageConfig
+from sparserefine.files.images import IMAGE_SUFFIXES, orientation_of, read_pixels, stored_size
 from sparserefine.files.regular import regular_file
 from sparserefine.images.classes import IGNORE, Classes
 
@@ -35,12 +38,14 @@ class Dataset:
     Attributes:
         samples: image and label files.
         classes: at most 255 classes, because label 255 marks ignored pixels.
-        black_white: labels are masks of 0 and 255, as image editors write them. 255 means class 1; no pixel is ignored.
+        labels: what the pixels of label files mean.
+        images: how image files become pixels.
     """
 
     samples: tuple[Sample, ...]
     classes: Classes
-    black_white: bool = False
+    labels: LabelsConfig = INDEX
+    images: ImageConfig = ImageConfig()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -60,41 +65,49 @@ class Dataset:
                 )
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Reads an image, ``uint8 [3, H, W]``, and its label, ``uint8 [H, W]`` with 255 at ignored pixels.
+        """Reads an image and its label.
 
-        Without a label file, all pixels are ignored.
+        The image is as :func:`sparserefine.read_image` gives it, the label ``uint8 [H, W]`` with 255 at ignored pixels.
+        Pixels without data are ignored; without a label file, all are.
 
         Raises:
             ImageError: a file cannot be read.
-            ValueError: image and label differ in size, or a label value is no class of this dataset.
+            ValueError: image and label differ in size or in how they are turned, or a label value is no class of this
+                dataset.
         """
         sample = self.samples[index]
-        image = read_image(sample.image)
+        pixels = read_pixels(sample.image, self.images)
+        image = pixels.image
         if sample.label is None:
             return image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
-        label = read_label(sample.label)
+        label = self.read_label(index)
         if image.shape[1:] != label.shape:
             raise ValueError(
                 f"{sample.label}: label is {tuple(label.shape)} pixels, image {sample.image.name} "
                 f"{tuple(image.shape[1:])}; they must be equal"
             )
-        if self.black_white:
-            label = torch.where(label == 255, 1, label)
-        for value in self.classes.ignore:
-            label[label == value] = IGNORE
-        unknown = label[(label != IGNORE) & (label >= len(self.classes))]
-        if unknown.numel():
-            raise ValueError(
-                f"{sample.label}: {unknown.numel()} pixels have label {int(unknown[0])}, expected "
-                f"0..{len(self.classes) - 1} or {IGNORE} (ignored); add values to ignore to data.ignore"
-            )
-        return image, label.to(torch.uint8)
+        if pixels.valid is not None:
+            label[~pixels.valid] = IGNORE
+        return image, label
+
+    def read_label(self, index: int) -> Tensor:
+        """Reads a label alone, as in :meth:`read`; the sample has one."""
+        sample = self.samples[index]
+        assert sample.label is not None
+        return self._code.read(sample.label, turn_of_label(sample.image, sample.label, self.images.exif))
+
+    @cached_property
+    def _code(self) -> LabelCode:
+        return LabelCode.of(self.labels, self.classes)
 
     @cached_property
     def image_digests(self) -> tuple[str, ...]:
-        """SHA-256 of each image file, as it was when this was first asked. Errors as in :meth:`digest`."""
+        """SHA-256 of each image file, as it was when this was first asked, and of how it is read.
+
+        Errors as in :meth:`digest`.
+        """
         shown = tqdm(self.samples, desc="digest of the images", unit="image", delay=2)
-        return tuple(sha256_of(sample.image, "an image") for sample in shown)
+        return tuple(self.images.digest(sha256_of(sample.image, "an image")) for sample in shown)
 
     def digest(self) -> str:
         """Fingerprint of all that training reads: names, contents of the files, and what their label values mean.
@@ -111,25 +124,66 @@ class Dataset:
         return digest.hexdigest()
 
     def _parts_of_digest(self) -> Iterator[list[object]]:
-        yield [self.classes.names, self.classes.ignore, self.black_white]
+        yield [self.classes.names, self.classes.ignore, self.labels.black_white]
+        if replace(self.labels, black_white=False, ignore=()) != INDEX:
+            yield [self.labels.name, sorted(self._code.meaning.items()), self.labels.tolerance]
         shown = tqdm(self.samples, desc="digest of the labels", unit="image", delay=2)
         for sample, image in zip(shown, self.image_digests, strict=True):
             yield [sample.name, image, *([] if sample.label is None else [sha256_of(sample.label, "a label image")])]
 
 
-def existing(root: Path, *names: str) -> Path:
-    """The first folder in ``root``, of those in ``names``, that exists."""
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    raise ValueError(f"{root}: no folder {' or '.join(names)} in it")
+def turn_of_label(image: Path, label: Path, exif: Literal["apply", "ignore"] | None = None) -> int:
+    """The EXIF orientation by which a label is to be turned, so that its pixels are those of its image.
+
+    If the image has an orientation that its label has not, nothing tells whether the label was drawn on the picture as
+    it is stored or as it is shown. Only where the turned picture has other sides, sizes can prove the latter.
+
+    Args:
+        image: the image.
+        label: its label.
+        exif: how images are read: turned by their tag, or not; ``None``: turned, but nobody chose that.
+
+    Raises:
+        ValueError: the orientations differ, and nobody chose.
+    """
+    if exif == "ignore":
+        return 1
+    of_image, of_label = orientation_of(image), orientation_of(label)
+    if of_image == of_label:
+        return of_label
+    shown, there = _shown(stored_size(image), of_image), stored_size(label)
+    if _shown(there, of_label) == shown != _shown(there, of_image):
+        return of_label
+    if exif == "apply":
+        return of_image
+    raise ValueError(
+        f"{image}: EXIF says orientation {of_image}, and that of its label {label} is {of_label}, so one of them is "
+        "shown turned and the other is not; set images.exif: apply to turn both as the image's EXIF says, or "
+        "images.exif: ignore to turn neither; if the label was drawn on the turned picture, store the image turned, "
+        "without EXIF"
+    )
 
 
-def pairs(images: Path, labels: Path | None, below: str = "") -> list[Sample]:
+def _shown(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Height and width of what is stored with ``size``, turned."""
+    return size if orientation < 5 else size[::-1]
+
+
+def pairs(
+    images: Path, labels: Path | None, below: str = "", *, image_suffix: str = "", label_suffix: str = ""
+) -> list[Sample]:
     """All images in ``images / below``, each with the label of the same relative path and stem.
 
     Without a folder of labels, no image has one. Hidden files and folders are left out, such as the ``._1.png`` that
     macOS puts beside ``1.png``.
+
+    Args:
+        images: folder of the images.
+        labels: folder of the labels; it may be the same, if suffixes tell them apart.
+        below: a folder in ``images``.
+        image_suffix: end of the stems of images, which the stems of labels have not: ``_leftImg8bit``. Files without
+            it are no images.
+        label_suffix: the same for labels: ``_gtFine_labelIds``.
 
     Raises:
         ValueError: an image has no label; two images or two labels have one name; or one is no regular file.
@@ -137,11 +191,12 @@ def pairs(images: Path, labels: Path | None, below: str = "") -> list[Sample]:
     """
     label_files: dict[str, list[Path]] = {}
     if labels is not None:
-        for file in _image_files(labels, labels):
-            label_files.setdefault(_stem(file, labels), []).append(file)
+        for file, name in _image_files(labels / below, labels, label_suffix):
+            label_files.setdefault(name, []).append(file)
     samples: dict[str, Sample] = {}
-    for file in _image_files(images / below, images):
-        name = _stem(file, images)
+    for file, name in _image_files(images / below, images, image_suffix):
+        if labels == images and not image_suffix and file.stem.endswith(label_suffix):
+            continue
         if name in samples:
             raise ValueError(f"{samples[name].image} and {file}: two images of one name; rename or remove one")
         if labels is None:
@@ -149,38 +204,37 @@ def pairs(images: Path, labels: Path | None, below: str = "") -> list[Sample]:
             continue
         found = label_files.get(name, [])
         if not found:
-            raise ValueError(f"{file}: no label {labels / name}.png")
+            raise ValueError(f"{file}: no label {labels / name}{label_suffix}.png")
         if len(found) > 1:
             raise ValueError(f"{found[0]} and {found[1]}: two labels of one image; remove one")
         samples[name] = Sample(name, regular_file(file, "an image"), regular_file(found[0], "a label image"))
     return list(samples.values())
 
 
-def _image_files(folder: Path, root: Path) -> list[Path]:
-    """What has the name of an image in ``folder``, a folder below ``root``."""
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(root).parts)
-        and not file.is_dir()
-    ]
+def _image_files(folder: Path, root: Path, suffix: str) -> Iterator[tuple[Path, str]]:
+    """What has the name of an image in ``folder``, a folder below ``root``: the file, and its path without suffixes."""
+    for file in sorted(folder.rglob("*")):
+        if (
+            file.suffix.lower() in IMAGE_SUFFIXES
+            and file.stem.endswith(suffix)
+            and not any(part.startswith(".") for part in file.relative_to(root).parts)
+            and not file.is_dir()
+        ):
+            yield file, file.relative_to(root).with_suffix("").as_posix().removesuffix(suffix)
 
 
-def _stem(file: Path, root: Path) -> str:
-    return file.relative_to(root).with_suffix("").as_posix()
-
-
-def checked(samples: list[Sample], classes: Classes, root: Path, split: str, black_white: bool) -> Dataset:
+def checked(samples: list[Sample], classes: Classes, root: Path, split: str, labels: LabelsConfig = INDEX) -> Dataset:
     """A dataset of these samples.
 
     Raises:
-        ValueError: no sample, more than 255 classes, or black and white masks without exactly two classes.
+        ValueError: no sample, more than 255 classes, or settings of the labels that do not fit the classes.
     """
     if not samples:
         raise ValueError(f"{root}: no image in split {split!r}")
     if len(classes) > IGNORE:
         raise ValueError(f"{root}: {len(classes)} classes, expected at most {IGNORE}: {IGNORE} marks ignored pixels")
-    if black_white and len(classes) != 2:
-        raise ValueError(f"{root}: black and white masks of {len(classes)} classes, expected 2")
-    return Dataset(tuple(samples), classes, black_white)
+    try:
+        LabelCode.of(labels, classes)
+    except ValueError as error:
+        raise ValueError(f"{root}: {error}") from error
+    return Dataset(tuple(samples), classes, labels)
