@@ -34,8 +34,8 @@ CONFIG, WEIGHTS, BASE = "config.json", "model.safetensors", "base.safetensors"
 DEMO = Path(__file__).parent / "assets" / "demo" / "refiner"
 """The refiner in this package and its base, trained on HRF subjects 06-13 (``examples/hrf``)."""
 
-_OPTIONAL = ("class_map", "runtime")
-"""Keys of the base that files of the first weeks of version 0.1.0 lack."""
+_OPTIONAL = ("class_map", "runtime", "bands")
+"""Keys of the base that files of the first weeks of version 0.1.0 lack, or that are only written if they are set."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ def write_refiner(
     }
     if not config.extractor.context:  # versions that do not know it can still read the refiner
         del values["extractor"]["context"]
+    if base_config.bands is None:
+        del values["base"]["bands"]
     if isinstance(base.model, RefinedModel):
         values["base_identity"] = base.identity
     with folder_written_whole(folder, last=CONFIG) as temporary:
