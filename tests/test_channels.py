@@ -22,6 +22,7 @@ from sparserefine.bases.refined import refined
 from sparserefine.data.batches import CropBatch
 from sparserefine.data.crops import AugmentConfig, Crop, Uniform, Whole, random_crop
 from sparserefine.data.readers.dataset import Dataset
+from sparserefine.files.image_config import ImageConfig
 from sparserefine.images.classes import Classes
 from sparserefine.images.normalisation import default_normalisation
 from sparserefine.images.pictures import overlay, shrink, sites_picture
@@ -75,6 +76,17 @@ def test_mean_or_std_says_how_many_and_the_other_follows(channels: int) -> None:
     assert by_mean.channels == by_std.channels == channels
     assert RefinerConfig().channels == 3
     assert not by_mean.rgb
+
+
+@pytest.mark.parametrize(("bands", "rgb"), [(None, True), ((4, 3, 2), False), ((1,), False), ((5, 4, 3, 2), False)])
+def test_bands_of_files_say_how_many(bands: tuple[int, ...] | None, rgb: bool) -> None:
+    config, count = RefinerConfig(images=ImageConfig(bands=bands)), len(bands or "RGB")
+    assert (config.mean, config.std) == default_normalisation(count)
+    assert config.channels == count
+    assert config.rgb is rgb
+    assert replace(config, mean=(0.1,) * count).std == config.std
+    with pytest.raises(ValueError, match=r"images.bands = \[1, 2\]: 2 channels, mean and std have numbers for 4"):
+        RefinerConfig(images=ImageConfig(bands=(1, 2)), mean=(0.1,) * 4, std=(0.2,) * 4)
 
 
 @pytest.mark.parametrize(

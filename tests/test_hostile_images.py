@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -167,7 +168,8 @@ def test_jpeg_2000_with_fewer_tiles_than_claimed(boxes: bool, tmp_path: Path) ->
     assert "claims 76 tiles, holds 4 of them" in refused(tmp_path / "a.jp2", data)
 
 
-def test_a_sparse_tiff_is_named(tmp_path: Path) -> None:
+def test_a_sparse_tiff_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rasterio", None)
     entries = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 277: 1, 322: 16, 323: 16, 324: 0, 325: 0}
     data = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
     data += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items()) + bytes(4)
@@ -176,12 +178,13 @@ def test_a_sparse_tiff_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{259: 34712}, {258: 7}], ids=["compression", "bits"])
-def test_a_tiff_that_pillow_cannot_read_may_be_rewritten(changes: dict[int, int], tmp_path: Path) -> None:
+def test_a_tiff_that_pillow_cannot_read_may_be_rewritten(
+    changes: dict[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rasterio", None)
     message = refused(tmp_path / "a.tif", tiff("tiff_lzw", changes, "L"))
-    assert message.endswith(
-        "; the file may be of a kind that Pillow cannot read: rewrite it, such as with "
-        "`gdal_translate -co COMPRESS=DEFLATE -co INTERLEAVE=PIXEL`"
-    )
+    assert "which Pillow does not read; rasterio does: pip install sparserefine[raster]" in message
+    assert message.endswith("; or rewrite it, such as with `gdal_translate -co COMPRESS=DEFLATE -co INTERLEAVE=PIXEL`")
     assert "gdal" not in refused(tmp_path / "a.png", encoded("PNG")[:60])
 
 

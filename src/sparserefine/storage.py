@@ -20,6 +20,7 @@ from sparserefine.bases.load import load_base
 from sparserefine.bases.refined import RefinedModel, RefinerReader
 from sparserefine.files.digest import sha256_of
 from sparserefine.files.hub import hub_snapshot
+from sparserefine.files.image_config import ImageConfig
 from sparserefine.files.json import read_json
 from sparserefine.files.tensors import WEIGHT_DTYPES, check_finite, write_tensors
 from sparserefine.files.text import printable
@@ -36,6 +37,8 @@ DEMO = Path(__file__).parent / "assets" / "demo" / "refiner"
 
 _OPTIONAL = ("class_map", "runtime", "bands")
 """Keys of the base that files of the first weeks of version 0.1.0 lack, or that are only written if they are set."""
+_OPTIONAL_SETTINGS = ("context", "images", *(field.name for field in fields(ImageConfig)))
+"""Keys of the settings that are written only where they say something."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,9 @@ def write_refiner(
         del values["extractor"]["context"]
     if base_config.bands is None:
         del values["base"]["bands"]
+    del values["images"]["max_megapixels"]  # belongs to the machine, not to the refiner
+    if replace(config.images, max_megapixels=None) == ImageConfig():
+        del values["images"]
     if isinstance(base.model, RefinedModel):
         values["base_identity"] = base.identity
     with folder_written_whole(folder, last=CONFIG) as temporary:
@@ -194,7 +200,7 @@ def read_refiner(name: str | Path) -> StoredRefiner:
             f"{where}: format_version {shown(version)}, this sparserefine reads {FORMAT_VERSION}; "
             "update sparserefine, or save the refiner again with this version"
         )
-    config_keys = [field.name for field in fields(RefinerConfig)]
+    config_keys = [field.name for field in fields(RefinerConfig) if field.name != "images" or "images" in values]
     expected = {"format_version", "classes", "palette", *config_keys, "base", "weights_sha256"}
     found = set(values) - {"base_sha256", "base_identity"}
     if found != expected:
@@ -204,7 +210,7 @@ def read_refiner(name: str | Path) -> StoredRefiner:
         raise ValueError(
             f"{files.weights}: missing, or not the file that {CONFIG} was written with; save the refiner again"
         )
-    config = from_json(RefinerConfig, {name: values[name] for name in config_keys}, where, optional=("context",))
+    config = from_json(RefinerConfig, {name: values[name] for name in config_keys}, where, optional=_OPTIONAL_SETTINGS)
     classes = _classes(values, where)
     try:
         config.selector.check(len(classes))

@@ -24,7 +24,8 @@ def _load(text: str) -> Any:
 
 set_loader(_MODE, _load, (ValueError,))
 # Else `data: some.module` in a configuration would run that module. Our own classes are looked up in the same way.
-set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["sparserefine.training.config"])
+_OURS = ["sparserefine.training.config", "sparserefine.files.image_config"]
+set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=_OURS)
 
 
 class Parser(jsonargparse.ArgumentParser):

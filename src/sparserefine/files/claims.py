@@ -53,25 +53,25 @@ class ClaimError(ValueError):
     """The file does not hold what its header claims, or claims too much."""
 
 
-def check_size(image: Image.Image, path: Path, most_pixels: int) -> None:
+def check_size(size: tuple[int, int], kind: str | None, path: Path, most_pixels: int) -> None:
     """Checks the size before memory for the pixels is taken.
 
     Args:
-        image: opened, not loaded.
-        path: its file.
+        size: width and height that the file claims [px].
+        kind: Pillow's name of the format or, of a TIFF, of the compression; ``None``: one that it does not know.
+        path: the file.
         most_pixels: limit for width x height.
 
     Raises:
         ClaimError: the image is larger, or larger than a file of that many bytes can be.
     """
-    width, height = image.size
+    width, height = size
     if width * height > most_pixels:
         raise ClaimError(
-            f"{width} x {height} pixels, expected at most {most_pixels}; if you trust the file, raise "
-            "sparserefine.files.images.MAX_PIXELS"
+            f"{width} x {height} pixels, expected at most {most_pixels} ({most_pixels / 1e6:g} megapixels); if you trust "
+            "the file, raise images.max_megapixels (--max_megapixels)"
         )
-    kind = image.info.get("compression") if image.format == "TIFF" else image.format
-    stored, most = path.stat().st_size, _PIXELS_A_BYTE.get(str(kind))
+    stored, most = path.stat().st_size, _PIXELS_A_BYTE.get(kind or "")
     allowed = _BLANK if kind in ("JPEG2000", "WEBP") else 0
     if most is not None and width * height > max(allowed, most * stored):
         raise ClaimError(f"claims {width} x {height} pixels, more than its {stored} bytes can hold; it is damaged")

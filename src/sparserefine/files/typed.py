@@ -54,12 +54,14 @@ def shown(value: Any) -> str:
 
 def _value(hint: Any, value: Any, where: str, key: str, optional: Collection[str]) -> Any:
     """The value as its type hint wants it."""
-    if is_dataclass(hint):
-        return from_json(hint, value, where, key, optional=optional)  # type: ignore[arg-type]
     choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    fitting = next((choice for choice in choices if _is_kind(choice, value)), None)
+    kinds = [choice for choice in choices if is_dataclass(choice) or _is_kind(choice, value)]
+    # Of several kinds of lists, the one with such items.
+    fitting = next((kind for kind in kinds if len(kinds) == 1 or _fits(kind, value)), kinds[0] if kinds else None)
     if fitting is None:
         raise ValueError(f"{where}: {key} = {shown(value)}, expected {' or '.join(map(_name, choices))}")
+    if is_dataclass(fitting):
+        return from_json(fitting, value, where, key, optional=optional)  # type: ignore[arg-type]
     if get_origin(fitting) is not tuple:
         return value
     items = get_args(fitting)
@@ -69,6 +71,18 @@ def _value(hint: Any, value: Any, where: str, key: str, optional: Collection[str
         raise ValueError(f"{where}: {key} = {shown(value)}, expected a list of {len(items)}")
     pairs = enumerate(zip(items, value, strict=True))
     return tuple(_value(item, one, where, f"{key}[{i}]", optional) for i, (item, one) in pairs)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value fits a hint, with what is inside a list."""
+    if is_dataclass(hint):
+        return isinstance(value, Mapping)
+    if not _is_kind(hint, value) or get_origin(hint) is not tuple:
+        return _is_kind(hint, value)
+    items = get_args(hint)
+    if items[-1] is Ellipsis:
+        items = (items[0],) * len(value)
+    return len(items) == len(value) and all(_fits(item, one) for item, one in zip(items, value, strict=True))
 
 
 def _is_kind(hint: Any, value: Any) -> bool:
@@ -85,4 +99,6 @@ def _is_kind(hint: Any, value: Any) -> bool:
 def _name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
+    if is_dataclass(hint):
+        return "an object"
     return "a list" if get_origin(hint) is tuple else _PLAIN[hint]

@@ -9,10 +9,12 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from sparserefine.files.image_config import MAX_BANDS
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-MOST_CHANNELS = 16
+MOST_CHANNELS = MAX_BANDS
 """Of an image."""
 LARGEST = 1e6
 """Of a mean and of a standard deviation, which is also at least 1 / LARGEST: normalised pixels stay within 1e12."""

@@ -1,0 +1,61 @@
+"""Reads rasters that Pillow does not: any bands and depth, through rasterio, which is loaded when it is needed."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from sparserefine.files.claims import REWRITE, ClaimError
+
+_opening = threading.Lock()
+"""Warnings are filtered while a file is opened, and the filters are global."""
+
+
+def have_rasters() -> bool:
+    """Whether rasterio is installed."""
+    return find_spec("rasterio") is not None
+
+
+def read_raster(
+    path: Path, driver: Literal["GTiff", "PNG"], bands: Sequence[int] | None, described: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads bands as they are stored.
+
+    Args:
+        path: the file.
+        driver: what it is.
+        bands: counted from 1; ``None``: all.
+        described: what the file holds, for the message if rasterio is missing.
+
+    Returns:
+        ``[C, H, W]`` in the file's dtype, and the mask that the file itself has, ``bool [H, W]``, false where there is
+        no data; ``None``: it has none.
+
+    Raises:
+        ClaimError: rasterio is missing, or the file is damaged.
+    """
+    try:
+        import rasterio
+        from rasterio.enums import MaskFlags
+    except ImportError as error:
+        raise ClaimError(
+            f"{described}, which Pillow does not read; rasterio does: pip install sparserefine[raster]; or {REWRITE}"
+        ) from error
+    try:
+        with _opening, warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            # Only what it is: some drivers of GDAL follow the names of files, and addresses, in what they read.
+            dataset = rasterio.open(path.absolute(), driver=driver)
+        with dataset:
+            values = dataset.read(None if bands is None else list(bands))
+            flags = dataset.mask_flag_enums[0]
+            own = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
+            return values, dataset.read_masks(1) > 0 if own else None
+    except rasterio.errors.RasterioError as error:
+        raise ClaimError(f"not a readable image, or cut short ({error}); check the file") from error
