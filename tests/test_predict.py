@@ -28,7 +28,7 @@ from sparserefine.commands.info import info, info_text
 from sparserefine.commands.main import main
 from sparserefine.commands.predict import HOW_TO_GO_ON
 from sparserefine.files import whole
-from sparserefine.files.images import save_png
+from sparserefine.files.images import read_pixels, save_png
 from sparserefine.files.lock import LockedError, locked
 from sparserefine.files.whole import temporary_name
 from sparserefine.inference.predict import Failure, predict
@@ -538,13 +538,13 @@ def test_an_interrupted_command_says_what_was_done(tmp_path, monkeypatch, capsys
     for name in ("a.jpg", "b.jpg"):
         photo(tmp_path / "in" / name)
 
-    def interrupted(path):
+    def interrupted(path, config):
         if path.name == "b.jpg":
             raise KeyboardInterrupt
-        return read_image(path)
+        return read_pixels(path, config)
 
     with monkeypatch.context() as patch:
-        patch.setattr("sparserefine.inference.predict.read_image", interrupted)
+        patch.setattr("sparserefine.inference.predict.read_pixels", interrupted)
         assert command(tmp_path / "in", "--out", tmp_path / "out") == 130
     assert "1 image predicted before the interruption\n" in capsys.readouterr().err
     assert "--skip_existing" in HOW_TO_GO_ON

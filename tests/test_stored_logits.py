@@ -45,7 +45,7 @@ def test_logits_come_back_in_half_precision(tmp_path: Path) -> None:
     [
         ({"base": "UNet:2"}, "logits of base UNet:1, this configuration has base UNet:2"),
         ({"image_size": (9, 10)}, "8x10 pixels, this image has 9x10"),
-        ({"digest": "other"}, "logits of an image that has changed since"),
+        ({"digest": "other"}, r"logits of an image that has changed since, or is read otherwise now \(images\)"),
     ],
 )
 def test_logits_of_something_else_are_refused(wanted: dict[str, object], words: str, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_predictions_come_back_bit_for_bit(k: int, tmp_path: Path) -> None:
     [
         ({"teacher": "UNet:2"}, "predictions of teacher UNet:1, this configuration has teacher UNet:2"),
         ({"image_size": (9, 10)}, "predictions of an image of 12x14 pixels, this image has 9x10"),
-        ({"digest": "other"}, "predictions of an image that has changed since"),
+        ({"digest": "other"}, r"predictions of an image that has changed since, or is read otherwise now \(images\)"),
     ],
 )
 def test_predictions_of_something_else_are_refused(wanted: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ EXEMPT = ("__init__", "__main__")
 """Of the package itself: they may import from every room."""
 OPTIONAL = {
     *("torchvision", "timm", "segmentation_models_pytorch"),
-    *("transformers", "onnx", "onnxruntime", "openvino", "matplotlib"),
+    *("transformers", "onnx", "onnxruntime", "openvino", "matplotlib", "rasterio"),
 }
 
 

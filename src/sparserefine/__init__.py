@@ -8,6 +8,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sparserefine.bases.base import BaseConfig as BaseConfig
     from sparserefine.bases.base import FrozenBase as FrozenBase
+    from sparserefine.files.image_config import ImageConfig as ImageConfig
     from sparserefine.files.images import read_image as read_image
     from sparserefine.files.images import read_label as read_label
     from sparserefine.images.classes import Classes as Classes
@@ -31,6 +32,7 @@ _MODULE_OF = {
     "FrozenBase": "bases.base",
     "load_base": "loading",
     "Classes": "images.classes",
+    "ImageConfig": "files.image_config",
     "read_image": "files.images",
     "read_label": "files.images",
     "RefinerConfig": "stages.config",

@@ -99,11 +99,12 @@ class SparseRefiner(nn.Module):
         selector.check(self.base.num_classes)
         self.config = replace(self.config, selector=selector)
 
-    def forward(self, image: Tensor) -> Refinement:
+    def forward(self, image: Tensor, valid: Tensor | None = None) -> Refinement:
         """Runs the base and refines its prediction, for a batch of images of one size.
 
         Args:
             image: ``[B, C, H, W]``, uint8, or floating point in 0..1, on the same device as the refiner.
+            valid: ``bool [B, H, W]``, false where the image has no data; nothing is refined there.
 
         Raises:
             ValueError: wrong shape or dtype of the image, pixels outside 0..1, or bad outputs of the base, such as NaN.
@@ -113,7 +114,8 @@ class SparseRefiner(nn.Module):
         with timer.stage("base"):
             logits, check_values = self.base.begin(image)
         coarse = self.coarse_of(logits, (image.shape[2], image.shape[3]))
-        return self.step(image, coarse, plan_of=self._plan_then(check_values, image.device), timer=timer)
+        _check_batch(coarse, len(image), valid)
+        return self.step(image, coarse, valid, plan_of=self._plan_then(check_values, image.device), timer=timer)
 
     def refine(
         self,

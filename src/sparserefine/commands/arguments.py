@@ -158,6 +158,13 @@ def add_base(parser: ArgumentParser) -> None:
     )
 
 
+def add_max_megapixels(parser: ArgumentParser) -> None:
+    """``--max_megapixels``, for commands without a configuration, which has ``images.max_megapixels``."""
+    parser.add_argument(
+        "--max_megapixels", type=float, help="the largest image that is read, in million pixels; default: 2147"
+    )
+
+
 def refiner_of(arguments: Namespace, **options: Any) -> SparseRefiner:
     """The refiner that the arguments of :func:`add_refiner` describe, on the chosen device.
 

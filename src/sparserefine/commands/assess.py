@@ -61,7 +61,7 @@ def run(arguments: Namespace) -> int:
     check_positive("--minutes", arguments.minutes)
     config, device = config_of(arguments), device_named(arguments.device)
     check_precision(arguments.precision, device)
-    data = config.data.read(getattr(config.data, arguments.split))
+    data = config.read(getattr(config.data, arguments.split))
     refiner = build_refiner(config, data)
     refiner.engine = EngineChoice(arguments.engine)
     refiner = refiner.to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from sparserefine.commands.arguments import (
@@ -47,13 +47,17 @@ def run(arguments: Namespace) -> int:
     results = results_file(arguments.json)
     config, device = config_of(arguments), device_named(arguments.device)
     check_precision(arguments.precision, device)
-    data = config.data.read(getattr(config.data, arguments.split))
+    data = config.read(getattr(config.data, arguments.split))
     if not data.labelled and arguments.dense is None:
         raise ValueError(
             f"the {arguments.split} data in {config.data.root} have no labels to score by; name a dense model to agree "
             f"with: --dense teacher (here {printable(config.teacher.name or config.base.name)}), or --dense NAME"
         )
     refiner = refiner_of(arguments, base=load_base(config.base, data.classes))
+    read_as = replace(refiner.config.images, max_megapixels=config.images.max_megapixels)
+    if read_as != config.images:
+        print(f"images: {read_as} (the refiner's, not the configuration's)", file=sys.stderr)
+        data = replace(data, images=read_as)
     if refiner.selector != config.selector:
         used = f"threshold {refiner.selector.threshold}, budget {refiner.selector.budget}"
         print(

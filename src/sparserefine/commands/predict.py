@@ -5,7 +5,14 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from sparserefine.commands.arguments import EXIT_FAILED, add_base, add_precision, add_refiner, refiner_of
+from sparserefine.commands.arguments import (
+    EXIT_FAILED,
+    add_base,
+    add_max_megapixels,
+    add_precision,
+    add_refiner,
+    refiner_of,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -19,7 +26,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", help="image files, folders, or glob patterns in quotes")
     add_refiner(parser)
     add_precision(parser)
-    parser.add_argument("--out", required=True, help="output folder for the label images (index PNG)")
+    parser.add_argument("--out", required=True, help="output folder for the label images (index PNG or TIFF)")
+    parser.add_argument(
+        "--format",
+        choices=("auto", "png", "tif"),
+        default="auto",
+        help="of the label images; tif keeps the coordinates of a GeoTIFF; auto: tif for a GeoTIFF, else png",
+    )
     parser.add_argument(
         "--overlay", action="store_true", help="also write NAME_overlay.png, the labels drawn over the image"
     )
@@ -31,6 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="keep outputs that exist and predict the other images only, such as after an interruption",
     )
+    add_max_megapixels(parser)
     add_base(parser)
 
 
@@ -52,6 +66,8 @@ def run(arguments: Namespace) -> int:
                 overlay=arguments.overlay,
                 overwrite=arguments.overwrite,
                 skip_existing=arguments.skip_existing,
+                format=arguments.format,
+                max_megapixels=arguments.max_megapixels,
                 seen=done.append,
             )
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparserefine.commands.arguments import add_base, add_refiner, refiner_of
+from sparserefine.commands.arguments import add_base, add_max_megapixels, add_refiner, refiner_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,11 +25,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, help="output folder for the quantized refiner; must differ from --refiner"
     )
+    add_max_megapixels(parser)
     add_base(parser)
 
 
 def run(arguments: Namespace) -> int:
     """Runs :meth:`sparserefine.SparseRefiner.quantize` and saves the quantized refiner."""
+    from dataclasses import replace
+
     from tqdm import tqdm
 
     from sparserefine.files.images import read_image
@@ -42,9 +45,10 @@ def run(arguments: Namespace) -> int:
     files = _images_in(arguments.inputs)
     refiner = refiner_of(arguments, trust_base=arguments.trust_base, runtime=arguments.runtime)
     device = next(refiner.extractor.parameters()).device
+    how = replace(refiner.config.images, max_megapixels=arguments.max_megapixels)
     with locked(out, "quantize"):
         with tqdm(files, desc="quantize", unit="image") as bar:  # closed, so that what is said next begins a line
-            count = refiner.quantize(read_image(file).to(device) for file in bar)
+            count = refiner.quantize(read_image(file, how).to(device) for file in bar)
         refiner.save_pretrained(out)
     images = "1 image" if count == 1 else f"{count} images"
     print(f"quantized with {images}, stored in {printable(out)}; --engine cpu-int8 runs it in 8 bits")

@@ -68,8 +68,8 @@ def check_size(size: tuple[int, int], kind: str | None, path: Path, most_pixels:
     width, height = size
     if width * height > most_pixels:
         raise ClaimError(
-            f"{width} x {height} pixels, expected at most {most_pixels} ({most_pixels / 1e6:g} megapixels); if you trust "
-            "the file, raise images.max_megapixels (--max_megapixels)"
+            f"{width} x {height} pixels, expected at most {most_pixels} ({most_pixels / 1e6:g} megapixels); if you "
+            "trust the file, raise images.max_megapixels (--max_megapixels)"
         )
     stored, most = path.stat().st_size, _PIXELS_A_BYTE.get(kind or "")
     allowed = _BLANK if kind in ("JPEG2000", "WEBP") else 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 MAX_BANDS = 16
@@ -74,6 +75,8 @@ class ImageConfig:
         if isinstance(self.range, str) and self.range not in _BITS:
             raise ValueError(f"images.range = {self.range!r}, expected {', '.join(_BITS)} or [low, high]")
         ranges = self.ranges or ()
+        if ranges and isinstance(self.range, tuple):  # 0 and 0.0 are one range
+            object.__setattr__(self, "range", ranges[0] if isinstance(self.range[0], float | int) else ranges)
         for low, high in ranges:
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
                 raise ValueError(f"images.range has [{low}, {high}], expected two finite numbers, the lower one first")
@@ -89,6 +92,11 @@ class ImageConfig:
             raise ValueError(
                 f"images.max_megapixels = {self.max_megapixels}, expected above 0 and at most {MAX_MEGAPIXELS:.0f}"
             )
+
+    def digest(self, sha256: str) -> str:
+        """Fingerprint of the pixels that are read from a file of that SHA-256: this one, if they are the default's."""
+        how = replace(self, max_megapixels=None, exif="ignore" if self.exif == "ignore" else None)
+        return sha256 if how == ImageConfig() else hashlib.sha256(f"{sha256} {how}".encode()).hexdigest()
 
     @property
     def channels(self) -> int:
@@ -111,4 +119,5 @@ class ImageConfig:
                 numbers.append(item)
         if numbers and (pairs or len(numbers) != 2):
             raise ValueError(f"images.range = {self.range!r}, expected [low, high] or one such pair for each channel")
-        return tuple(pairs) if pairs or not numbers else ((numbers[0], numbers[1]),)
+        pairs = pairs if pairs or not numbers else [(numbers[0], numbers[1])]
+        return tuple((float(low), float(high)) for low, high in pairs)

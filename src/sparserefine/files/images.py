@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, TiffTags, UnidentifiedImageError
 from torch import Tensor
 
 from sparserefine.files.claims import (
@@ -25,13 +25,13 @@ from sparserefine.files.claims import (
 )
 from sparserefine.files.image_config import ImageConfig
 from sparserefine.files.ranges import RangeError, check_meaning, to_pixels
-from sparserefine.files.rasters import have_rasters, read_raster
+from sparserefine.files.rasters import have_rasters
 from sparserefine.files.regular import regular_file
+from sparserefine.files.samples import from_picture, from_raster, tell_once, warn_if_dark
 from sparserefine.files.text import first_line, printable
-from sparserefine.files.tiff import MAGIC, BandsError, Tiff, check_bands, check_transparency, pillow_reads, read_tiff
+from sparserefine.files.tiff import GEO, MAGIC, NODATA, BandsError, check_bands, pillow_reads, read_tiff
 from sparserefine.files.whole import written_whole
 
-_log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jp2")
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 """Pillow's names of the formats of :data:`IMAGE_SUFFIXES`. No other decoder of Pillow's sees a file, whatever its name:
@@ -39,8 +39,6 @@ some run programs (EPS: Ghostscript), and few of them are tested as much."""
 MAX_PIXELS = 2**31
 """Largest width x height that is read unless ``images.max_megapixels`` says otherwise. A file of a few megabytes may
 decompress to that many pixels, at 4 bytes each in memory; lower it where images come from strangers."""
-_DARK = 2**14
-"""A 16-bit image of lower values only has a range of its own, of 12 bits or so: it would be read nearly black."""
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNED_BACK = {6: 8, 8: 6}
 """Orientation that undoes another; the others undo themselves."""
@@ -101,27 +99,33 @@ _OURS = _PillowSettings()
 
 
 @contextmanager
-def _opened(path: Path, what: str, config: ImageConfig = ImageConfig()) -> Iterator[Image.Image]:  # noqa: B008  # frozen
-    """Opens and decodes ``what``, rotated by its EXIF tag; any failure raises an :class:`ImageError` with the path."""
+def opened(path: Path, what: str, *, turn: int | None = None, most_pixels: int | None = None) -> Iterator[Image.Image]:
+    """Opens and decodes ``what``; any failure raises an :class:`ImageError` with the path.
+
+    Args:
+        path: the file.
+        what: what it should be, for messages.
+        turn: the EXIF orientation, 1 to 8, by which it is rotated; ``None``: that of its own tag.
+        most_pixels: largest width x height; default: :data:`MAX_PIXELS`.
+    """
     with _errors_named(path, what), _OURS, Image.open(path, formats=FORMATS) as image:
         kind = image.info.get("compression") if image.format == "TIFF" else image.format
-        check_size(image.size, kind, path, _most_pixels(config))
-        orientation = 1
+        check_size(image.size, kind, path, MAX_PIXELS if most_pixels is None else most_pixels)
+        applied = 1
         if isinstance(image, TiffImagePlugin.TiffImageFile):
-            orientation = int(image.tag_v2.get(_ORIENTATION, 1))
+            applied = _known(image.tag_v2.get(_ORIENTATION))  # by load()
             check_tiff(image, path)
         elif image.format == "JPEG2000":
             check_jpeg_2000(path)
-        image.load()  # which turns a TIFF
+        image.load()
         if image.format == "PNG":
             check_png(image, path)
         elif image.format in ("JPEG", "MPO"):
             check_jpeg(image, path)
-        if config.exif == "ignore":
-            turn = _TURNS.get(_TURNED_BACK.get(orientation, orientation))
-            yield image if turn is None else image.transpose(turn)
+        if turn is not None and turn != applied:
+            yield _turned(_turned(image, _TURNED_BACK.get(applied, applied)), turn)
         else:
-            yield _upright(image)
+            yield image if applied != 1 else _turned(image, _orientation(image) if turn is None else turn)
 
 
 @contextmanager
@@ -153,42 +157,26 @@ def _errors_named(path: Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def _most_pixels(config: ImageConfig) -> int:
-    return MAX_PIXELS if config.max_megapixels is None else round(config.max_megapixels * 1e6)
-
-
 def _advice(start: bytes) -> str:
     """What else may be wrong with a file of these first bytes."""
     return f"; the file may be of a kind that Pillow cannot read: {REWRITE}" if start in MAGIC else ""
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image, rotated by its EXIF tag."""
-    turn = _TURNS.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
-
-
 def _orientation(image: Image.Image) -> int:
+    """The orientation in the EXIF tag, 1 to 8."""
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        return _known(image.getexif().get(_ORIENTATION))
     except Exception:  # a damaged EXIF block may raise anything; without one, a picture is shown as it is stored
         return 1
+
+
+def _known(orientation: Any) -> int:
     return orientation if orientation in _TURNS else 1
 
 
-def orientation_of(path: str | Path) -> int:
-    """How cameras say that an image has to be turned, 1 (not at all) to 8 as EXIF counts it. It is not decoded.
-
-    Raises:
-        ImageError: as for :func:`read_image`.
-    """
-    path = Path(path)
-    with _errors_named(path, "an image"):
-        tiff = read_tiff(path)
-        if tiff is not None:
-            return tiff.orientation
-        with _OURS, Image.open(path, formats=FORMATS) as image:
-            return _orientation(image)
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    """The image, rotated as its orientation says."""
+    return image if orientation == 1 else image.transpose(_TURNS[orientation])
 
 
 def read_image(path: str | Path, config: ImageConfig = ImageConfig()) -> Tensor:  # noqa: B008  # frozen
@@ -215,148 +203,27 @@ def read_image(path: str | Path, config: ImageConfig = ImageConfig()) -> Tensor:
 
 def read_pixels(path: str | Path, config: ImageConfig = ImageConfig()) -> Pixels:  # noqa: B008  # frozen
     """Reads an image file, and where it has no data; see :func:`read_image`."""
-    path = Path(path)
+    path, turn = Path(path), 1 if config.exif == "ignore" else None
+    most_pixels = MAX_PIXELS if config.max_megapixels is None else round(config.max_megapixels * 1e6)
     with _errors_named(path, "an image"):
         tiff = read_tiff(path)
         if tiff is not None:
             check_bands(tiff, config)
             check_meaning(tiff.kind, tiff.bits, tiff.bands, config)
             if tiff.pages > 1:
-                _tell("pages", f"{printable(path)}: {tiff.pages} pages; only the first one is read")
+                tell_once("pages", f"{printable(path)}: {tiff.pages} pages; only the first one is read")
         if tiff is not None and not pillow_reads(tiff, config, have_rasters()):
-            check_size((tiff.width, tiff.height), tiff.compression, path, _most_pixels(config))
-            stored = _from_raster(path, tiff, config)
+            check_size((tiff.width, tiff.height), tiff.compression, path, most_pixels)
+            found = from_raster(path, "GTiff", tiff.described(), tiff.nodata, tiff.orientation, config)
         else:
-            with _opened(path, "an image", config) as image:
-                stored = _from_picture(image, path, tiff, config)
-        if config.range is None and not np.issubdtype(stored.values.dtype, np.floating):
-            _warn_if_dark(stored, path)
-        pixels = to_pixels(stored.values, stored.valid, config)
-        return Pixels(pixels, None if stored.valid is None else torch.from_numpy(stored.valid))
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """What a file holds.
-
-    Attributes:
-        values: ``[C, H, W]``, or ``[1, H, W]`` of a grey picture.
-        valid: ``bool [H, W]``, false where there is no data; ``None``: nowhere.
-        halved: whether these are the higher 8 bits of 16.
-    """
-
-    values: np.ndarray
-    valid: np.ndarray | None
-    halved: bool = False
-
-
-def _from_raster(path: Path, tiff: Tiff | None, config: ImageConfig) -> _Stored:
-    described = "colours of 16 bits" if tiff is None else tiff.described()
-    values, valid = read_raster(path, "PNG" if tiff is None else "GTiff", config.bands, described)
-    valid = _with_data(values, valid, _nodata(tiff, config))
-    if config.exif != "ignore" and tiff is not None and tiff.orientation in _TURNS:
-        values = np.ascontiguousarray(_turned(values, tiff.orientation))
-        valid = None if valid is None else np.ascontiguousarray(_turned(valid, tiff.orientation))
-    return _Stored(values, valid)
-
-
-def _from_picture(image: Image.Image, path: Path, tiff: Tiff | None, config: ImageConfig) -> _Stored:
-    halved = _halved(image, path, tiff)
-    if halved and (config.range is not None or config.bands is not None):
-        return _from_raster(path, tiff, config)
-    alpha = image.getchannel("A") if config.bands is None and image.mode in ("LA", "PA", "RGBA", "La") else None
-    if alpha is not None and tiff is not None:
-        check_transparency(np.asarray(alpha), tiff)
-    nodata = _nodata(tiff, config)
-    valid = None if nodata is None else _with_data(_planes(image, None), None, nodata)
-    if config.bands is not None:
-        return _Stored(_planes(image, config.bands), valid)
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _Stored(np.asarray(image)[None], valid)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    elif image.mode in ("1", "L"):
-        return _Stored(np.asarray(image.convert("L"))[None], valid)
-    return _Stored(np.array(image.convert("RGB")).transpose(2, 0, 1), valid, halved)
-
-
-def _planes(image: Image.Image, bands: Sequence[int] | None) -> np.ndarray:
-    """Bands as they are stored, ``[C, H, W]``; ``None``: all that are not transparency, and numbers of colours."""
-    if image.mode == "1":
-        image = image.convert("L")
-    elif image.mode in ("P", "PA") and bands is not None:
-        image = image.convert("RGB")
-    values = np.asarray(image)
-    values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
-    if bands is None:
-        return values[:-1] if image.mode in ("LA", "PA", "RGBA", "La") else values
-    if max(bands) > len(values):
-        raise BandsError(f"images.bands asks for band {max(bands)}, the file has {len(values)} ({image.mode})")
-    return values[[band - 1 for band in bands]]
-
-
-def _halved(image: Image.Image, path: Path, tiff: Tiff | None) -> bool:
-    """Whether Pillow read the higher 8 bits of 16: it has no colours of more than 8 bits."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return False
-    if tiff is not None:
-        return tiff.bits > 8
-    with path.open("rb") as file:  # a PNG states the bits of a sample in its header
-        head = file.read(25)
-    return head[1:4] == b"PNG" and head[24] == 16
-
-
-def _nodata(tiff: Tiff | None, config: ImageConfig) -> float | None:
-    return config.nodata if config.nodata is not None else None if tiff is None else tiff.nodata
-
-
-def _with_data(values: np.ndarray, valid: np.ndarray | None, nodata: float | None) -> np.ndarray | None:
-    """``bool [H, W]``, false where all bands are ``nodata`` or one is NaN or infinite; ``None``: nowhere."""
-    parts = [] if valid is None else [valid]
-    if nodata is not None:
-        parts.append((values != nodata).any(0))
-    if np.issubdtype(values.dtype, np.floating):
-        parts.append(np.isfinite(values).all(0))
-    whole = np.logical_and.reduce(parts) if parts else None
-    return None if whole is None or whole.all() else whole
-
-
-def _turned(values: np.ndarray, orientation: int) -> np.ndarray:
-    """Turned and mirrored as EXIF says, on the last two axes."""
-    if orientation >= 5:
-        values = values.swapaxes(-1, -2)
-    if orientation in (2, 3, 6, 7):
-        values = values[..., ::-1]
-    if orientation in (3, 4, 7, 8):
-        values = values[..., ::-1, :]
-    return values
-
-
-def _warn_if_dark(stored: _Stored, path: Path) -> None:
-    """Warns of values of 16 bits that use a small part of them."""
-    if stored.values.dtype == np.uint8 and not stored.halved:
-        return
-    known = stored.values if stored.valid is None else stored.values[:, stored.valid]
-    largest = int(known.max(initial=0))
-    largest, seen = (256 * largest + 255, "at most ") if stored.halved else (largest, "")
-    if 0 < largest < _DARK:
-        _tell(
-            "dark",
-            f"{printable(path)}: the largest of its 16-bit values is {seen}{largest} of {2**16 - 1}, so it is read "
-            "nearly black; if that is not meant, say which values become 0 and 1, such as "
-            f"images.range: [0, {largest}]{', 12bit' if largest < 2**12 else ''} or {{percentile: [2, 98]}}",
-        )
-
-
-_told: set[str] = set()
-
-
-def _tell(what: str, message: str) -> None:
-    """Warns once in a process: a data set may have thousands of files of a kind."""
-    if what not in _told:
-        _told.add(what)
-        _log.warning("%s (told once)", message)
+            with opened(path, "an image", turn=turn, most_pixels=most_pixels) as image:
+                picture = from_picture(image, path, tiff, config)
+                orientation = 1 if picture else _orientation(image)
+            found = picture or from_raster(path, "PNG", "colours of 16 bits", None, orientation, config)
+        if config.range is None:
+            warn_if_dark(found, path)
+        pixels = to_pixels(found.values, found.valid, config)
+        return Pixels(pixels, None if found.valid is None else torch.from_numpy(found.valid))
 
 
 def read_label(path: str | Path) -> Tensor:
@@ -372,7 +239,7 @@ def read_label(path: str | Path) -> Tensor:
         ImageError: as for :func:`read_image`, or a colour image, whose classes are unknown.
     """
     path = Path(path)
-    with _opened(path, "a label image") as image:
+    with opened(path, "a label image") as image:
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
             raise ImageError(
                 f"{printable(path)}: labels must be an index image (1 channel), this one has mode {image.mode!r}; "
@@ -398,15 +265,47 @@ def write_png(path: str | Path, pixels: Tensor, palette: list[tuple[int, int, in
 
 def save_png(file: Path, pixels: Tensor, palette: list[tuple[int, int, int]] | None = None) -> None:
     """Writes a PNG file inside :func:`sparserefine.files.whole.written_whole`; arguments as for :func:`write_png`."""
+    _picture(pixels, palette).save(file, format="PNG")
+
+
+def save_tiff(
+    file: Path,
+    pixels: Tensor,
+    palette: list[tuple[int, int, int]] | None = None,
+    *,
+    place: Mapping[int, Any] | None = None,
+    nodata: int | None = None,
+) -> None:
+    """Writes a TIFF file inside :func:`sparserefine.files.whole.written_whole`.
+
+    Args:
+        file: the file.
+        pixels: as for :func:`write_png`.
+        palette: as for :func:`write_png`.
+        place: tags of GeoTIFF, as :func:`sparserefine.files.tiff.placed` reads them.
+        nodata: value of pixels without data.
+    """
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in (place or {}).items():
+        tags.tagtype[tag] = GEO[tag]
+        tags[tag] = value
+    if nodata is not None:
+        tags.tagtype[NODATA] = TiffTags.ASCII
+        tags[NODATA] = str(nodata)
+    _picture(pixels, palette).save(file, format="TIFF", compression="tiff_adobe_deflate", tiffinfo=tags)
+
+
+def _picture(pixels: Tensor, palette: list[tuple[int, int, int]] | None) -> Image.Image:
     array = pixels.cpu().numpy()
     if array.ndim == 3:
-        image = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
-    elif array.dtype == np.uint8:
+        return Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
+    if array.dtype == np.uint8:
         image = Image.fromarray(array)
         if palette:
-            image.putpalette([channel for colour in palette for channel in colour])
-    else:
-        if array.size and (array.min() < 0 or array.max() > 65535):
-            raise ValueError(f"labels {array.min()}..{array.max()}, expected 0..65535, the range of a PNG")
-        image = Image.fromarray(array.astype(np.uint16))
-    image.save(file, format="PNG")
+            # Decoders refuse a number that has no colour: one that marks pixels without data.
+            more = int(array.max(initial=0)) + 1 - len(palette)
+            image.putpalette([channel for colour in [*palette, *[(0, 0, 0)] * more] for channel in colour])
+        return image
+    if array.size and (array.min() < 0 or array.max() > 65535):
+        raise ValueError(f"labels {array.min()}..{array.max()}, expected 0..65535, the range of 16 bits")
+    return Image.fromarray(array.astype(np.uint16))

@@ -56,7 +56,7 @@ def to_pixels(values: np.ndarray, valid: np.ndarray | None, config: ImageConfig)
     elif values.dtype == np.uint8:
         pixels = torch.from_numpy(values if values.flags.writeable else values.copy())
     else:
-        pixels = _of_full_scale(values, config)
+        pixels = _of_full_scale(values if valid is None else np.where(valid, values, 0), config)
     if valid is not None:
         pixels.masked_fill_(~torch.from_numpy(valid), 0)
     return pixels.repeat(config.channels, 1, 1) if len(pixels) < config.channels else pixels.contiguous()

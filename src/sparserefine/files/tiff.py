@@ -16,8 +16,9 @@ from sparserefine.files.image_config import ImageConfig
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """The first bytes of a TIFF and of a BigTIFF."""
-GEO = (33550, 33922, 34264, 34735, 34736, 34737)
-"""Tags of GeoTIFF: pixel size, tie points, affine transform, coordinate system with its numbers and texts."""
+GEO = {33550: 12, 33922: 12, 34264: 12, 34735: 3, 34736: 12, 34737: 2}
+"""Tags of GeoTIFF: pixel size, tie points, affine transform, coordinate system with its numbers and texts. With the
+type of their values: float64, uint16, text."""
 NODATA = 42113
 """GDAL's tag of the value that marks pixels without data."""
 _SUBFILE, _ORIENTATION, _EXTRA, _FORMAT, _PLANES, _SAMPLES = 254, 274, 338, 339, 284, 277
@@ -130,6 +131,13 @@ def read_tiff(path: Path) -> Tiff | None:
             return _parsed(_directory(file, head, None), _count_pages(file, head))
         except (SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, EOFError, struct.error):
             return None
+
+
+def placed(path: Path, config: ImageConfig) -> Mapping[int, Any]:
+    """Where on Earth the pixels of a file lie: its tags of GeoTIFF, none if it has none, or is read turned."""
+    tiff = read_tiff(path)
+    turned = tiff is not None and tiff.orientation != 1 and config.exif != "ignore"
+    return {} if tiff is None or turned else tiff.place
 
 
 def _directory(file: BinaryIO, head: bytes, at: int | None) -> TiffImagePlugin.ImageFileDirectory_v2:

@@ -55,11 +55,13 @@ def shown(value: Any) -> str:
 def _value(hint: Any, value: Any, where: str, key: str, optional: Collection[str]) -> Any:
     """The value as its type hint wants it."""
     choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    kinds = [choice for choice in choices if is_dataclass(choice) or _is_kind(choice, value)]
+    if len(choices) == 1 and is_dataclass(hint):
+        return from_json(hint, value, where, key, optional=optional)  # type: ignore[arg-type]
+    kinds = [choice for choice in choices if _is_kind(choice, value)]
     # Of several kinds of lists, the one with such items.
     fitting = next((kind for kind in kinds if len(kinds) == 1 or _fits(kind, value)), kinds[0] if kinds else None)
     if fitting is None:
-        raise ValueError(f"{where}: {key} = {shown(value)}, expected {' or '.join(map(_name, choices))}")
+        raise ValueError(f"{where}: {key} = {shown(value)}, expected {' or '.join(dict.fromkeys(map(_name, choices)))}")
     if is_dataclass(fitting):
         return from_json(fitting, value, where, key, optional=optional)  # type: ignore[arg-type]
     if get_origin(fitting) is not tuple:
@@ -75,8 +77,6 @@ def _value(hint: Any, value: Any, where: str, key: str, optional: Collection[str
 
 def _fits(hint: Any, value: Any) -> bool:
     """Whether a value fits a hint, with what is inside a list."""
-    if is_dataclass(hint):
-        return isinstance(value, Mapping)
     if not _is_kind(hint, value) or get_origin(hint) is not tuple:
         return _is_kind(hint, value)
     items = get_args(hint)
@@ -91,6 +91,8 @@ def _is_kind(hint: Any, value: Any) -> bool:
         return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, list)
+    if is_dataclass(hint):
+        return isinstance(value, Mapping)
     if hint is float:  # false for NaN, infinity, and whole numbers that no float holds
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is hint

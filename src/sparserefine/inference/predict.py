@@ -1,4 +1,4 @@
-"""Predicts image files: writes index PNGs and reports every image, done or failed."""
+"""Predicts image files: writes index images and reports every image, done or failed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparserefine.files.images import IMAGE_SUFFIXES, read_image, save_png
+from sparserefine.files.image_config import ImageConfig
+from sparserefine.files.images import IMAGE_SUFFIXES, Pixels, read_pixels, save_png, save_tiff
 from sparserefine.files.lock import locked
 from sparserefine.files.regular import given_path, regular_file
 from sparserefine.files.text import printable
+from sparserefine.files.tiff import placed
 from sparserefine.files.whole import sweep, written_whole
 from sparserefine.images.pictures import overlay as overlay_picture
 from sparserefine.refiner import SparseRefiner
@@ -30,6 +33,8 @@ _log = logging.getLogger(__name__)
 _NO_MORE_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of writing after which no other image can be written either: disk full, quota used up, disk read-only."""
 _GONE = "its output was written but is gone now; does another process delete files there?"
+_NO_DATA, _NO_DATA_16 = 255, 65535
+"""Label of pixels without data, in a file of 8 bits and of 16."""
 _OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory", re.IGNORECASE)
 
 
@@ -116,11 +121,11 @@ class _Found:
     image: Path
     relative: Path
 
-    def outputs(self, with_suffix: bool, overlay: bool) -> tuple[Path, ...]:
+    def outputs(self, kind: str, with_suffix: bool, overlay: bool) -> tuple[Path, ...]:
         """Paths relative to the output folder."""
         suffix = self.relative.suffix[1:]
         stem = f"{self.relative.stem}_{suffix}" if with_suffix and suffix else self.relative.stem
-        names = (f"{stem}.png", f"{stem}_overlay.png") if overlay else (f"{stem}.png",)
+        names = (f"{stem}.{kind}", f"{stem}_overlay.png") if overlay else (f"{stem}.{kind}",)
         return tuple(self.relative.parent / name for name in names)
 
 
@@ -132,10 +137,15 @@ def predict(
     overlay: bool = False,
     overwrite: bool = False,
     skip_existing: bool = False,
+    format: Literal["auto", "png", "tif"] = "auto",
+    max_megapixels: float | None = None,
     progress: bool = True,
     seen: Callable[[Predicted], None] | None = None,
 ) -> PredictReport:
-    """Predicts image files and writes their labels as PNG index images in the classes' colours.
+    """Predicts image files and writes their labels as index images in the classes' colours.
+
+    Bands, range and EXIF are those that the refiner was trained with (``refiner.config.images``). Where an image has no
+    data, nothing is refined, and its label is 255 (65535 for 256 classes and more).
 
     An image ``a/b.jpg`` in an input folder is written to ``out/a/b.png``, a file given by name to ``out/<name>.png``.
     For a pattern, folders from the first wildcard on are kept: ``photos/*/x.tif`` is written to ``out/<folder>/x.png``.
@@ -156,12 +166,15 @@ def predict(
         overlay: also write ``<name>_overlay.png``, the class colours blended over the image.
         overwrite: replace existing outputs; without it, an image whose output exists is a failure.
         skip_existing: keep an image's outputs if all exist; if only some do, all are written again.
+        format: ``png``; ``tif``, which keeps the coordinates of a GeoTIFF and names the label of pixels without data;
+            ``auto``: ``tif`` for a GeoTIFF, ``png`` for all others.
+        max_megapixels: the largest image that is read [million pixels]; default: 2147.
         progress: show a progress bar if stderr is a terminal and the run takes more than 2 s.
         seen: called with each image when its outputs are written; what an interrupted run did is known from it only.
 
     Raises:
         ValueError: there are no inputs, one is empty, ``out`` is not a folder, or ``overwrite`` and ``skip_existing``
-            are both chosen.
+            are both chosen; or ``format`` or ``max_megapixels`` is none.
         LockedError: another prediction writes into ``out``.
         OSError: ``out`` cannot be made or written.
     """
@@ -169,13 +182,18 @@ def predict(
     inputs, out = [given_path(given, "inputs") for given in inputs], given_path(out, "out")
     if overwrite and skip_existing:
         raise ValueError("overwrite and skip_existing contradict each other; choose one")
+    if format not in ("auto", "png", "tif"):
+        raise ValueError(f"format = {format!r}, expected 'auto', 'png' or 'tif'")
+    how = refiner.config.images
+    how = replace(how, max_megapixels=how.max_megapixels if max_megapixels is None else max_megapixels)
     if not inputs:
         raise ValueError("nothing to predict; give image files, folders or glob patterns")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{printable(out)}: is a file, expected a folder, or a new name, for the outputs")
     failures: list[Failure] = []
     found = _find(inputs, out, failures)
-    jobs = _name_outputs(found, out, overlay, failures)
+    kinds = [("tif" if _is_placed(item.image, how) else "png") if format == "auto" else format for item in found]
+    jobs = _name_outputs(found, kinds, out, overlay, failures)
     if not jobs:
         return PredictReport((), tuple(failures))
     images: list[Predicted] = []
@@ -195,7 +213,7 @@ def predict(
                     present.append(image)
                     continue
                 try:
-                    result = result or _predict_one(image, outputs, refiner)
+                    result = result or _predict_one(image, outputs, refiner, how)
                 except OSError as error:
                     failures.append(Failure(str(image), _failure_reason(error, image)))
                     not_tried += [later for later, _ in jobs[number + 1 :]]
@@ -277,13 +295,21 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES
 
 
+def _is_placed(file: Path, config: ImageConfig) -> bool:
+    """Whether it is a GeoTIFF, as far as can be said; reading it says what else it is."""
+    try:
+        return file.is_file() and bool(placed(file, config))
+    except OSError:
+        return False
+
+
 def _name_outputs(
-    found: list[_Found], out: Path, overlay: bool, failures: list[Failure]
+    found: list[_Found], kinds: Sequence[str], out: Path, overlay: bool, failures: list[Failure]
 ) -> list[tuple[Path, tuple[Path, ...]]]:
     """Each image with its outputs; images whose outputs would have the same name become failures."""
     with_suffix: set[int] = set()
     while True:
-        names = [item.outputs(i in with_suffix, overlay) for i, item in enumerate(found)]
+        names = [item.outputs(kinds[i], i in with_suffix, overlay) for i, item in enumerate(found)]
         claims: dict[Path, list[int]] = defaultdict(list)
         for i, paths in enumerate(names):
             for path in paths:
@@ -329,7 +355,9 @@ def _refusal(outputs: tuple[Path, ...], sources: set[tuple[int, int] | None], ov
     return None
 
 
-def _predict_one(image: Path, outputs: tuple[Path, ...], refiner: SparseRefiner) -> Predicted | str:
+def _predict_one(
+    image: Path, outputs: tuple[Path, ...], refiner: SparseRefiner, config: ImageConfig
+) -> Predicted | str:
     """Predicts one image; returns the result, or why it failed. In either case there are all of its outputs or none.
 
     Raises:
@@ -337,14 +365,24 @@ def _predict_one(image: Path, outputs: tuple[Path, ...], refiner: SparseRefiner)
     """
     before = [_identity(path) for path in outputs]
     try:
-        pixels = read_image(image)
+        pixels = read_pixels(image, config)
         labels, density, ms = _refine(pixels, refiner)
-        pictures = [labels]
-        if len(outputs) > 1:
-            pictures.append(overlay_picture(pixels, labels, refiner.classes))
+        shown = overlay_picture(pixels.image, labels, refiner.classes) if len(outputs) > 1 else None
+        nodata = None
+        if pixels.valid is not None:
+            nodata = _NO_DATA if labels.dtype == torch.uint8 else _NO_DATA_16
+            labels = torch.where(pixels.valid, labels if nodata == _NO_DATA else labels.int(), nodata)
+            if shown is not None:
+                shown = shown * pixels.valid
+        palette = list(refiner.classes.palette)
         with ExitStack() as stack:  # both are complete before the first gets its name; the labels get theirs last
-            for path, picture in zip(outputs, pictures, strict=True):
-                save_png(stack.enter_context(written_whole(path)), picture, list(refiner.classes.palette))
+            file = stack.enter_context(written_whole(outputs[0]))
+            if outputs[0].suffix == ".tif":
+                save_tiff(file, labels, palette, place=placed(image, config), nodata=nodata)
+            else:
+                save_png(file, labels, palette)
+            if shown is not None:
+                save_png(stack.enter_context(written_whole(outputs[1])), shown, palette)
     except BaseException as error:  # an interruption too
         if _identity(outputs[0]) == before[0]:  # else all have their names, and are whole
             for path, old in zip(outputs[1:], before[1:], strict=True):
@@ -354,14 +392,15 @@ def _predict_one(image: Path, outputs: tuple[Path, ...], refiner: SparseRefiner)
             raise
         _log.debug("predicting %s", image, exc_info=True)  # a user's base may raise anything, the next image may work
         return _failure_reason(error, image)
-    return Predicted(image, outputs, (pixels.shape[1], pixels.shape[2]), density, ms)
+    return Predicted(image, outputs, (labels.shape[0], labels.shape[1]), density, ms)
 
 
 @torch.no_grad()
-def _refine(pixels: Tensor, refiner: SparseRefiner) -> tuple[Tensor, float, float]:
-    """Refines one image ``uint8 [3, H, W]``: labels ``[H, W]`` on the CPU, density, time [ms]."""
+def _refine(pixels: Pixels, refiner: SparseRefiner) -> tuple[Tensor, float, float]:
+    """Refines one image: labels ``[H, W]`` on the CPU, density, time [ms]."""
     device = next(refiner.trained_parameters()).device
-    refinement = refiner(pixels[None].to(device))
+    valid = None if pixels.valid is None else pixels.valid[None].to(device)
+    refinement = refiner(pixels.image[None].to(device), valid)
     return refinement.labels()[0].cpu(), refinement.density, sum(refinement.timings_ms.values())
 
 

@@ -12,6 +12,7 @@ import torch
 from sparserefine.bases.base import BaseConfig
 from sparserefine.data.crops import AugmentConfig
 from sparserefine.data.readers.config import DataConfig
+from sparserefine.data.readers.dataset import Dataset
 from sparserefine.machine.bounds import check_number, check_positive, check_whole
 from sparserefine.machine.device import device_named
 from sparserefine.stages.config import RefinerConfig
@@ -231,6 +232,14 @@ class Config(RefinerConfig):
             raise ValueError(f"teacher.folder = logits.folder = {self.teacher.folder!r}, expected a folder for each")
         if self.boundary_px is not None:
             check_whole("boundary_px", self.boundary_px, 1, _MAX_BOUNDARY_PX)
+
+    def read(self, split: str) -> Dataset:
+        """Reads one split of the data, whose images are then read as :attr:`images` says.
+
+        Args:
+            split: a value such as ``self.data.train``.
+        """
+        return replace(self.data.read(split), images=self.images)
 
     @property
     def refiner(self) -> RefinerConfig:

@@ -99,7 +99,7 @@ class CoarseLogits:
             sample.name: fold.base
             for fold in config.logits.crossfit
             if self._name == (fold.instead_of or config.base.name)
-            for sample in config.data.read(fold.split).samples
+            for sample in config.read(fold.split).samples
         }
 
     def _folder(self) -> Path:
@@ -177,7 +177,7 @@ def store_logits(config: Config, *, device: torch.device, overwrite: bool = Fals
     wants_teacher = config.training.targets != "labels" and bool(config.teacher.folder.strip())
     if not config.logits.folder.strip() and not wants_teacher:
         raise ValueError("logits.folder is empty, expected the folder to store coarse logits in")
-    splits = [config.data.read(split) for split in dict.fromkeys((config.data.train, config.data.val))]
+    splits = [config.read(split) for split in dict.fromkeys((config.data.train, config.data.val))]
     reports = []
     if config.logits.folder.strip():
         bases = Bases(config.base, device)

@@ -102,7 +102,7 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
         sweep(folder)
     c = config.training
     seed_everything(c.seed, verbose=False)
-    data = [config.data.read(split) for split in (config.data.train, config.data.val)]
+    data = [config.read(split) for split in (config.data.train, config.data.val)]
     if c.targets != "teacher":
         data[0].check_labelled(f"training.targets = {c.targets!r}")
     if c.targets == "labels":

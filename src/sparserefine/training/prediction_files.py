@@ -109,7 +109,9 @@ class PredictionFiles:
                 f"{model}; {self.again}"
             )
         if digest is not None and header["image_sha256"] != digest:
-            raise ValueError(f"{path}: {what} of an image that has changed since; {self.again}")
+            raise ValueError(
+                f"{path}: {what} of an image that has changed since, or is read otherwise now (images); {self.again}"
+            )
         if image_size is not None and header["image"] != shown_size(image_size):
             raise ValueError(
                 f"{path}: {what} of an image of {shown(header['image'])} pixels, this image has "

@@ -31,7 +31,7 @@ CONFIG, RUN, BROKEN = "config.json", "run.json", "broken.ckpt"
 _FORMAT_VERSION = 1
 _MAY_DIFFER = (
     "out",
-    "base.runtime",
+    *("base.runtime", "images.max_megapixels"),
     *(f"training.{name}" for name in ("workers", "device", "cache_gb", "slurm_requeue", "pictures")),
 )
 """Fields of the configuration that do not change the result."""

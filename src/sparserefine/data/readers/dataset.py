@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparserefine.files.digest import sha256_of
-from sparserefine.files.images import IMAGE_SUFFIXES, read_image, read_label
+from sparserefine.files.image_config import ImageConfig
+from sparserefine.files.images import IMAGE_SUFFIXES, read_label, read_pixels
 from sparserefine.files.regular import regular_file
 from sparserefine.images.classes import IGNORE, Classes
 
@@ -36,11 +37,13 @@ class Dataset:
         samples: image and label files.
         classes: at most 255 classes, because label 255 marks ignored pixels.
         black_white: labels are masks of 0 and 255, as image editors write them. 255 means class 1; no pixel is ignored.
+        images: how image files are read.
     """
 
     samples: tuple[Sample, ...]
     classes: Classes
     black_white: bool = False
+    images: ImageConfig = ImageConfig()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -60,16 +63,18 @@ class Dataset:
                 )
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Reads an image, ``uint8 [3, H, W]``, and its label, ``uint8 [H, W]`` with 255 at ignored pixels.
+        """Reads an image and its label.
 
-        Without a label file, all pixels are ignored.
+        The image is as :func:`sparserefine.read_image` gives it, the label ``uint8 [H, W]`` with 255 at ignored pixels.
+        Pixels without data are ignored; without a label file, all are.
 
         Raises:
             ImageError: a file cannot be read.
             ValueError: image and label differ in size, or a label value is no class of this dataset.
         """
         sample = self.samples[index]
-        image = read_image(sample.image)
+        pixels = read_pixels(sample.image, self.images)
+        image = pixels.image
         if sample.label is None:
             return image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
         label = read_label(sample.label)
@@ -88,13 +93,18 @@ class Dataset:
                 f"{sample.label}: {unknown.numel()} pixels have label {int(unknown[0])}, expected "
                 f"0..{len(self.classes) - 1} or {IGNORE} (ignored); add values to ignore to data.ignore"
             )
+        if pixels.valid is not None:
+            label[~pixels.valid] = IGNORE
         return image, label.to(torch.uint8)
 
     @cached_property
     def image_digests(self) -> tuple[str, ...]:
-        """SHA-256 of each image file, as it was when this was first asked. Errors as in :meth:`digest`."""
+        """SHA-256 of each image file, as it was when this was first asked, and of how it is read.
+
+        Errors as in :meth:`digest`.
+        """
         shown = tqdm(self.samples, desc="digest of the images", unit="image", delay=2)
-        return tuple(sha256_of(sample.image, "an image") for sample in shown)
+        return tuple(self.images.digest(sha256_of(sample.image, "an image")) for sample in shown)
 
     def digest(self) -> str:
         """Fingerprint of all that training reads: names, contents of the files, and what their label values mean.
