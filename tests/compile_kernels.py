@@ -253,12 +253,12 @@ def uncertainty(classes: int, dtype: torch.dtype, upsampling: Upsampling) -> Non
     TritonEngine().sample(coarse, chosen().coords)
 
 
-def block_means(classes: int, dtype: torch.dtype, upsampling: Upsampling, masked: bool) -> None:
+def block_means(classes: int, dtype: torch.dtype, upsampling: Upsampling, masked: bool, channels: int = 3) -> None:
     """Of five levels."""
     coarse = Coarse(torch.zeros(1, classes, SIZE[0] // 8, SIZE[1] // 8, dtype=dtype), SIZE, upsampling)
-    image = torch.zeros(1, 3, *SIZE, dtype=torch.uint8)
+    image = torch.zeros(1, channels, *SIZE, dtype=torch.uint8)
     valid = torch.ones(1, *SIZE, dtype=torch.bool) if masked else None
-    TritonEngine().block_means(image, coarse, valid, torch.ones(3), torch.zeros(3), [chosen()] * 5)
+    TritonEngine().block_means(image, coarse, valid, torch.ones(channels), torch.zeros(channels), [chosen()] * 5)
 
 
 def pixels(dtype: torch.dtype) -> None:
@@ -299,6 +299,9 @@ def cases(recorder: Recorder, everything: bool) -> Iterator[tuple[str, Case]]:
             for dtype in DTYPES if everything else ("float16",):
                 of = classes, DTYPES[dtype], UPSAMPLING[name], name == "logits"
                 yield f"block means {classes} {dtype}, {name}", partial(block_means, *of)
+        for channels in (1, 4, 16) if classes == 2 or everything else ():
+            of = classes, torch.float16, UPSAMPLING["logits"], True, channels
+            yield f"block means {classes} float16, of {channels}", partial(block_means, *of)
     for classes in (2, 19, 150) if everything else (19,):
         for fuser in ("residual", "paper") if everything else ("residual",):
             yield f"gated {classes}, {fuser}", partial(gated, classes, fuser)

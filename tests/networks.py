@@ -14,10 +14,12 @@ K = 4
 """Classes of the networks."""
 
 
-def network(planes: tuple[int, ...], blocks: int = 1, down: str = "cell", context: int = 0) -> SparseUNet:
+def network(
+    planes: tuple[int, ...], blocks: int = 1, down: str = "cell", context: int = 0, inputs: int = 3
+) -> SparseUNet:
     """With normalisation layers, and a context, that do something."""
     torch.manual_seed(3)
-    net = SparseUNet(3, K, planes, blocks=blocks, down=down, context=context)
+    net = SparseUNet(inputs, K, planes, blocks=blocks, down=down, context=context)
     for parameter in net.context.parameters():
         nn.init.normal_(parameter)
     for module in net.modules():

@@ -38,7 +38,9 @@ from support import (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter divides by 0 aloud
 
 DOWNS = ("paper", "cell")
-SCALE, SHIFT = torch.tensor([0.02, 0.03, 0.04]), torch.tensor([-0.5, 0.25, 1.0])
+SCALE = torch.tensor([0.02, 0.03, 0.04, *torch.linspace(0.01, 0.05, 13)])
+SHIFT = torch.tensor([-0.5, 0.25, 1.0, *torch.linspace(-0.6, 0.6, 13)])
+"""Of each channel of an image, the first ones for fewer."""
 UPSAMPLINGS = {
     "logits": Upsampling(),
     "scores": Upsampling(outputs="scores"),
@@ -46,8 +48,10 @@ UPSAMPLINGS = {
 }
 
 
-def photographs(batch: int, size: tuple[int, int]) -> Tensor:
-    return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+def photographs(batch: int, size: tuple[int, int], channels: int = 3) -> Tensor:
+    return torch.randint(
+        0, 256, (batch, channels, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
+    )
 
 
 def outputs_of(kind: str, k: int, size: tuple[int, int], batch: int = 1) -> Tensor:
@@ -70,9 +74,9 @@ def probabilities(kind: str, coarse: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def seen_by_pixels(kind: str, image: Tensor, coarse: Tensor) -> Tensor:
-    """``float64 [B, 3 + K, H, W]``."""
-    colours = image.double() * SCALE[:, None, None].double() + SHIFT[:, None, None].double()
-    return torch.cat([colours, probabilities(kind, coarse, tuple(image.shape[2:]))], 1)
+    """``float64 [B, C + K, H, W]``."""
+    scale, shift = (values[: image.shape[1], None, None].double() for values in (SCALE, SHIFT))
+    return torch.cat([image.double() * scale + shift, probabilities(kind, coarse, tuple(image.shape[2:]))], 1)
 
 
 def expected_means(seen: Tensor, valid: Tensor, mask: Tensor, levels: int, down: str) -> list[Tensor]:
@@ -100,10 +104,11 @@ def found(
     moved = replace(
         coarse, logits=logits.to(device) if isinstance(logits, Tensor) else [one.to(device) for one in logits]
     )
-    image, mask, scale, shift = (value.to(device) for value in (image, mask, SCALE, SHIFT))
+    channels = image.shape[1]
+    image, mask, scale, shift = (v.to(device) for v in (image, mask, SCALE[:channels], SHIFT[:channels]))
     plan = made.plan(mask, PlanSpec(levels, down))  # type: ignore[arg-type]
     means = block_means(image, moved, None if valid is None else valid.to(device), plan, scale, shift, made)
-    assert [tuple(one.shape) for one in means] == [(n, 3 + coarse.num_classes) for n in plan.rows]
+    assert [tuple(one.shape) for one in means] == [(n, channels + coarse.num_classes) for n in plan.rows]
     assert all(one.dtype == torch.float32 and not one.requires_grad for one in means)
     return [one.cpu() for one in means]
 
@@ -198,6 +203,19 @@ def test_many_classes(engine: str) -> None:
     judge(found(engine, image, Coarse(logits, size), mask, 4, "cell"), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 4, 7, 8, 16])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_any_number_of_channels(engine: str, channels: int, dtype: torch.dtype) -> None:
+    """Three images, one without a site; some pixels do not count; as many classes as a vector holds, and more."""
+    size = (13, 10)
+    image, mask = photographs(3, size, channels).to(dtype), mask_of("random", size, 3)
+    logits, valid = outputs_of("logits", channels + 2, (4, 3), 3), torch.ones_like(mask)
+    valid[:, 4, 3], valid[:, :, 8:] = False, False
+    expected = expected_means(seen_by_pixels("logits", image, logits), valid, mask, 3, "cell")
+    judge(found(engine, image, Coarse(logits, size), mask, 3, "cell", valid), expected)
+
+
 @pytest.mark.parametrize("values", [1, 40, 333])
 @pytest.mark.parametrize("down", DOWNS)
 def test_pixels_in_small_portions(values: int, down: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +240,7 @@ def test_sites_of_another_image_are_refused(what: str) -> None:
     engine = engine_of("torch")
     plan = engine.geometry(Sites.from_mask(mask_of("all", size)), PlanSpec(2, "cell"))
     with pytest.raises(ValueError, match=rf"{what} of \[B, H, W\] = .*, the sites are of \[1, 8, 8\]"):
-        block_means(image, coarse, valid, plan, SCALE, SHIFT, engine)
+        block_means(image, coarse, valid, plan, SCALE[:3], SHIFT[:3], engine)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +269,7 @@ def test_compiled_code_refuses_cells_that_are_not_those_of_a_plan(engine: str, l
     cells = [Sites(coords if depth == level else right, 2, 6, 8) for depth in range(3)]
     with pytest.raises(ValueError, match=r"cells of .*outside of 2 images of 6 x 8 pixels, or not in ascending order"):
         made.block_means(
-            photographs(2, size), Coarse(outputs_of("logits", 2, (3, 4), 2), size), None, SCALE, SHIFT, cells
+            photographs(2, size), Coarse(outputs_of("logits", 2, (3, 4), 2), size), None, SCALE[:3], SHIFT[:3], cells
         )
 
 

@@ -75,9 +75,9 @@ class DenseTwin:
         return x * mask[:, None]
 
 
-def network(down: str, planes: tuple[int, ...] = (3, 4, 6), blocks: int = 2) -> SparseUNet:
+def network(down: str, planes: tuple[int, ...] = (3, 4, 6), blocks: int = 2, inputs: int = 3) -> SparseUNet:
     """In float64, with normalisation layers that do something."""
-    net = SparseUNet(3, K, planes, blocks=blocks, down=down).double()
+    net = SparseUNet(inputs, K, planes, blocks=blocks, down=down).double()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm1d):
             for tensor, low, high in (
@@ -115,6 +115,13 @@ def test_more_levels_than_the_image_has(down: str) -> None:
     net, mask = network(down, planes=(3, 3, 3, 3, 3), blocks=1), mask_of("all", (5, 4))
     x = torch.randn(20, 3, dtype=torch.float64)
     assert_close(net(x, plan_of(net, mask)), at_sites(DenseTwin(net, down)(on_grid(x, mask), mask), mask))
+
+
+@pytest.mark.parametrize("channels", [1, 4, 16])
+def test_any_number_of_inputs(channels: int) -> None:
+    net, mask = network("cell", inputs=channels), mask_of("random", (9, 7), batch=2)
+    x = torch.randn(int(mask.sum()), channels, dtype=torch.float64)
+    assert_close(net(x, plan_of(net, mask)), at_sites(DenseTwin(net, "cell")(on_grid(x, mask), mask), mask))
 
 
 def test_a_single_level() -> None:

@@ -569,6 +569,14 @@ def test_smp_encoder_without_pretrained_weights_has_no_normalisation(fake_smp: l
     assert fake_smp == []
 
 
+def test_smp_model_of_other_channels(fake_smp: list[Any], tmp_path: Path) -> None:
+    """Its encoder was trained on RGB, and has no normalisation for them."""
+    saved_smp(tmp_path / "m", classes=K, in_channels=4, encoder_name="resnet", encoder_weights="imagenet")
+    loaded = libraries.smp(tmp_path / "m")
+    assert (loaded.channels, loaded.mean, loaded.std) == (4, (0.5,) * 4, (0.25,) * 4)
+    assert FrozenBase(loaded, config=FULL)(torch.zeros(1, 4, 32, 32)).shape == (1, K, 32, 32)
+
+
 def test_smp_normalisation_that_cannot_be_had_is_told(
     fake_smp: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -591,7 +599,7 @@ def test_smp_normalisation_that_cannot_be_had_is_told(
             {"activation": "softmax2d", "classes": 1},
             "activation = 'softmax2d' is constant for one class.*use 'sigmoid'",
         ),
-        ({"in_channels": 4}, "takes 4 channels, expected 3"),
+        ({"in_channels": 17}, "takes 17 channels, expected 1 to 16"),
         ({"decoder_width": 7}, r"cannot be loaded \(TypeError: .*width"),
     ],
     ids=str,

@@ -219,6 +219,18 @@ def test_input_of_another_size(tmp_path: Path, shape: Sequence[int | str | None]
         model(torch.zeros(*x))
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_file_of_other_channels(tmp_path: Path, channels: int) -> None:
+    weight = np.random.default_rng(1).standard_normal((K, channels, 1, 1)).astype(np.float32)
+    loaded = onnx(written(tmp_path / "m.onnx", ("batch", channels, "height", "width"), weight=weight))
+    assert loaded.channels == channels
+    assert (loaded.mean, loaded.std) == ((0.5,) * channels, (0.25,) * channels)
+    x = torch.randn(2, channels, 6, 8)
+    assert_close(loaded.model(x), torch.einsum("kc,bchw->bkhw", torch.from_numpy(weight)[..., 0, 0], x))
+    with pytest.raises(ValueError, match=rf"m.onnx: takes {channels} channels?, got 3"):
+        loaded.model(torch.randn(1, 3, 6, 8))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -227,10 +239,14 @@ def test_input_of_another_size(tmp_path: Path, shape: Sequence[int | str | None]
             r"2 inputs \(image tensor\(float\) .*, scale .*\), expected one",
         ),
         ({"shape": (1, 6, 8, 3), "outputs": [("logits", 1, (1, K, 8, 3))]}, "channels come last.*NCHW"),
-        ({"shape": (1, 4, 6, 8), "weight": np.zeros((K, 4, 1, 1))}, r"\[1, 4, 6, 8\], expected .* \[B, 3, h, w\]"),
+        ({"shape": (1, 60, 80, 4), "outputs": [("logits", 1, (1, K, 80, 4))]}, "channels come last.*NCHW"),
+        (
+            {"shape": (1, 17, 60, 80), "weight": np.zeros((K, 17, 1, 1))},
+            r"\[1, 17, 60, 80\], expected .* of 1 to 16 ch",
+        ),
         ({"outputs": [("labels", 7, ("b", 1, "h", "w"))]}, "no output is 4-D and floating point, got labels"),
     ],
-    ids=["inputs", "layout", "channels", "outputs"],
+    ids=["inputs", "layout", "layout of four", "channels", "outputs"],
 )
 def test_file_of_another_kind(tmp_path: Path, arguments: dict[str, Any], words: str) -> None:
     path = tmp_path / "m.onnx"

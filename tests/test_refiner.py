@@ -537,10 +537,10 @@ def test_bad_arguments(arguments: dict, words: str) -> None:
     ("choices", "words"),
     [
         ({"upsampling": "bicubic"}, "upsampling 'bicubic', expected 'bilinear' or 'nearest'"),
-        ({"mean": (0.1, 0.2)}, r"refiner.mean = \(0.1, 0.2\), .*expected 3 numbers each, std above 0"),
-        ({"mean": None}, "refiner.mean = None, .*expected 3 numbers each"),
-        ({"std": (0.1, 0.0, 0.2)}, r"refiner.std = \(0.1, 0.0, 0.2\); expected 3 numbers each, std above 0"),
-        ({"std": (0.1, "a", 0.2)}, r"refiner.std = \(0.1, 'a', 0.2\); expected 3 numbers"),
+        ({"mean": (0.1, 0.2), "std": (1.0,)}, r"refiner.mean = \(0.1, 0.2\), .*expected a number for each channel"),
+        ({"mean": None}, "refiner.mean = None, .*expected a number for each channel, 1 to 16, and as many in both"),
+        ({"std": (0.1, 0.0, 0.2)}, r"refiner.std = \(0.1, 0.0, 0.2\); expected .*, std above 0"),
+        ({"std": (0.1, "a", 0.2)}, r"refiner.std = \(0.1, 'a', 0.2\); expected a number"),
     ],
     ids=["upsampling", "two means", "no mean", "std of zero", "text"],
 )

@@ -350,7 +350,7 @@ DAMAGE = {
     "fewer classes": (changed(classes=["a", "b"]), "2 class names, 3 colours"),
     "classes not a list": (changed(classes=None), "classes"),
     "mean not a list": (changed(mean=None), "mean = None, expected a list"),
-    "mean of two channels": (changed(mean=[0.1, 0.2]), r"mean = \[0.1, 0.2\], expected a list of 3"),
+    "mean of two channels": (changed(mean=[0.1, 0.2]), r"mean = \(0.1, 0.2\), .* expected a number for each channel"),
     "std of zero": (changed(std=[0.1, 0.0, 0.2]), "refiner.std = "),
     "mean not finite": (changed(mean=[0.1, math.nan, 0.3]), "NaN is no finite number"),
     "mean of a digit too many": (changed(mean=[0.1, 10**400, 0.3]), "is beyond 64 bits"),
@@ -556,8 +556,8 @@ def test_a_configuration_larger_than_its_weights_takes_no_memory(
     changed(extractor__planes=[4, 6, 2000])(stored[1])
     build, devices = ExtractorConfig.build, []
 
-    def noted(config: ExtractorConfig, num_classes: int) -> Any:
-        network = build(config, num_classes)
+    def noted(config: ExtractorConfig, *counts: int) -> Any:
+        network = build(config, *counts)
         devices.extend(parameter.device.type for parameter in network.parameters())
         return network
 

@@ -53,6 +53,7 @@ class Recipe:
     Attributes:
         step: all stages after the base; the graph records it.
         base: makes the coarse logits, outside the graph.
+        channels: C of the images.
         coarse_of: wraps logits ``[B, K, h, w]`` for images of a size (H, W), as ``step`` takes them.
         engine: chooses the engine of ``step`` by device.
         extractor: the network that ``step`` runs.
@@ -64,6 +65,7 @@ class Recipe:
 
     step: Step
     base: FrozenBase
+    channels: int
     coarse_of: Callable[[Tensor, tuple[int, int]], Coarse]
     engine: EngineChoice
     extractor: SparseUNet
@@ -203,14 +205,14 @@ class CapturedRefiner:
         """Runs the base and refines its prediction, like :meth:`SparseRefiner.forward`.
 
         Args:
-            image: ``[B, 3, H, W]``, with the captured shape and dtype.
+            image: ``[B, C, H, W]``, with the captured shape and dtype.
 
         Raises:
             ValueError: the image or its coarse logits have another shape, dtype or device, or values that
                 :meth:`FrozenBase.look_at` refuses. The graph checks them; the host reads the result with the counts.
             RuntimeError: the refiner has changed since it was captured.
         """
-        check_image(image)
+        check_image(image, self._recipe.channels)
         timer = StageTimer(image.device)
         with self._as_recorded():
             with timer.stage("base"):
@@ -219,7 +221,7 @@ class CapturedRefiner:
 
     def refine(self, image: Tensor, coarse: Tensor) -> Refinement:
         """Refines given coarse logits, like :meth:`SparseRefiner.refine`. Raises what a call raises."""
-        check_image(image)
+        check_image(image, self._recipe.channels)
         with self._as_recorded():
             return self._refine(image, coarse, StageTimer(image.device))
 
@@ -229,10 +231,10 @@ class CapturedRefiner:
         Raises what a call raises.
 
         Args:
-            image: ``[B, 3, H, W]``, with the captured shape and dtype.
+            image: ``[B, C, H, W]``, with the captured shape and dtype.
             coarse: the base's outputs ``[B, K, h, w]``; default: the base is run.
         """
-        check_image(image)
+        check_image(image, self._recipe.channels)
         with self._as_recorded():
             logits = self._recipe.base.unchecked(image) if coarse is None else coarse
             if self._run(image, logits) is None:
@@ -308,7 +310,7 @@ def capture(
     if not 1 <= headroom < math.inf:
         raise ValueError(f"headroom = {headroom}, expected at least 1, which is the room for the given images")
     for image in images:
-        check_image(image)
+        check_image(image, recipe.channels)
         _check_like("image", image, images[0])
     first = images[0]
     engine = recipe.engine.on(first.device)

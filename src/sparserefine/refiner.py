@@ -59,7 +59,8 @@ class SparseRefiner(nn.Module):
         config: the configuration in use. Only :attr:`selector` can be replaced later.
 
     Raises:
-        ValueError: the class count differs from the base's, or the threshold is too high for it.
+        ValueError: the class count differs from the base's, the threshold is too high for it, or the base takes
+            another number of channels than images have, which ``config.mean`` and ``config.std`` say.
     """
 
     def __init__(
@@ -77,8 +78,9 @@ class SparseRefiner(nn.Module):
             raise ValueError(f"{len(self.classes)} class names for a base of {k} classes; expected {k}")
         self.config = config = config or RefinerConfig()
         config.selector.check(k)
+        base.check_channels(config.channels)
         self.base = base
-        self.extractor = config.extractor.build(k)
+        self.extractor = config.extractor.build(k, config.channels)
         self.ensembler = build_ensembler(config.ensembler, k)
         self.engine = EngineChoice(engine)
         base.run_on(engine)
@@ -101,13 +103,13 @@ class SparseRefiner(nn.Module):
         """Runs the base and refines its prediction, for a batch of images of one size.
 
         Args:
-            image: ``[B, 3, H, W]``, uint8, or floating point in 0..1, on the same device as the refiner.
+            image: ``[B, C, H, W]``, uint8, or floating point in 0..1, on the same device as the refiner.
             valid: ``bool [B, H, W]``, false where the image has no data; nothing is refined there.
 
         Raises:
             ValueError: wrong shape or dtype of the image, pixels outside 0..1, or bad outputs of the base, such as NaN.
         """
-        check_image(image)
+        check_image(image, self.config.channels)
         timer = StageTimer(image.device)
         with timer.stage("base"):
             logits, check_values = self.base.begin(image)
@@ -129,7 +131,7 @@ class SparseRefiner(nn.Module):
         GPU. Training checks logits earlier, when they are computed or read from disk, and makes the pixels itself.
 
         Args:
-            image: ``[B, 3, H, W]``, uint8, or floating point in 0..1.
+            image: ``[B, C, H, W]``, uint8, or floating point in 0..1.
             coarse: the base's outputs ``[B, K, h, w]``, or B tensors ``[K, h, w]`` if their sizes differ.
             windows: in training, the part of the whole image that each crop shows.
             valid: ``bool [B, H, W]``, false where the image is padding, which is never selected.
@@ -138,7 +140,7 @@ class SparseRefiner(nn.Module):
             ValueError: shapes or dtypes do not fit, or (outside training) logits are NaN, infinite or too large, or
                 floating-point pixels are outside 0..1.
         """
-        check_image(image)
+        check_image(image, self.config.channels)
         checked = self.coarse_of(coarse, (image.shape[2], image.shape[3]), windows)
         _check_batch(checked, len(image), valid)
         plan_of = None
@@ -159,7 +161,7 @@ class SparseRefiner(nn.Module):
         """All stages after the base (paper, section 3). Checks no values; callers do that.
 
         Args:
-            image: ``[B, 3, H, W]``, uint8, or floating point in 0..1.
+            image: ``[B, C, H, W]``, uint8, or floating point in 0..1.
             coarse: the base's outputs for this image; see :meth:`coarse_of`.
             valid: ``bool [B, H, W]``, false where no pixel may be selected.
             plan_of: makes the plan from the mask of selected pixels, ``bool [B, H, W]``; default: the engine's own
@@ -181,7 +183,7 @@ class SparseRefiner(nn.Module):
             # What the next two stages read at the sites: coarse logits [N, K], image features [N, F].
             coarse_logits = sample(coarse, sites, engine)
             features = self._features(image, sites, coarse_logits, engine)
-            # At each level, means over the pixels of each active cell's block, [n_l, 3 + K].
+            # At each level, means over the pixels of each active cell's block, [n_l, C + K].
             context = None
             if self.config.extractor.context:
                 context = block_means(image, coarse, valid, plan, *self._normalisation(image), engine)
@@ -277,7 +279,7 @@ class SparseRefiner(nn.Module):
         for one image shape and dtype; see :class:`sparserefine.capture.CapturedRefiner`.
 
         Args:
-            images: one or several typical images ``[B, 3, H, W]`` on the GPU, with the shape and dtype of later calls.
+            images: one or several typical images ``[B, C, H, W]`` on the GPU, with the shape and dtype of later calls.
             coarse: the base's outputs ``[B, K, h, w]`` for each of ``images``, if later calls are
                 ``captured.refine(image, coarse)``; default: the base is run.
             headroom: the graph has room for ``headroom`` times the most sites found in ``images``.
@@ -297,6 +299,7 @@ class SparseRefiner(nn.Module):
         recipe = Recipe(
             self.step,
             self.base,
+            self.config.channels,
             self.coarse_of,
             self.engine,
             self.extractor,
@@ -320,7 +323,7 @@ class SparseRefiner(nn.Module):
         ranges with the weights; training discards them.
 
         Args:
-            images: each ``[B, 3, H, W]`` or ``[3, H, W]``, as for :meth:`forward`. Eight are enough.
+            images: each ``[B, C, H, W]`` or ``[C, H, W]``, as for :meth:`forward`. Eight are enough.
 
         Returns:
             The number of images.
@@ -428,8 +431,8 @@ class SparseRefiner(nn.Module):
     def start_from(self, name: str | Path) -> WarmStart:
         """Takes over the weights of a stored refiner where they fit; its classes may be others.
 
-        What depends on the number of classes keeps its own initialisation if that differs, and so do context layers
-        if the stored refiner has none; the result names them.
+        What depends on the number of classes, or of the images' channels, keeps its own initialisation if that differs,
+        and so do context layers if the stored refiner has none; the result names them.
 
         Args:
             name: a folder that :meth:`save_pretrained` wrote, a hub id, or ``demo``: the refiner in this package.
@@ -441,7 +444,7 @@ class SparseRefiner(nn.Module):
         stored = read_refiner(DEMO if name == "demo" else name)
         weights, former = read_tensors(stored.weights), Shape(stored.config, len(stored.classes))
         with torch.device("meta"):
-            extractor = stored.config.extractor.build(former.num_classes)
+            extractor = stored.config.extractor.build(former.num_classes, stored.config.channels)
             ensembler = build_ensembler(stored.config.ensembler, former.num_classes)
         _check_weights(weights, extractor, ensembler, stored.weights)
         shape = Shape(self.config, self.base.num_classes)

@@ -35,8 +35,8 @@ CONFIG, WEIGHTS, BASE = "config.json", "model.safetensors", "base.safetensors"
 DEMO = Path(__file__).parent / "assets" / "demo" / "refiner"
 """The refiner in this package and its base, trained on HRF subjects 06-13 (``examples/hrf``)."""
 
-_OPTIONAL = ("class_map", "runtime")
-"""Keys of the base that files of the first weeks of version 0.1.0 lack."""
+_OPTIONAL = ("class_map", "runtime", "bands")
+"""Keys of the base that files of the first weeks of version 0.1.0 lack, or that are only written if they are set."""
 _OPTIONAL_SETTINGS = ("context", "images", *(field.name for field in fields(ImageConfig)))
 """Keys of the settings that are written only where they say something."""
 
@@ -159,6 +159,8 @@ def write_refiner(
     }
     if not config.extractor.context:  # versions that do not know it can still read the refiner
         del values["extractor"]["context"]
+    if base_config.bands is None:
+        del values["base"]["bands"]
     del values["images"]["max_megapixels"]  # belongs to the machine, not to the refiner
     if replace(config.images, max_megapixels=None) == ImageConfig():
         del values["images"]

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparserefine.bases.class_map import check_class_map, merged, read_class_map
+from sparserefine.bases.agreement import USE_CLASS_MAP, check_order, class_count, class_map_of, normalisation_of
+from sparserefine.bases.class_map import merged
 from sparserefine.bases.loaded import LoadedModel, tensor_of
 from sparserefine.bases.macs import count_macs
 from sparserefine.bases.refined import RefinedModel
@@ -20,12 +21,14 @@ from sparserefine.images.coarse import LARGEST_LOGIT, MAX_CLASSES, bad_logits
 from sparserefine.images.normalisation import (
     FLOATS,
     IMAGENET_MEAN,
-    IMAGENET_STD,
+    MOST_CHANNELS,
     ROUNDING,
+    channels_text,
     check_image,
     check_normalisation,
     check_pixels,
     constant,
+    default_normalisation,
     extremes,
 )
 from sparserefine.images.resize import resize
@@ -45,23 +48,27 @@ class BaseConfig:
             for a base given in Python.
         ratio: input size relative to the image; give either this or ``size``.
         size: fixed input height and width [px].
-        mean: per channel, subtracted from pixels in 0..1; default: the value in the model's files, else ImageNet's.
-        std: per channel, divides the result; default: like ``mean``.
+        mean: per channel of the model, subtracted from pixels in 0..1; default: the value in the model's files, else
+            ImageNet's for three channels, and 0.5 for each of another number.
+        std: per channel, divides the result; default: like ``mean``, but 0.25.
         outputs: ``logits``, or ``scores``, which are >= 0 and proportional to probabilities; default: what this kind of
             model returns, else logits.
         class_map: needed if the model's classes differ from the data's: a YAML file (see
             :mod:`sparserefine.bases.class_map`), or for each class of the model the class of the data, -1 for none.
         runtime: library that runs a torch model on the CPU: ``onnxruntime`` or ``openvino``; default: torch.
+        bands: the channels of the image that the model sees, in its order, counted from 1: ``(3, 2, 1)``, or
+            ``(1, 1, 1)`` to show an image of one channel to an RGB model. Default: all of them, as many as it takes.
     """
 
     name: str = ""
     ratio: float | None = None
     size: tuple[int, int] | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     outputs: Literal["logits", "scores"] | None = None
     class_map: tuple[int, ...] | str | None = None
     runtime: Literal["onnxruntime", "openvino"] | None = None
+    bands: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):  # null in a configuration
@@ -74,7 +81,7 @@ class BaseConfig:
             raise ValueError(
                 f"base.size = {self.size}, expected at least 1 pixel each way, and at most {_MOST_PIXELS} in all"
             )
-        check_normalisation("base", self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD)
+        _check_channels(self)
         if self.outputs not in ("logits", "scores", None):
             raise ValueError(f"base.outputs = {self.outputs!r}, expected 'logits' or 'scores'")
         if isinstance(self.class_map, tuple):
@@ -90,6 +97,27 @@ class BaseConfig:
             )
 
 
+def _check_channels(config: BaseConfig) -> None:
+    """Raises ``ValueError`` unless mean, std and bands are good, and as many as each other if they are given."""
+    mean, std = config.mean, config.std
+    given = next((v for v in (mean, std) if isinstance(v, (tuple, list))), IMAGENET_MEAN)
+    usual = default_normalisation(len(given))
+    check_normalisation("base", usual[0] if mean is None else mean, usual[1] if std is None else std)
+    bands = config.bands
+    if bands is None:
+        return
+    good = isinstance(bands, (tuple, list)) and 1 <= len(bands) <= MOST_CHANNELS
+    if not good or not all(type(band) is int and 1 <= band <= MOST_CHANNELS for band in bands):
+        raise ValueError(
+            f"base.bands = {bands}, expected the channels of the image that the base sees, from 1 to {MOST_CHANNELS}"
+        )
+    if (mean is not None or std is not None) and len(given) != len(bands):
+        raise ValueError(
+            f"base.bands = {bands}: {len(bands)} of them, base.mean and base.std have {channels_text(len(given))}; "
+            "expected as many"
+        )
+
+
 class FrozenBase(nn.Module):
     """A frozen segmentation model: image at full size in, coarse logits out.
 
@@ -97,7 +125,7 @@ class FrozenBase(nn.Module):
     that contains this one changes neither. It runs without recording gradients.
 
     Args:
-        model: a module or any callable, ``float32 [B, 3, h, w]`` -> coarse outputs: a tensor, a tuple or list whose
+        model: a module or any callable, ``float32 [B, C, h, w]`` -> coarse outputs: a tensor, a tuple or list whose
             first item is that tensor, a mapping with ``logits`` or ``out``, or an object with ``.logits``. Or the
             :class:`LoadedModel` of a loader, which also has classes and normalisation.
         num_classes: K of the data; default: the model's own. Every output is checked against it.
@@ -121,13 +149,14 @@ class FrozenBase(nn.Module):
             raise ValueError("config is missing; give the size of the base's input as config=BaseConfig(ratio=0.5)")
         loaded = model if isinstance(model, LoadedModel) else LoadedModel(model)
         self.model = loaded.model
-        self.mean, self.std = config.mean or loaded.mean, config.std or loaded.std
         self.outputs = config.outputs or loaded.outputs
         label = config.name or _name_of(self.model)
-        self.class_map = _class_map(config, loaded, classes or num_classes, label)
-        self.num_classes = _class_count(loaded, num_classes, classes, self.class_map, label)
+        self.mean, self.std = normalisation_of(loaded, config.mean, config.std, config.bands, label)
+        self._channels_known = loaded.channels is not None
+        self.class_map = class_map_of(config.class_map, loaded, classes or num_classes, label)
+        self.num_classes = class_count(loaded, num_classes, classes, self.class_map, label)
         if self.class_map is None:
-            _check_order(loaded.classes, classes, label)
+            check_order(loaded.classes, classes, label)
         self.classes = classes or (loaded.classes if self.class_map is None else None)
         self.config = replace(config, mean=self.mean, std=self.std, outputs=self.outputs, class_map=self.class_map)
         if isinstance(self.model, nn.Module):
@@ -152,6 +181,31 @@ class FrozenBase(nn.Module):
         if isinstance(self.model, RefinedModel):
             self.model.run_on(engine)
 
+    @property
+    def channels(self) -> int:
+        """Channels that the model takes; of which channels of an image, ``config.bands`` says."""
+        return len(self.mean)
+
+    def check_channels(self, channels: int) -> None:
+        """Raises ``ValueError`` unless this base can see images of so many channels."""
+        bands = self.config.bands
+        if bands is not None and max(bands) > channels:
+            raise ValueError(f"base {self.label}: bands = {list(bands)}, but images have {channels_text(channels)}")
+        if bands is None and channels != self.channels:
+            raise ValueError(
+                f"base {self.label}: takes {channels_text(self.channels)}, images have {channels}; "
+                + self._use_bands(channels)
+            )
+
+    def _use_bands(self, channels: int) -> str:
+        """What to do if the model takes another number of channels than images have."""
+        example = [min(band, max(1, channels)) for band in range(1, self.channels + 1)]
+        other = "" if self._channels_known else "; if the model takes more, give base.mean and base.std for each"
+        return (
+            f"say which of them it sees, for instance base.bands: {example}, counted from 1 (for a dense model "
+            f"teacher.bands or --dense_bands){other}"
+        )
+
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width [px] of the model's input for an image of ``height`` x ``width`` [px]."""
         if self.config.size is not None:
@@ -163,7 +217,7 @@ class FrozenBase(nn.Module):
         """Coarse outputs of images.
 
         Args:
-            image: ``[B, 3, H, W]``, uint8, or floating point in 0..1.
+            image: ``[B, C, H, W]``, uint8, or floating point in 0..1.
 
         Returns:
             ``[B, K, h, w]`` at the model's own output size.
@@ -193,10 +247,9 @@ class FrozenBase(nn.Module):
     @torch.no_grad()
     def _output(self, image: Tensor) -> Tensor:
         """The model's output in its own classes, with shape and dtype checked but not its values."""
-        check_image(image)
-        x = resize(image, self.input_size(*image.shape[-2:]))
+        x = self._seen(image)
         scale = 255.0 if image.dtype == torch.uint8 else 1.0
-        mean, std = (constant(v, x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (constant(v, x.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
         x = ((x / scale - mean) / std).contiguous()
         if isinstance(self.model, nn.Module):  # a half-precision model needs half-precision input
             x = x.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype))
@@ -205,6 +258,17 @@ class FrozenBase(nn.Module):
             output, len(image), self.num_classes if self.class_map is None else len(self.class_map)
         )
         return output
+
+    def _seen(self, image: Tensor) -> Tensor:
+        """The channels of an image that the model sees, resized for it: ``float32``, in the image's range."""
+        bands = self.config.bands
+        if bands is None:
+            check_image(image, self.channels, self._use_bands(image.shape[1] if image.dim() == 4 else self.channels))
+            return resize(image, self.input_size(*image.shape[-2:]))
+        there = image.shape[1] if image.dim() == 4 else 0
+        check_image(image, max(there, *bands), f"base {self.label} sees bands {list(bands)}; give others as base.bands")
+        size = self.input_size(*image.shape[-2:])
+        return torch.cat([resize(image[:, band - 1 : band], size) for band in bands], dim=1)
 
     @torch.no_grad()
     def _to_data_classes(self, output: Tensor) -> Tensor:
@@ -248,7 +312,7 @@ class FrozenBase(nn.Module):
 
         Args:
             logits: judged as they become in float32, in which everything after the base is computed.
-            image: ``[B, 3, H, W]``, to check its pixels too; default: not checked. Those of uint8 are always good.
+            image: ``[B, C, H, W]``, to check its pixels too; default: not checked. Those of uint8 are always good.
 
         Returns:
             A function that reads the result, which makes the host wait for the GPU, and raises ``ValueError`` if logits
@@ -300,7 +364,7 @@ class FrozenBase(nn.Module):
 
     def _check_classes(self, found: int, expected: int) -> None:
         if found != expected:
-            cure = f"; {_USE_CLASS_MAP}" if self.class_map is None else ""
+            cure = f"; {USE_CLASS_MAP}" if self.class_map is None else ""
             raise ValueError(f"base {self.label}: {found} classes, expected {expected}{cure}")
 
     def macs(self, height: int, width: int) -> int | None:
@@ -312,7 +376,7 @@ class FrozenBase(nn.Module):
         if isinstance(self.model, RefinedModel):
             return self.model.macs(*size)
         if size not in self._macs:
-            self._macs[size] = count_macs(self.model, (1, 3, *size))
+            self._macs[size] = count_macs(self.model, (1, self.channels, *size))
         return self._macs[size]
 
     @property
@@ -331,15 +395,18 @@ class FrozenBase(nn.Module):
             digest.update(getattr(self.model, "digest", "").encode())  # of the model's file, for loaders that set it
         c = self.config
         digest.update(repr((c.ratio, c.size, c.mean, c.std, c.outputs, self.num_classes, c.class_map)).encode())
+        if c.bands is not None:
+            digest.update(repr(c.bands).encode())
         return f"{_name_of(self.model)}:{digest.hexdigest()[:16]}"
 
 
 def _check_refined(model: RefinedModel, config: BaseConfig, normalisation: tuple[Any, Any], label: str) -> None:
     """Raises ``ValueError`` if a base that is itself a refiner cannot be used in this way."""
-    if normalisation != ((0.0,) * 3, (1.0,) * 3):
+    mean, std = normalisation
+    if any(mean) or {*std} != {1.0}:
         raise ValueError(
-            f"base {label}: base.mean = {normalisation[0]}, base.std = {normalisation[1]}, but it is a refiner, which "
-            "normalises pixels itself; leave base.mean and base.std out"
+            f"base {label}: base.mean = {mean}, base.std = {std}, but it is a refiner, which normalises pixels "
+            "itself; leave base.mean and base.std out"
         )
     own = model.refiner.base.config.runtime
     if config.runtime != own:
@@ -357,74 +424,3 @@ def _name_of(model: Callable[..., Any]) -> str:
     """A name that is the same in every process, unlike the repr of a function."""
     name = getattr(model, "__qualname__", None)
     return f"{model.__module__}.{name}" if name else type(model).__name__
-
-
-def _class_map(
-    config: BaseConfig, loaded: LoadedModel, data: Classes | int | None, label: str
-) -> tuple[int, ...] | None:
-    """Reads and checks the class map of a configuration; ``None`` if it has none."""
-    if config.class_map is None:
-        return None
-    if isinstance(config.class_map, str):
-        return read_class_map(config.class_map, loaded.classes or loaded.num_classes, data)
-    where = f"base {label}: class_map"
-    if loaded.num_classes not in (None, len(config.class_map)):
-        raise ValueError(
-            f"{where} has {len(config.class_map)} entries, expected {loaded.num_classes}: one per class of the model"
-        )
-    check_class_map(config.class_map, data, where)
-    return config.class_map
-
-
-def _check_order(model: Classes | None, data: Classes | None, label: str) -> None:
-    """Raises ``ValueError`` if the model has the data's classes in another order; warns if the names differ."""
-    if model is None or data is None:
-        return
-    model_names, data_names = ([name.strip().lower() for name in classes.names] for classes in (model, data))
-    first = next((k for k, (a, b) in enumerate(zip(model_names, data_names, strict=True)) if a != b), None)
-    if first is None:
-        return
-    pair = f"class {first} is {model.names[first]!r} in the model and {data.names[first]!r} in the data"
-    if sorted(model_names) == sorted(data_names):
-        raise ValueError(f"base {label}: the model has the data's classes in another order ({pair}); {_USE_CLASS_MAP}")
-    _log.warning(
-        "base %s: its class names differ from the data's (%s); if their meanings differ, %s",
-        label,
-        pair,
-        _USE_CLASS_MAP,
-    )
-
-
-def _class_count(
-    loaded: LoadedModel,
-    num_classes: int | None,
-    classes: Classes | None,
-    class_map: tuple[int, ...] | None,
-    label: str,
-) -> int:
-    """K of the data: the given count, else the highest class of the class map + 1, else the model's own."""
-    if classes is not None and num_classes not in (None, len(classes)):
-        raise ValueError(f"base {label}: num_classes = {num_classes}, but {len(classes)} class names are given")
-    count = num_classes if classes is None else len(classes)
-    if count is None:
-        count = loaded.num_classes if class_map is None else max(class_map) + 1
-    if count is None:
-        raise ValueError(
-            f"base {label}: num_classes is missing, and the model does not state its class count; give num_classes"
-        )
-    if count > MAX_CLASSES:
-        raise ValueError(f"base {label}: num_classes = {count}, expected at most {MAX_CLASSES}")
-    if count < 2:
-        raise ValueError(
-            f"base {label}: num_classes = {count}, expected at least 2; a model with one foreground channel z gives "
-            "two classes if it returns torch.cat([torch.zeros_like(z), z], 1)"
-        )
-    if class_map is None and loaded.num_classes not in (None, count):
-        raise ValueError(f"base {label}: {loaded.num_classes} classes, the data has {count}; {_USE_CLASS_MAP}")
-    return count
-
-
-_USE_CLASS_MAP = (
-    "give a class map (base.class_map, or for a dense model teacher.class_map or --dense_class_map), which assigns "
-    "each class of the model to a class of the data"
-)

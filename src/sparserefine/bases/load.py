@@ -16,6 +16,7 @@ from sparserefine.bases.base import BaseConfig, FrozenBase
 from sparserefine.bases.loaded import LoadedModel
 from sparserefine.bases.refined import RefinerReader
 from sparserefine.images.classes import Classes
+from sparserefine.images.normalisation import default_normalisation
 
 BASE_NAMES = (
     "hf:<folder or hub id>",
@@ -118,7 +119,8 @@ def load_model(
         from sparserefine.bases.families.unet import load_unet
 
         unet = load_unet(path)
-        return LoadedModel(unet, unet.num_classes)
+        mean, std = default_normalisation(unet.in_channels)
+        return LoadedModel(unet, unet.num_classes, None, mean, std, channels=unet.in_channels)
     if kind == "refiner":
         if refiners is None:
             raise ValueError(f"base {name}: is a refiner; load it with sparserefine.load_base")

@@ -17,20 +17,23 @@ class LoadedModel:
     """A model and what its files say about it; loaders such as :func:`sparserefine.bases.families.hf.hf` return one.
 
     Attributes:
-        model: normalised ``float32 [B, 3, h, w]`` -> coarse outputs.
+        model: normalised ``float32 [B, C, h, w]`` -> coarse outputs.
         num_classes: K of the model; ``None`` if it is not known before the model runs.
         classes: names and colours, if the files have them.
         mean: per channel, of the normalisation that the model was trained with, for pixels in 0..1.
         std: the same for the standard deviation.
         outputs: ``logits`` or ``scores``.
+        channels: C of the model, as many as ``mean`` has numbers; ``None``: it is not known, and the configuration of
+            the base may say another number.
     """
 
     model: Callable[..., Any]
     num_classes: int | None = None
     classes: Classes | None = None
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     outputs: Literal["logits", "scores"] = "logits"
+    channels: int | None = None
 
 
 def tensor_of(output: Any, label: str) -> Tensor:

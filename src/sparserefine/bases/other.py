@@ -14,6 +14,7 @@ def other_config(
     ratio: float | None = None,
     size: tuple[int, int] | None = None,
     class_map: tuple[int, ...] | str | None = None,
+    bands: tuple[int, ...] | None = None,
 ) -> BaseConfig:
     """The base's settings if both are of the same kind, else those in the other's own files.
 
@@ -23,8 +24,11 @@ def other_config(
         ratio: its input size relative to the image; give either this or ``size``.
         size: its input height and width [px].
         class_map: of the other one; default: the base's if both are of the same kind.
+        bands: the same.
     """
     config = replace(base, name=name, ratio=ratio, size=size)
     if name.partition(":")[0] != base.name.partition(":")[0]:
-        config = replace(config, mean=None, std=None, outputs=None, class_map=None)
-    return config if class_map is None else replace(config, class_map=class_map)
+        config = replace(config, mean=None, std=None, outputs=None, class_map=None, bands=None)
+    if class_map is not None:
+        config = replace(config, class_map=class_map)
+    return config if bands is None else replace(config, bands=bands)

@@ -32,7 +32,7 @@ class Refiner(Protocol):
 
 
 class RefinedModel(nn.Module):
-    """A refiner as a model: pixels in 0..1, ``float32 [B, 3, h, w]`` -> refined logits of each, ``[B, K, h, w]``.
+    """A refiner as a model: pixels in 0..1, ``float32 [B, C, h, w]`` -> refined logits of each, ``[B, K, h, w]``.
 
     It takes pixels as they are, because the refiner and its base normalise them.
     """
@@ -71,8 +71,9 @@ class RefinedModel(nn.Module):
 
 def refined(refiner: Refiner) -> LoadedModel:
     """A refiner as the model of a base: ``FrozenBase(refined(refiner), config=BaseConfig(ratio=0.5))``."""
-    classes = refiner.classes
-    return LoadedModel(RefinedModel(refiner), len(classes), classes, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    classes, channels = refiner.classes, refiner.config.channels
+    mean, std = (0.0,) * channels, (1.0,) * channels  # it takes pixels as they are
+    return LoadedModel(RefinedModel(refiner), len(classes), classes, mean, std, channels=channels)
 
 
 def _chosen(value: Any) -> Any:

@@ -25,7 +25,7 @@ from sparserefine.files.text import first_line
 _log = logging.getLogger(__name__)
 
 _Program = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
-"""``[1, 3, h, w]`` of one size -> ``[1, K, h', w']``, an array that the next call does not overwrite."""
+"""``[1, C, h, w]`` of one size -> ``[1, K, h', w']``, an array that the next call does not overwrite."""
 
 MOST_SIZES = 4
 """Most compiled programs to keep, one for each input size; each has a copy of the weights."""
@@ -49,7 +49,7 @@ class Runtime:
 
     Args:
         name: the library.
-        model: a module in evaluation mode, in float32 and on the CPU, that takes ``float32 [1, 3, h, w]``; or an
+        model: a module in evaluation mode, in float32 and on the CPU, that takes ``float32 [1, C, h, w]``; or an
             :class:`~sparserefine.bases.families.onnx.OnnxModel`, whose file the library reads itself.
 
     Raises:
@@ -80,7 +80,7 @@ class Runtime:
         return {**self.__dict__, "_programs": OrderedDict()}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Coarse outputs ``float32 [B, K, h', w']`` of ``float32 [B, 3, h, w]`` on the CPU."""
+        """Coarse outputs ``float32 [B, K, h', w']`` of ``float32 [B, C, h, w]`` on the CPU."""
         if isinstance(self.model, OnnxModel) and self.name == "onnxruntime":
             return self.model(x)  # on a GPU too
         if x.device.type != "cpu" or x.dtype != torch.float32:
@@ -104,7 +104,7 @@ class Runtime:
         return torch.cat([torch.from_numpy(program(image)).float() for image in images])
 
     def _program(self, x: Tensor) -> _Program:
-        """The program for the size of ``x [1, 3, h, w]``, compiled if there is none yet."""
+        """The program for the size of ``x [1, C, h, w]``, compiled if there is none yet."""
         size = (x.shape[2], x.shape[3])
         if size not in self._programs:
             while len(self._programs) >= MOST_SIZES:

@@ -90,6 +90,12 @@ def add_dense(parser: ArgumentParser, default: str) -> None:
         "--dense_class_map", help="class map of --dense; default: base.class_map if both names are of the same kind"
     )
     parser.add_argument(
+        "--dense_bands",
+        nargs="+",
+        type=int,
+        help="channels of the image that --dense sees, from 1; default: base.bands if both names are of the same kind",
+    )
+    parser.add_argument(
         "--dense_ratio",
         type=float,
         help="input size of --dense relative to the image; default: 1, full resolution, or the teacher's own",
@@ -114,6 +120,8 @@ def dense_of(arguments: Namespace, config: Config, classes: Classes, device: tor
         its = replace(its, ratio=arguments.dense_ratio, size=None)
     if arguments.dense_class_map is not None:
         its = replace(its, class_map=arguments.dense_class_map)
+    if arguments.dense_bands is not None:
+        its = replace(its, bands=tuple(arguments.dense_bands))
     teacher = Teacher(its, config.base, classes, device, engine=arguments.engine)
     return teacher if its.window else teacher.model
 

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparserefine.data.crops import Crop
+from sparserefine.files.text import printable
 from sparserefine.images.classes import IGNORE
+from sparserefine.images.normalisation import channels_text
 from sparserefine.images.resize import resize
 from sparserefine.images.soft_labels import SoftLabels
 from sparserefine.images.upsampling import Window
@@ -21,7 +23,7 @@ class CropBatch:
     """Crops of one size, ready for the refiner.
 
     Attributes:
-        image: ``uint8 [B, 3, H, W]``.
+        image: ``[B, C, H, W]``: uint8 if all crops are, else float32 in 0..1.
         label: integers ``[B, H, W]``, 255 where ignored or padded.
         valid: ``bool [B, H, W]``, false where padded.
         logits: the base's outputs, B times ``float32 [K, h', w']``: their sizes may differ.
@@ -45,9 +47,20 @@ class CropBatch:
         """Resizes, recolours, mirrors and pads crops to ``size``, on the device.
 
         A pixel may differ by 1 of 255 between devices.
+
+        Raises:
+            ValueError: the crops differ in their number of channels.
         """
+        counts = [len(crop.image) for crop in crops]
+        other = next((i for i, count in enumerate(counts) if count != counts[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"{printable(crops[other].name)}: {channels_text(counts[other])}, {printable(crops[0].name)} has "
+                f"{counts[0]}; expected as many in all images"
+            )
+        dtype = torch.uint8 if all(crop.image.dtype == torch.uint8 for crop in crops) else torch.float32
         where = device if device.type == "cuda" else torch.device("cpu")  # others cannot resize all dtypes
-        image = torch.zeros(len(crops), 3, *size, dtype=torch.uint8, device=where)
+        image = torch.zeros(len(crops), counts[0], *size, dtype=dtype, device=where)
         label = torch.full((len(crops), *size), IGNORE, dtype=torch.uint8, device=where)
         valid = torch.zeros(len(crops), *size, dtype=torch.bool, device=where)
         logits = []
@@ -55,7 +68,7 @@ class CropBatch:
             axes = [axis for axis, mirrored in zip((-2, -1), crop.mirrored, strict=True) if mirrored]
             pixels, truth, outputs = (x.to(where, non_blocking=True) for x in (crop.image, crop.label, crop.logits))
             here = (index, ..., slice(crop.size[0]), slice(crop.size[1]))
-            image[here] = _recoloured(_resized(pixels, crop.size), crop.colour).flip(axes)
+            image[here] = _recoloured(_resized(pixels, crop.size), crop.colour, pixels.dtype, dtype).flip(axes)
             label[here] = F.interpolate(truth[None, None], crop.size, mode="nearest-exact")[0, 0].flip(axes)
             valid[here] = True
             logits.append(outputs.float().flip(axes).to(device))
@@ -66,18 +79,30 @@ class CropBatch:
 
 
 def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """``uint8 [3, h, w]`` -> ``[3, *size]``, antialiased: uint8 on the CPU, which is three times faster, or float32."""
+    """``[C, h, w]`` -> ``[C, *size]``, antialiased, of the same range: float32, or where it is faster, as it was."""
     if tuple(pixels.shape[1:]) == size:
         return pixels
-    if pixels.device.type != "cpu" or size[1] == 1:  # torch resizes uint8 to a single column wrongly, or fails
+    # On the CPU, uint8 is three times faster than float32; torch resizes it to a single column wrongly, or fails.
+    if pixels.device.type != "cpu" or pixels.dtype != torch.uint8 or size[1] == 1:
         return resize(pixels[None], size)[0]
     return F.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
 
 
-def _recoloured(pixels: Tensor, colour: Tensor | None) -> Tensor:
-    """``[3, h, w]`` -> ``uint8 [3, h, w]``."""
+def _recoloured(pixels: Tensor, colour: Tensor | None, read_as: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """``[C, h, w]`` -> the same of ``dtype``: uint8, or float32 in 0..1.
+
+    Args:
+        pixels: uint8, or float32 of the range of ``read_as``.
+        colour: as in :class:`Crop`.
+        read_as: dtype of the image.
+        dtype: of the result.
+    """
+    white = 255 if read_as == torch.uint8 else 1
     if colour is not None:
         colour = colour.to(pixels.device, non_blocking=True)
-        mixed = torch.addmm(colour[:, 3:], colour[:, :3], pixels.flatten(1).float())
+        offset = colour[:, -1:] if white == 255 else colour[:, -1:] / 255
+        mixed = torch.addmm(offset, colour[:, :-1], pixels.flatten(1).float())
         pixels = mixed.view_as(pixels)
-    return pixels.round_().clamp_(0, 255).to(torch.uint8) if pixels.is_floating_point() else pixels
+    if dtype == torch.uint8:
+        return pixels.round_().clamp_(0, 255).to(torch.uint8) if pixels.is_floating_point() else pixels
+    return (pixels.float() / white).clamp_(0, 1)

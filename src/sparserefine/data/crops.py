@@ -46,7 +46,8 @@ class AugmentConfig:
             without labels it is not.
         flip: mirror left-right with probability 1/2.
         flip_vertical: mirror upside down with probability 1/2; for images without a fixed "up".
-        photometric: random brightness, contrast, saturation and hue.
+        photometric: random brightness and contrast, the same for all channels; and saturation and hue, if the channels
+            are red, green and blue.
         focus: probability that a crop is drawn around a pixel where the base is uncertain, and not anywhere.
     """
 
@@ -78,11 +79,11 @@ class Crop:
     """One crop as it is cut out of the image, and what is to be done with it.
 
     Attributes:
-        image: ``uint8 [3, h, w]``, the rectangle of the image that the crop shows.
+        image: ``[C, h, w]``, uint8, or float32 in 0..1: the rectangle of the image that the crop shows.
         label: integers ``[h, w]``, 255 where ignored.
         logits: the base's outputs ``[K, h', w']``: of the whole image, or the part that the crop reads.
         size: height and width after the resize [px]; what is missing to the size of the batch is padding.
-        colour: affine map of the colours, ``float32 [3, 4]``; ``None``: as they are.
+        colour: affine map of the channels of values in 0..255, ``float32 [C, C + 1]``; ``None``: as they are.
         mirrored: upside down, and left-right; applied to image, label and logits.
         window: the part of the whole image, resized and mirrored, that the crop shows.
         part: the same of that part of the image which ``logits`` are of.
@@ -107,7 +108,7 @@ class Whole:
     """An image with all that belongs to it.
 
     Attributes:
-        image: ``uint8 [3, H, W]``.
+        image: ``[C, H, W]``, uint8, or float32 in 0..1.
         label: integers ``[H, W]``.
         logits: the base's outputs for the whole image, ``[K, h', w']``.
         name: name of the sample.
@@ -141,7 +142,13 @@ class Uniform:
 
 
 def random_crop(
-    whole: Whole, config: AugmentConfig, uniform: Uniform, *, whole_logits: bool = False, pin: bool = False
+    whole: Whole,
+    config: AugmentConfig,
+    uniform: Uniform,
+    *,
+    rgb: bool = True,
+    whole_logits: bool = False,
+    pin: bool = False,
 ) -> Crop:
     """One random crop.
 
@@ -149,6 +156,7 @@ def random_crop(
         whole: the image.
         config: the augmentation.
         uniform: the random number generator.
+        rgb: whether three channels are red, green and blue.
         whole_logits: keep the logits of the whole image.
         pin: into memory from which a GPU copies by itself.
     """
@@ -169,7 +177,8 @@ def random_crop(
             break  # there is something to learn without labels
         if _is_varied(whole.label[there], config.max_class_share):
             break
-    colour = _photometric(uniform) if config.photometric else None
+    channels = len(whole.image)
+    colour = _photometric(uniform, channels, rgb=rgb and channels == 3) if config.photometric else None
     size, ratio = (target[0], target[1]), (target[0] / source[0], target[1] / source[1])
     window = Window((height * ratio[0], width * ratio[1]), (top * ratio[0], left * ratio[1]))
     read, part = _read_by(window, size, coarse, whole=whole_logits)
@@ -246,14 +255,14 @@ def _cut(values: Tensor, rows: slice, columns: slice, *, pin: bool) -> Tensor:
     return copy
 
 
-def _photometric(uniform: Uniform) -> Tensor:
-    """Brightness, contrast, saturation and hue, each changed with probability 1/2, as one affine map of the colours.
+def _photometric(uniform: Uniform, channels: int, *, rgb: bool) -> Tensor:
+    """Brightness, contrast, saturation and hue, each changed with probability 1/2, as one affine map of the channels.
 
-    Saturation scales, and hue rotates, the two chroma axes of YIQ. The ranges are the usual ones for segmentation
-    (+-32 of 255, 0.5-1.5, 0.5-1.5, +-18 degrees).
+    Saturation scales, and hue rotates, the two chroma axes of YIQ, which only RGB has. The ranges are the usual ones
+    for segmentation (+-32 of 255, 0.5-1.5, 0.5-1.5, +-18 degrees).
 
     Returns:
-        ``float32 [3, 4]``: the matrix, and what is added.
+        ``float32 [C, C + 1]``: the matrix, and what is added.
     """
 
     def sometimes(low: float, high: float, otherwise: float) -> float:
@@ -261,13 +270,16 @@ def _photometric(uniform: Uniform) -> Tensor:
 
     brightness = sometimes(-32, 32, 0)
     contrast = sometimes(0.5, 1.5, 1)
+    offset = torch.full((channels, 1), float(brightness))
+    if not rgb:
+        return torch.cat([contrast * torch.eye(channels), offset], dim=1)
     saturation = sometimes(0.5, 1.5, 1)
     hue = math.radians(sometimes(-18, 18, 0))
     to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
     turn = torch.eye(3)
     turn[1:, 1:] = saturation * torch.tensor([[math.cos(hue), -math.sin(hue)], [math.sin(hue), math.cos(hue)]])
     colour = contrast * (torch.linalg.inv(to_yiq) @ turn @ to_yiq)
-    return torch.cat([colour, torch.full((3, 1), float(brightness))], dim=1)
+    return torch.cat([colour, offset], dim=1)
 
 
 class CropDataset(TorchDataset[Crop]):
@@ -283,6 +295,7 @@ class CropDataset(TorchDataset[Crop]):
         cache_gb: maximum size of the cache of decoded images with their logits and teacher's predictions [GB].
         teacher: function from the same to the teacher's prediction for the whole image; default: no teacher.
         focus: for ``config.focus``: function from logits to the pixels of them that crops are drawn around.
+        rgb: whether three channels are red, green and blue.
         whole_logits: crops come with the logits of the whole image, not only with the part that they read.
         pin: crops are in memory from which a GPU copies by itself.
     """
@@ -297,12 +310,13 @@ class CropDataset(TorchDataset[Crop]):
         teacher: Callable[[int, tuple[int, int]], SoftLabels] | None = None,
         *,
         focus: Callable[[Tensor], Tensor] | None = None,
+        rgb: bool = True,
         whole_logits: bool = False,
         pin: bool = False,
     ) -> None:
         self.data, self.logits, self.config, self.seed = data, logits, config, seed
         self.teacher = teacher
-        self._focus, self._whole_logits, self._pin = focus, whole_logits, pin
+        self._focus, self._rgb, self._whole_logits, self._pin = focus, rgb, whole_logits, pin
         self._cache: dict[int, Whole] = {}
         self._cache_bytes_left = cache_gb * 1e9
         self._one_reads: defaultdict[int, Lock] = defaultdict(Lock)
@@ -317,6 +331,7 @@ class CropDataset(TorchDataset[Crop]):
             self._read(image_index),
             self.config,
             Uniform(self.seed * 1_000_003 + index),
+            rgb=self._rgb,
             whole_logits=self._whole_logits,
             pin=self._pin,
         )

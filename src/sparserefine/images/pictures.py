@@ -2,6 +2,9 @@
 
 All pictures are ``uint8 [3, H, W]`` on the CPU. Inputs may be on any device. No picture contrasts red with green,
 so all are readable with colour blindness: mended pixels are blue, broken ones orange, sites cyan.
+
+Images may have any number of channels. Of more than three, pictures show the first three as red, green and blue; of one
+or two, the first in grey. Values are not stretched: 0 is black and 1, or 255, is white.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ def overlay(image: Tensor, labels: Tensor, classes: Classes, alpha: float = 0.5)
     The image stays as it is at labels that are no class, and at class 0 if its colour is black (background).
 
     Args:
-        image: ``[3, H, W]``, uint8, or floating point in 0..1.
+        image: ``[C, H, W]``, uint8, or floating point in 0..1.
         labels: integers ``[H, W]``.
         classes: gives the colours.
         alpha: weight of the class colour, 0..1.
@@ -99,7 +102,7 @@ def sites_picture(image: Tensor, mask: Tensor) -> Tensor:
     """The image in dimmed grey, with the sites in cyan.
 
     Args:
-        image: ``[3, H, W]``, uint8, or floating point in 0..1.
+        image: ``[C, H, W]``, uint8, or floating point in 0..1.
         mask: ``bool [H, W]``, true at the sites.
     """
     pixels = _to_uint8(image)
@@ -128,7 +131,7 @@ def changes(before: Tensor, after: Tensor, truth: Tensor) -> Tensor:
 
 
 def shrink(picture: Tensor, longest: int) -> Tensor:
-    """Shrinks a picture, ``uint8 [3, H, W]``, with antialiasing, so that no side exceeds ``longest`` [px]."""
+    """Shrinks a picture or an image, ``[C, H, W]``, with antialiasing, so that no side exceeds ``longest`` [px]."""
     if longest < 1:
         raise ValueError(f"longest = {longest}, expected at least 1 pixel")
     picture = _to_uint8(picture)
@@ -203,9 +206,10 @@ def _wrap(caption: str, font: _Font, width: int) -> list[str]:
 
 
 def _to_uint8(image: Tensor) -> Tensor:
-    """Copies an image, uint8 or floating point in 0..1, to ``uint8 [3, H, W]`` on the CPU."""
-    if image.dim() != 3 or image.shape[0] != 3 or min(image.shape) < 1:
-        raise ValueError(f"image is {tuple(image.shape)}, expected [3, H, W] with at least one pixel")
+    """Copies the channels of an image that pictures show to ``uint8 [3, H, W]`` on the CPU."""
+    if image.dim() != 3 or min(image.shape) < 1:
+        raise ValueError(f"image is {tuple(image.shape)}, expected [C, H, W] with at least one pixel")
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     if image.is_floating_point():
         return image.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
     if image.dtype != torch.uint8:

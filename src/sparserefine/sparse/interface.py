@@ -62,19 +62,19 @@ class Engine(Protocol):
         shift: Tensor,
         cells: Sequence[Sites | PaddedSites],
     ) -> list[Tensor]:
-        """Mean colour and probabilities of the blocks of pixels that the cells of each level cover.
+        """Mean channels and probabilities of the blocks of pixels that the cells of each level cover.
 
         Args:
-            image: ``[B, 3, H, W]``.
+            image: ``[B, C, H, W]``.
             coarse: the base's outputs for this image.
             valid: ``bool [B, H, W]``, the pixels that count; default: all.
-            scale: the image is multiplied by it, ``[3]``.
-            shift: and this is added, ``[3]``.
+            scale: the image is multiplied by it, ``[C]``.
+            shift: and this is added, ``[C]``.
             cells: of level l, full size first: cell (r, c) covers the pixels of rows r 2^l to (r + 1) 2^l - 1, and of
                 the columns likewise, as far as they lie in the image.
 
         Returns:
-            ``float32 [n_l, 3 + K]`` of each level; zeros where no pixel counts, anything in rows of padding.
+            ``float32 [n_l, C + K]`` of each level; zeros where no pixel counts, anything in rows of padding.
         """
 
     def gated(

@@ -18,22 +18,22 @@ def block_means(
     shift: Tensor,
     engine: Engine,
 ) -> list[Tensor]:
-    """Mean colour and coarse probabilities over the block of pixels of each active cell, level by level.
+    """Mean channels and coarse probabilities over the block of pixels of each active cell, level by level.
 
     Cell (r, c) of level l covers 2^l x 2^l pixels from (r 2^l, c 2^l) on, with both kinds of down-sampling. Only
     pixels of the image count, and only valid ones. At level 0, a cell is a pixel.
 
     Args:
-        image: ``[B, 3, H, W]``, uint8 or floating point.
+        image: ``[B, C, H, W]``, uint8 or floating point.
         coarse: the base's outputs for this image; for crops, with their windows.
         valid: ``bool [B, H, W]``, false where the image is padding; default: all of it is image.
         plan: its levels hold the cells.
-        scale: the image is multiplied by it, ``float32 [3]``.
-        shift: and this is added, ``float32 [3]``.
+        scale: the image is multiplied by it, ``float32 [C]``.
+        shift: and this is added, ``float32 [C]``.
         engine: does the computing.
 
     Returns:
-        ``float32 [n_l, 3 + K]`` of each level, without gradients; zeros where no pixel counts. With a padded plan,
+        ``float32 [n_l, C + K]`` of each level, without gradients; zeros where no pixel counts. With a padded plan,
         rows past the cells in use are undefined.
 
     Raises:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparserefine.files.typed import shown
+from sparserefine.images.normalisation import IMAGENET_MEAN
 from sparserefine.sparse import DownKind, PlanSpec, SparseUNet
 
 Feature = Literal["rgb", "coords", "probabilities", "entropy"]
-"""Inputs at a site: normalised colour; row and column in -1..1; the base's probabilities; their entropy [nats]."""
+"""Inputs at a site: normalised channels of the image, all of them, however many (the word is from the time when they
+were three); row and column in -1..1; the base's probabilities; their entropy [nats]."""
 _MOST_LEVELS, _MOST_CHANNELS, _MOST_BLOCKS = 16, 1 << 16, 100
 _MOST_WEIGHTS = 1_000_000_000
 """4 GB in float32, and four times that in training; the published network has 79 million."""
@@ -23,9 +25,9 @@ class ExtractorConfig:
         planes: channels per level, full size first.
         blocks: residual blocks per level, in the encoder and again in the decoder.
         down: kind of down-sampling: ``cell`` (2x2, stride 2) or ``paper`` (3x3, stride 2, no padding).
-        features: inputs of the network at each site.
-        context: whether every level also sees, for each of its active cells, the mean colour and the base's mean
-            probabilities over all pixels of the cell's block, not only over the sites.
+        features: inputs of the network at each site; ``rgb`` stands for all channels of the image.
+        context: whether every level also sees, for each of its active cells, the means of the image's channels and of
+            the base's probabilities over all pixels of the cell's block, not only over the sites.
     """
 
     planes: tuple[int, ...] = (16, 32, 64, 128)
@@ -58,20 +60,20 @@ class ExtractorConfig:
         if not isinstance(self.context, bool):
             raise ValueError(f"context = {shown(self.context)}, expected true or false")
 
-    def channels(self, num_classes: int) -> int:
-        """Input channels at a site."""
-        width = {"rgb": 3, "coords": 2, "probabilities": num_classes, "entropy": 1}
+    def channels(self, num_classes: int, image_channels: int = len(IMAGENET_MEAN)) -> int:
+        """Input channels at a site, for images of so many channels."""
+        width = {"rgb": image_channels, "coords": 2, "probabilities": num_classes, "entropy": 1}
         return sum(width[name] for name in self.features)
 
-    def build(self, num_classes: int) -> SparseUNet:
-        """The network, with random weights."""
+    def build(self, num_classes: int, image_channels: int = len(IMAGENET_MEAN)) -> SparseUNet:
+        """The network for images of so many channels, with random weights."""
         return SparseUNet(
-            self.channels(num_classes),
+            self.channels(num_classes, image_channels),
             num_classes,
             self.planes,
             blocks=self.blocks,
             down=self.down,
-            context=3 + num_classes if self.context else 0,
+            context=image_channels + num_classes if self.context else 0,
         )
 
 

@@ -51,7 +51,8 @@ def weights_to_start(
     """Weights for a refiner, from those of a trained one where they fit.
 
     What depends on the classes begins anew if their number differs: the head, the gate and the fuser, the layers that
-    see probabilities; and so does what the trained refiner lacks, or has in another kind.
+    see probabilities; so does what sees the channels of images, if their number differs; and what the trained refiner
+    lacks, or has in another kind.
 
     Args:
         name: of the trained refiner, for messages.
@@ -64,12 +65,12 @@ def weights_to_start(
         The weights by name, all of ``own``, and what was taken.
 
     Raises:
-        ValueError: the extractors differ in more than what follows from the classes.
+        ValueError: the extractors differ in more than what follows from the classes and the channels.
     """
     _check_extractor(name, former.config.extractor, shape.config.extractor)
     for field in ("mean", "std"):
         there, here = getattr(former.config, field), getattr(shape.config, field)
-        if there != here:
+        if there != here and len(there) == len(here):
             _log.warning(
                 "%s: was trained with %s = %s, this configuration has %s; set %s to the former value, unless the "
                 "images are of another kind",
@@ -106,7 +107,10 @@ def _why_new(
     if any(key not in stored for key in keys):
         return "not there before"
     if any(stored[key].shape != own[key].shape for key in keys):
-        return f"{former.num_classes} -> {shape.num_classes} classes"
+        counts = [("classes", former.num_classes, shape.num_classes)]
+        if part in (_part(_STEM), _CONTEXT):
+            counts.insert(0, ("channels", former.config.channels, shape.config.channels))
+        return ", ".join(f"{before} -> {now} {what}" for what, before, now in counts if before != now)
     fusers = former.config.ensembler.fuser, shape.config.ensembler.fuser
     if part == _FUSER and fusers[0] != fusers[1]:  # of the same shapes, but one is added to the blend
         return f"{fusers[0]} -> {fusers[1]}"
@@ -126,7 +130,7 @@ def _check_extractor(name: str, there: ExtractorConfig, here: ExtractorConfig) -
 
 
 def _stem(stored: Tensor, former: Shape, own: Tensor, shape: Shape) -> Tensor:
-    """First layer ``[T, C_in, C_out]``: the stored weights of each input feature, but new ones for probabilities."""
+    """First layer ``[T, C_in, C_out]``: the stored weights of each input feature, new ones where its width differs."""
     result = own.clone()
     for before, now in zip(_channels(former), _channels(shape), strict=True):
         if before.stop - before.start == now.stop - now.start:
@@ -138,5 +142,5 @@ def _channels(shape: Shape) -> Iterator[slice]:
     """The channels of each input feature."""
     end = 0
     for feature in shape.config.extractor.features:
-        start, end = end, end + ExtractorConfig(features=(feature,)).channels(shape.num_classes)
+        start, end = end, end + ExtractorConfig(features=(feature,)).channels(shape.num_classes, shape.config.channels)
         yield slice(start, end)

@@ -72,7 +72,7 @@ def assess(
 
     Args:
         refiner: an untrained one, of the shape to be trained, on the device to run on. Its budget is not applied.
-        images: name, image ``uint8 [3, H, W]`` and label ``[H, W]`` (255 ignored; everywhere, if there are no labels).
+        images: name, image ``[C, H, W]`` and label ``[H, W]`` (255 ignored; everywhere, if there are no labels).
         dense: the model to learn from, usually the base at full resolution.
         minutes: time for all of it.
         progress: called with a line of text when a step begins that may take long.

@@ -161,7 +161,7 @@ def evaluate(
 
     Args:
         refiner: with its base, on the device to run on.
-        images: image ``uint8 [3, H, W]`` and label ``[H, W]`` (255 ignored; everywhere, if the image has no label).
+        images: image ``[C, H, W]`` and label ``[H, W]`` (255 ignored; everywhere, if the image has no label).
         dense: dense model to compare with, usually the base's architecture at full resolution.
         boundary_px: width of the band of boundary IoU [px]; ``None``: 2 % of the diagonal.
         repeats: timed runs of each prediction of each image; their median is reported. On a GPU each prediction also

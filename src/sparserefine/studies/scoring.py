@@ -339,7 +339,7 @@ def model_of(dense: Dense) -> FrozenBase:
 
 
 def dense_prediction(dense: Dense, image: Tensor, engine: Engine) -> Tensor:
-    """Labels ``[1, H, W]`` of one image ``uint8 [1, 3, H, W]``.
+    """Labels ``[1, H, W]`` of one image ``[1, C, H, W]``, uint8, or floating point in 0..1.
 
     Args:
         dense: the model.

@@ -30,12 +30,12 @@ _MAX_EMA = 0.999_999
 _MAX_SEED = 2**32 - 1
 """Of the random number generators of NumPy."""
 _MAX_BOUNDARY_PX = 10_000
-_BYTES_PER_PIXEL = 11
-"""Of a crop on the device: image 3, label 1, valid 1, entropy 4, coarse label 1, selected 1."""
+_BYTES_PER_PIXEL = 8
+"""Of a crop on the device, without its image: label 1, valid 1, entropy 4, coarse label 1, selected 1."""
 _STRIDE = 32
 """Of the coarsest logits of usual bases [px of the base's input]."""
-_HOST_BYTES_PER_PIXEL = 4
-"""Of a crop that waits for the device, not yet resized: image 3, label 1. On average it has as many pixels then."""
+_HOST_BYTES_PER_PIXEL = 1
+"""Of the label of a crop that waits for the device, not yet resized. On average it has as many pixels then."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def check_batch_fits(config: Config, classes: int) -> None:
     Raises:
         ValueError: the inputs of one batch exceed the memory of the device, or those that wait for it the machine's.
     """
-    c, (height, width) = config.training, config.augment.crop
+    c, (height, width), channels = config.training, config.augment.crop, config.channels
     if config.base.size is not None:
         seen = float(config.base.size[0] * config.base.size[1])
     else:
@@ -304,8 +304,8 @@ def check_batch_fits(config: Config, classes: int) -> None:
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine
     ahead = 1 + 2 * c.workers  # the loader keeps two batches per worker ready
     for where, needed, there in (
-        (f"memory of {device}", c.batch * (_BYTES_PER_PIXEL * height * width + logits), memory),
-        ("machine's memory", c.batch * (_HOST_BYTES_PER_PIXEL * height * width + logits) * ahead, machine),
+        (f"memory of {device}", c.batch * ((_BYTES_PER_PIXEL + channels) * height * width + logits), memory),
+        ("machine's memory", c.batch * ((_HOST_BYTES_PER_PIXEL + channels) * height * width + logits) * ahead, machine),
     ):
         if needed > there:
             raise ValueError(

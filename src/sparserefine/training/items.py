@@ -18,7 +18,7 @@ class WholeImage(NamedTuple):
 
     Attributes:
         name: the sample's name.
-        image: ``uint8 [3, H, W]``.
+        image: ``[C, H, W]``, uint8, or floating point in 0..1.
         label: ``uint8 [H, W]``, 255 where ignored.
         logits: the base's outputs, ``float32 [K, h, w]``.
         teacher: the teacher's prediction; ``None``: no teacher.

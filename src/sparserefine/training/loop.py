@@ -148,6 +148,7 @@ def _train(config: Config, out: Path, resume: bool) -> Path:
         teacher=None if train.teacher is None else Mixed([train.teacher] * len(logits), images),
         focus=Focus(config.selector.threshold, Upsampling(outputs=refiner.base.outputs)),
         whole_logits=config.upsampling == "nearest",  # which needs the grid of the base's whole input
+        rgb=config.rgb,
         pin=device.type == "cuda",
     )
     with RunRecord(out, resumed_at=None if start.checkpoint is None else start.step) as record:

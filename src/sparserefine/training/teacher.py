@@ -54,7 +54,7 @@ class Teacher:
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> SoftLabels:
-        """The prediction of a whole image, ``uint8 [3, H, W]``; on the CPU.
+        """The prediction of a whole image, ``[C, H, W]``, uint8, or floating point in 0..1; on the CPU.
 
         Raises:
             ValueError: as :meth:`FrozenBase.forward` does, or its output does not fit its windows.
@@ -81,7 +81,8 @@ class Teacher:
         """One window after the other; of each, the part up to the middle of its overlaps."""
         size = self.model.input_size(*image.shape[2:])
         if size != tuple(image.shape[2:]):
-            image = resize(image, size).div_(255).clamp_(0, 1)
+            white = 255 if image.dtype == torch.uint8 else 1
+            image = resize(image, size).div_(white).clamp_(0, 1)
         model = self._at_full_size
         rows, columns = (_windows(length, self.config.window, self.config.overlap) for length in size)
         strips = []

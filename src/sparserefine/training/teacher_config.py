@@ -19,11 +19,12 @@ class TeacherConfig:
     """The frozen model whose predictions teach the refiner; ``training.targets`` says whether it does.
 
     Attributes:
-        name: name of a base; empty: the refiner's own base. With another name, mean, std, outputs and class map are
-            those of ``base`` only if both are of the same kind, such as ``unet:``.
+        name: name of a base; empty: the refiner's own base. With another name, mean, std, outputs, class map and
+            bands are those of ``base`` only if both are of the same kind, such as ``unet:``.
         ratio: input size of the teacher relative to the image; 1: full resolution.
         size: fixed height and width of its input [px], in place of ``ratio``.
         class_map: of the teacher; see ``base.class_map``.
+        bands: of the teacher; see ``base.bands``.
         source: ``stored``: read the files that ``sparserefine logits`` wrote; ``live``: computed when training starts,
             and kept in memory.
         folder: folder of the stored predictions.
@@ -42,6 +43,7 @@ class TeacherConfig:
     folder: str = ""
     window: int = 0
     overlap: int = 256
+    bands: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):  # null in a configuration
@@ -69,4 +71,6 @@ class TeacherConfig:
     def base_config(self, base: BaseConfig) -> BaseConfig:
         """Configuration of the teacher as a base, where ``base`` is that of the refiner's own."""
         ratio = self.ratio if self.size is None else None
-        return other_config(base, self.name or base.name, ratio=ratio, size=self.size, class_map=self.class_map)
+        return other_config(
+            base, self.name or base.name, ratio=ratio, size=self.size, class_map=self.class_map, bands=self.bands
+        )

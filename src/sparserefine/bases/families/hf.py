@@ -129,7 +129,7 @@ def _loaded(
 ) -> LoadedModel:
     wrapped = HfModel(model, flip_channels=flip)
     outputs: Any = "scores" if wrapped.gives_masks else "logits"
-    return LoadedModel(wrapped, int(wrapped.config.num_labels), classes, mean, std, outputs)
+    return LoadedModel(wrapped, int(wrapped.config.num_labels), classes, mean, std, outputs, channels=3)
 
 
 def _transformers() -> Any:

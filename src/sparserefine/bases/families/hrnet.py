@@ -187,4 +187,4 @@ def load_hrnet_w48(path: str | Path) -> LoadedModel:
     num_classes = len(tensors[classifier])
     model = hrnet_w48(num_classes)
     load_renamed(model, tensors, _CLASSIFIERS[classifier], ("auxiliary_head.",), str(path))
-    return LoadedModel(model, num_classes, checkpoint.classes_of(num_classes, path))
+    return LoadedModel(model, num_classes, checkpoint.classes_of(num_classes, path), channels=3)

@@ -26,7 +26,13 @@ from sparserefine.files.json import read_json
 from sparserefine.files.tensors import check_finite
 from sparserefine.files.text import first_line
 from sparserefine.images.classes import Classes, wheel
-from sparserefine.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, check_normalisation
+from sparserefine.images.normalisation import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MOST_CHANNELS,
+    check_normalisation,
+    default_normalisation,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +67,7 @@ class Adapted(nn.Module):
     """Wraps a foreign model: adapts its input (size, channel order) and its output (one channel).
 
     Args:
-        model: ``float [B, 3, h, w]`` -> any output that :func:`sparserefine.bases.loaded.tensor_of` takes.
+        model: ``float [B, C, h, w]`` -> any output that :func:`sparserefine.bases.loaded.tensor_of` takes.
         label: the model's name in messages.
         multiple: the model takes only heights and widths that are multiples of this [px]: the input is padded with
             zeros (the mean colour) at the right and bottom, and the output is cropped.
@@ -89,7 +95,7 @@ class Adapted(nn.Module):
         self.settings = repr((multiple, bgr, foreground))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised RGB ``float [B, 3, h, w]`` -> ``[B, K, h', w']``; any h and w."""
+        """Normalised RGB ``float [B, C, h, w]`` -> ``[B, K, h', w']``; any h and w."""
         h, w = x.shape[-2:]
         bottom, right = -h % self.multiple, -w % self.multiple
         if self.bgr:
@@ -196,8 +202,9 @@ def smp(name: str | Path) -> LoadedModel:
         check_files(Path(name))
     config = _smp_config(str(name), label)
     count, activation = config.get("classes", 1), config.get("activation")
-    if config.get("in_channels", 3) != 3:
-        raise ValueError(f"base {label}: takes {config['in_channels']} channels, expected 3 (red, green, blue)")
+    channels = config.get("in_channels", 3)
+    if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS:
+        raise ValueError(f"base {label}: takes {channels} channels, expected 1 to {MOST_CHANNELS}")
     if activation not in _SMP_OUTPUTS:
         raise ValueError(
             f"base {label}: activation = {activation!r} gives no class scores, expected no activation, 'softmax2d', "
@@ -217,7 +224,7 @@ def smp(name: str | Path) -> LoadedModel:
             "of the installed segmentation_models_pytorch, or of an older one, wrote"
         ) from error
     check_finite(model.state_dict(), f"base {label}")
-    mean, std, bgr = _smp_normalisation(package, config, label)
+    mean, std, bgr = _smp_normalisation(package, config, channels, label)
     outputs = _SMP_OUTPUTS[activation]
     adapted = Adapted(
         model,
@@ -227,7 +234,7 @@ def smp(name: str | Path) -> LoadedModel:
         foreground=outputs if count == 1 else None,
     )
     classes = FOREGROUND if count == 1 else None
-    return LoadedModel(adapted.eval(), 2 if count == 1 else count, classes, mean, std, outputs)
+    return LoadedModel(adapted.eval(), 2 if count == 1 else count, classes, mean, std, outputs, channels=channels)
 
 
 def _smp_config(name: str, label: str) -> dict[str, Any]:
@@ -284,9 +291,11 @@ def _smp_multiple(model: Any, config: Mapping[str, Any]) -> int:
 
 
 def _smp_normalisation(
-    package: Any, config: Mapping[str, Any], label: str
-) -> tuple[tuple[float, float, float], tuple[float, float, float], bool]:
-    """Mean and standard deviation for RGB in 0..1, and whether the model takes blue, green, red."""
+    package: Any, config: Mapping[str, Any], channels: int, label: str
+) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
+    """Mean and standard deviation for pixels in 0..1, and whether the model takes blue, green, red."""
+    if channels != 3:  # encoders were trained on RGB
+        return *default_normalisation(channels), False
     encoder, weights = config.get("encoder_name"), config.get("encoder_weights")
     if not encoder or not weights:
         return IMAGENET_MEAN, IMAGENET_STD, False
@@ -325,9 +334,9 @@ def _load_checked(
     check_normalisation(f"base {label}", mean, std)
     if count == 1:
         adapted = Adapted(model, label, foreground="logits").eval()
-        return LoadedModel(adapted, 2, FOREGROUND, tuple(mean), tuple(std))
+        return LoadedModel(adapted, 2, FOREGROUND, tuple(mean), tuple(std), channels=3)
     classes = checkpoint.classes_of(count, weights) if count else None
-    return LoadedModel(model, count, classes, tuple(mean), tuple(std))
+    return LoadedModel(model, count, classes, tuple(mean), tuple(std), channels=3)
 
 
 def _build_for(

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparserefine.bases.loaded import LoadedModel
 from sparserefine.files.regular import regular_file
 from sparserefine.files.text import first_line, printable
+from sparserefine.images.normalisation import IMAGENET_MEAN, MOST_CHANNELS, channels_text, default_normalisation
 
 _log = logging.getLogger(__name__)
 _CHECKS_PATHS = (1, 24)
@@ -29,19 +30,20 @@ _FLOATS: dict[str, type[np.floating[Any]]] = {
     "tensor(float16)": np.float16,
     "tensor(double)": np.float64,
 }
-_EXPECTED = "expected one input of float pixels, [B, 3, h, w]"
+_EXPECTED = f"expected one input of float pixels, [B, C, h, w] of 1 to {MOST_CHANNELS} channels"
 
 
 def onnx(path: str | Path) -> LoadedModel:
-    """Loads an ONNX file, with the class count if the file has it; errors as in :class:`OnnxModel`."""
+    """Loads an ONNX file, with the counts of classes and channels if it has them; errors as in :class:`OnnxModel`."""
     model = OnnxModel(path)
-    return LoadedModel(model, model.num_classes)
+    mean, std = default_normalisation(model.channels or len(IMAGENET_MEAN))
+    return LoadedModel(model, model.num_classes, None, mean, std, channels=model.channels)
 
 
 class OnnxModel:
-    """An ONNX file as a base: normalised ``float32 [B, 3, h, w]`` -> ``float32 [B, K, h', w']``.
+    """An ONNX file as a base: normalised ``float32 [B, C, h, w]`` -> ``float32 [B, K, h', w']``.
 
-    The file must have one input, ``[B, 3, h, w]`` of float32, float16 or float64. Its sizes may be dynamic or fixed;
+    The file must have one input, ``[B, C, h, w]`` of float32, float16 or float64. Its sizes may be dynamic or fixed;
     with a batch size fixed at 1, images run one by one. If there are several outputs, the first one that is 4-D and
     floating point is used.
 
@@ -54,6 +56,7 @@ class OnnxModel:
         path: of the file.
         digest: hexadecimal SHA-256 of the file and of its external weight files, if it has any.
         num_classes: K if the file has it, else ``None``.
+        channels: C if the file has it, else ``None``.
 
     Raises:
         FileNotFoundError: the file or one of its weight files is missing.
@@ -69,6 +72,7 @@ class OnnxModel:
         session = open_session(self.path, optimize=False)
         try:
             self._input, self._shape, self._dtype = _input_of(session, self.path)
+            self.channels = self._shape[1] if isinstance(self._shape[1], int) else None
             self._output, self._output_index, self.num_classes = _output_of(session, self.path)
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path}: not an ONNX file that can be run (a name is no UTF-8)") from error
@@ -79,7 +83,7 @@ class OnnxModel:
         return {**self.__dict__, "_sessions": {}}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Coarse outputs of ``[B, 3, h, w]``; raises ``ValueError`` if the file does not take this size."""
+        """Coarse outputs of ``[B, C, h, w]``; raises ``ValueError`` if the file does not take this size."""
         session = self._session(x.device)
         return torch.cat([self._run(session, part) for part in self.parts(x)]).to(x.device)
 
@@ -87,14 +91,16 @@ class OnnxModel:
         """Splits the input into batches that the file takes: the whole of it, or single images.
 
         Raises:
-            ValueError: the file has a fixed size that differs from that of ``x``.
+            ValueError: the file has a fixed size or number of channels that differs from that of ``x``.
         """
         if x.dim() != 4 or not x.is_floating_point():
             raise ValueError(f"{self.path}: input is {x.dtype} {tuple(x.shape)}, {_EXPECTED}")
-        batch, *fixed = self._shape
-        if any(isinstance(n, int) and n != m for n, m in zip(fixed, x.shape[1:], strict=True)):
-            height, width = (n if isinstance(n, int) else "any" for n in fixed[1:])
-            size = [n if isinstance(n, int) else m for n, m in zip(fixed[1:], x.shape[2:], strict=True)]
+        batch, channels, *fixed = self._shape
+        if isinstance(channels, int) and channels != x.shape[1]:
+            raise ValueError(f"{self.path}: takes {channels_text(channels)}, got {x.shape[1]}")
+        if any(isinstance(n, int) and n != m for n, m in zip(fixed, x.shape[2:], strict=True)):
+            height, width = (n if isinstance(n, int) else "any" for n in fixed)
+            size = [n if isinstance(n, int) else m for n, m in zip(fixed, x.shape[2:], strict=True)]
             raise ValueError(
                 f"{self.path}: takes images of {height} x {width}, got {x.shape[2]} x {x.shape[3]}; set base.size: "
                 f"{size}, or export the model with dynamic height and width"
@@ -187,9 +193,12 @@ def _input_of(session: Any, path: Path) -> tuple[str, tuple[int | str | None, ..
     seen = f"{path}: input {found.name} is {found.type} {found.shape}"
     if found.type not in _FLOATS:
         raise ValueError(f"{seen}, {_EXPECTED}; export the model without the steps that turn bytes into floats")
-    if len(found.shape) == 4 and found.shape[3] == 3 and found.shape[1] != 3:
+    if len(found.shape) != 4:
+        raise ValueError(f"{seen}, {_EXPECTED}")
+    first, last = (n if isinstance(n, int) and 1 <= n <= MOST_CHANNELS else None for n in found.shape[1::2])
+    if last is not None and (first is None or (last == 3 and first != 3)):  # images of three columns are unlikely
         raise ValueError(f"{seen}: channels come last, {_EXPECTED}; export the model with channels first (NCHW)")
-    if len(found.shape) != 4 or (isinstance(found.shape[1], int) and found.shape[1] != 3):
+    if isinstance(found.shape[1], int) and first is None:
         raise ValueError(f"{seen}, {_EXPECTED}")
     return found.name, tuple(found.shape), _FLOATS[found.type]
 

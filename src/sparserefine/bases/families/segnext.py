@@ -326,4 +326,4 @@ def load_segnext(size: Size, path: str | Path) -> LoadedModel:
     num_classes = len(tensors[classifier])
     model = segnext(size, num_classes)
     load_renamed(model, tensors, _CLASSIFIERS[classifier], ("auxiliary_head.",), str(path))
-    return LoadedModel(model, num_classes, checkpoint.classes_of(num_classes, path))
+    return LoadedModel(model, num_classes, checkpoint.classes_of(num_classes, path), channels=3)

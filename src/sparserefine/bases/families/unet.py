@@ -16,6 +16,7 @@ from sparserefine.files.text import first_line
 from sparserefine.files.typed import from_json, shown
 from sparserefine.files.whole import written_whole
 from sparserefine.images.coarse import MAX_CLASSES
+from sparserefine.images.normalisation import IMAGENET_MEAN, MOST_CHANNELS
 
 _MOST_LEVELS, _MOST_CHANNELS = 16, 1 << 16
 
@@ -33,19 +34,26 @@ class UNet(nn.Module):
     Args:
         num_classes: K.
         planes: channels of each level, from full size down.
+        in_channels: C of the image.
     """
 
-    def __init__(self, num_classes: int, planes: Sequence[int] = (16, 32, 64, 96, 128)) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        planes: Sequence[int] = (16, 32, 64, 96, 128),
+        in_channels: int = len(IMAGENET_MEAN),
+    ) -> None:
         super().__init__()
-        self.num_classes, self.planes = num_classes, tuple(planes)
-        self.down = nn.ModuleList(_double_conv(a, b) for a, b in zip((3, *self.planes[:-1]), self.planes, strict=True))
+        self.num_classes, self.planes, self.in_channels = num_classes, tuple(planes), in_channels
+        before = (in_channels, *self.planes[:-1])
+        self.down = nn.ModuleList(_double_conv(a, b) for a, b in zip(before, self.planes, strict=True))
         pairs = [(self.planes[i + 1], self.planes[i]) for i in reversed(range(len(self.planes) - 1))]
         self.grow = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairs)
         self.up = nn.ModuleList(_double_conv(2 * b, b) for _, b in pairs)
         self.head = nn.Conv2d(self.planes[0], num_classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """``float [B, 3, H, W]``, normalised -> logits ``[B, K, H, W]``; any H and W."""
+        """``float [B, C, H, W]``, normalised -> logits ``[B, K, H, W]``; any H and W."""
         h, w = image.shape[-2:]
         multiple = 2 ** (len(self.planes) - 1)
         x = F.pad(image, (0, -w % multiple, 0, -h % multiple))
@@ -72,7 +80,10 @@ def unet_tensors(model: UNet, dtype: torch.dtype = torch.float32) -> tuple[dict[
         for name, value in model.state_dict().items()
     }
     check_finite(tensors, f"U-Net in {dtype}, not stored")
-    return tensors, {"unet": json.dumps({"num_classes": model.num_classes, "planes": list(model.planes)})}
+    architecture = {"num_classes": model.num_classes, "planes": list(model.planes)}
+    if model.in_channels != len(IMAGENET_MEAN):  # versions that do not know it can still read the others
+        architecture["in_channels"] = model.in_channels
+    return tensors, {"unet": json.dumps(architecture)}
 
 
 def save_unet(model: UNet, path: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -102,9 +113,9 @@ def load_unet(path: str | Path) -> UNet:
     found = _architecture(header, path)
     tensors = read_tensors(path)
     with torch.device("meta"):  # shapes only: a header may claim any size, and the tensors decide
-        own = UNet(found.num_classes, found.planes).state_dict()
+        own = UNet(found.num_classes, found.planes, found.in_channels).state_dict()
     check_weights(tensors, own, path)
-    model = UNet(found.num_classes, found.planes)
+    model = UNet(found.num_classes, found.planes, found.in_channels)
     model.load_state_dict(tensors)
     return model.eval()
 
@@ -115,6 +126,7 @@ class _Architecture:
 
     num_classes: int
     planes: tuple[int, ...]
+    in_channels: int = len(IMAGENET_MEAN)
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_classes <= MAX_CLASSES:
@@ -124,6 +136,8 @@ class _Architecture:
                 f"planes = {shown(self.planes)}, expected 1 to {_MOST_LEVELS} numbers of channels, each of 1 to "
                 f"{_MOST_CHANNELS}"
             )
+        if not 1 <= self.in_channels <= MOST_CHANNELS:
+            raise ValueError(f"in_channels = {self.in_channels}, expected 1 to {MOST_CHANNELS}")
 
 
 def _architecture(header: str, path: str | Path) -> _Architecture:
@@ -132,4 +146,4 @@ def _architecture(header: str, path: str | Path) -> _Architecture:
         values = json.loads(header)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its 'unet' header is not readable as JSON ({first_line(error)})") from error
-    return from_json(_Architecture, values, f"{path}: 'unet' header")
+    return from_json(_Architecture, values, f"{path}: 'unet' header", optional=("in_channels",))

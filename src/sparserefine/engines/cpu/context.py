@@ -24,7 +24,7 @@ from sparserefine.images.coarse import Coarse
 
 _INT = ctypes.c_int64
 _PROTOTYPES: dict[str, tuple[type, ...]] = {
-    "sr_block_means_floats": (_INT, _INT),
+    "sr_block_means_floats": (_INT, _INT, _INT),
     "sr_block_means_cursors": (_INT,),
     "sr_block_means": (ctypes.POINTER(c.BlockMeans),),
 }
@@ -47,28 +47,28 @@ def block_means(
 
     Args:
         library: the kernels.
-        image: ``uint8`` or ``float32 [B, 3, H, W]``.
+        image: ``uint8`` or ``float32 [B, C, H, W]``.
         coarse: the base's outputs for it.
         valid: ``bool [B, H, W]``.
-        scale: ``float32 [3]``.
-        shift: ``float32 [3]``.
+        scale: ``float32 [C]``.
+        shift: ``float32 [C]``.
         cells: of each level, ``int32 [n_l, 3]``: batch, row, column.
 
     Returns:
-        ``float32 [n_l, 3 + K]`` of each level.
+        ``float32 [n_l, C + K]`` of each level.
 
     Raises:
         ValueError: a tensor has another dtype, shape or device; taps reach outside the logits; or cells are outside of
             the image, not sorted, or not unique.
     """
-    batch, classes, size = coarse.batch, coarse.num_classes, coarse.size
-    if tuple(image.shape) != (batch, 3, *size) or (valid is not None and tuple(valid.shape) != (batch, *size)):
+    batch, classes, size, channels = coarse.batch, coarse.num_classes, coarse.size, len(scale)
+    if tuple(image.shape) != (batch, channels, *size) or (valid is not None and tuple(valid.shape) != (batch, *size)):
         given = None if valid is None else tuple(valid.shape)
         raise ValueError(
-            f"image is {tuple(image.shape)}, valid {given}; expected {[batch, 3, *size]} and {[batch, *size]}"
+            f"image is {tuple(image.shape)}, valid {given}; expected {[batch, channels, *size]} and {[batch, *size]}"
         )
-    if not scale.shape == shift.shape == (3,):
-        raise ValueError(f"scale is {tuple(scale.shape)}, shift {tuple(shift.shape)}; expected [3] for both")
+    if not scale.shape == shift.shape == (channels,):
+        raise ValueError(f"scale is {tuple(scale.shape)}, shift {tuple(shift.shape)}; expected [C] for both")
     count, threads = len(cells), torch.get_num_threads()
     starts = torch.arange(1, batch, dtype=torch.int32)
     bounds = []
@@ -77,8 +77,8 @@ def block_means(
         bounds.append([0, *torch.searchsorted(coords[:, 0].contiguous(), starts).tolist(), len(coords)])
         if bounds[-1] != sorted(bounds[-1]) or (len(coords) and not 0 <= coords[0, 0] <= coords[-1, 0] < batch):
             raise ValueError(f"cells of level {level}: {_EXPECTED.format(batch=batch, height=size[0], width=size[1])}")
-    means = [torch.empty(len(coords), 3 + classes) for coords in cells]
-    floats = torch.empty(threads * _function(library, "sr_block_means_floats")(count, classes))
+    means = [torch.empty(len(coords), channels + classes) for coords in cells]
+    floats = torch.empty(threads * _function(library, "sr_block_means_floats")(count, classes, channels))
     cursors = torch.empty(threads * _function(library, "sr_block_means_cursors")(count), dtype=torch.int64)
     for b in range(batch):
         logits = coarse.logits[b].detach().float()
@@ -92,7 +92,7 @@ def block_means(
         call = c.BlockMeans(
             pointer(of_pixels, torch.float32, "logits"), classes, height, width, coarse.upsampling.outputs == "scores",
             axis_of(rows), axis_of(columns),
-            pointer(image[b], (torch.uint8, torch.float32), "image"), image.element_size(),
+            pointer(image[b], (torch.uint8, torch.float32), "image"), image.element_size(), channels,
             pointer(None if valid is None else valid[b], torch.bool, "valid"),
             pointer(scale, torch.float32, "scale"), pointer(shift, torch.float32, "shift"),
             levels, count, floats.data_ptr(), cursors.data_ptr(), threads,

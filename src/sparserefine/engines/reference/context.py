@@ -1,4 +1,4 @@
-"""Defines what the cells of a level see of the pixels that they cover: mean colour and mean probabilities."""
+"""Defines what the cells of a level see of the pixels that they cover: mean channels and mean probabilities."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def block_means(
     Each level looks at the pixels of its own active cells only, so most of an image is never looked at. The host does
     not wait for a GPU.
     """
-    (height, width), values = coarse.size, 3 + coarse.num_classes
+    (height, width), values = coarse.size, len(scale) + coarse.num_classes
     device = coarse.device
     at_once = max(1, _CHUNK_VALUES * (1 if device.type == "cpu" else _GPU_CHUNKS) // values)
     result = []

@@ -14,7 +14,7 @@ from sparserefine.images.coarse import Coarse
 
 MOST_CLASSES = 1024
 """A program holds all classes of its pixels."""
-_VALUES = 2048  # probabilities that a program holds
+_VALUES = 2048  # probabilities, and values of channels, that a program holds
 _FEWEST, _MOST = 8, 256  # pixels that a program looks at together
 
 
@@ -32,25 +32,25 @@ def block_means(
     Taps are copied to the GPU on first use, as in :func:`sparserefine.engines.triton.uncertainty.uncertainty`.
 
     Args:
-        image: ``uint8``, ``float16``, ``bfloat16`` or ``float32 [B, 3, H, W]``, of any strides.
+        image: ``uint8``, ``float16``, ``bfloat16`` or ``float32 [B, C, H, W]``, of any strides.
         coarse: the base's outputs for it, of at most :data:`MOST_CLASSES` classes.
         valid: ``bool [B, H, W]``.
-        scale: ``float32 [3]``.
-        shift: ``float32 [3]``.
+        scale: ``float32 [C]``.
+        shift: ``float32 [C]``.
         cells: of each level, ``int32 [n_l, 3]``: batch, row, column, within the level.
 
     Returns:
-        ``float32 [n_l, 3 + K]`` of each level.
+        ``float32 [n_l, C + K]`` of each level.
 
     Raises:
         ValueError: taps reach outside the logits.
     """
-    classes, result = coarse.num_classes, []
-    padded = 1 << (classes - 1).bit_length()
-    at_once = max(_FEWEST, min(_MOST, _VALUES // padded))
+    classes, channels, result = coarse.num_classes, image.shape[1], []
+    padded, sums = 1 << (classes - 1).bit_length(), 1 << channels.bit_length()
+    at_once = max(_FEWEST, min(_MOST, _VALUES // max(padded, sums)))
     mask = None if valid is None else valid.contiguous().view(torch.uint8)
     for level, coords in enumerate(cells):
-        means = torch.empty(len(coords), 3 + classes, dtype=torch.float32, device=coarse.device)
+        means = torch.empty(len(coords), channels + classes, dtype=torch.float32, device=coarse.device)
         pixels = min(4**level, at_once)
         for part, logits, rows, columns in launches(coarse):
             launch(
@@ -67,6 +67,8 @@ def block_means(
                 CELLS=at_once // pixels,
                 PIXELS=pixels,
                 CLASSES=padded,
+                CHANNELS=channels,
+                SUMS=sums,
             )
         result.append(means)
     return result

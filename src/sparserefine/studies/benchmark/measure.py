@@ -33,6 +33,7 @@ from sparserefine.bases.runtimes import NEEDS
 from sparserefine.engines.choose import EngineChoice
 from sparserefine.engines.cpu.engine import CpuEngine
 from sparserefine.files.text import printable
+from sparserefine.images.normalisation import default_normalisation
 from sparserefine.machine.device import device_named, gpu_precision
 from sparserefine.machine.memory import PeakMemory
 from sparserefine.machine.timing import now_ms
@@ -196,9 +197,6 @@ class _BaseBenchmark:
         self._entry, self._settings, self._masks = entry, settings, masks
         self._device, self._engine, self._machine, self._tell = device, engine, machine, tell
         self._coarse_size = settings.coarse_size(entry)
-        generator = torch.Generator().manual_seed(0)
-        pixels = torch.randint(0, 256, (1, 3, *settings.size), generator=generator, dtype=torch.uint8)
-        self._image = pixels.to(device)
 
     def measure(self) -> tuple[list[Record], list[str]]:
         """Records, and one line for each runtime that failed."""
@@ -226,7 +224,11 @@ class _BaseBenchmark:
         loaded = self._loaded = _load(self._entry, settings)
         if isinstance(loaded.model, nn.Module):
             loaded.model.eval().to(self._device)
-        self._classes = loaded.num_classes or self._count_classes()
+        channels = len(loaded.mean)
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (1, channels, *settings.size), generator=generator, dtype=torch.uint8)
+        self._image = pixels.to(self._device)
+        self._classes = loaded.num_classes or self._count_classes(channels)
         coarse = self._frozen(BaseConfig(self._entry.name, size=self._coarse_size))
         dense = self._frozen(BaseConfig(self._entry.name, size=settings.size))
         # Counted before the parameters change type: the counter's input is float32.
@@ -241,12 +243,14 @@ class _BaseBenchmark:
         for preset in settings.presets:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                refiner = SparseRefiner(coarse, RefinerConfig(extractor=PRESETS[preset]), engine=settings.engine)
+                mean, std = default_normalisation(channels)
+                config = RefinerConfig(extractor=PRESETS[preset], mean=mean, std=std)
+                refiner = SparseRefiner(coarse, config, engine=settings.engine)
             self._refiners[preset] = refiner.eval().to(self._device)
 
-    def _count_classes(self) -> int:
+    def _count_classes(self, channels: int) -> int:
         """K of a model that does not state it: the number of channels that it returns."""
-        x = torch.zeros(1, 3, *self._coarse_size, device=self._device)
+        x = torch.zeros(1, channels, *self._coarse_size, device=self._device)
         return tensor_of(self._loaded.model(x), self._entry.name).shape[1]
 
     def _frozen(self, config: BaseConfig) -> FrozenBase:

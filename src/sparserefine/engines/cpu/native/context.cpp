@@ -1,4 +1,4 @@
-// Mean colour and probabilities of the blocks of pixels that the cells of each level cover.
+// Mean channels and probabilities of the blocks of pixels that the cells of each level cover.
 // engines/reference/context.py defines the results.
 //
 // Only blocks of the coarsest level that hold a cell of any level are looked at, each pixel once. A block is walked in
@@ -11,18 +11,18 @@ namespace {
 
 struct Level {
   Sites cells;   // of one image, sorted by row and column
-  float* means;  // [count, 3 + classes]
+  float* means;  // [count, channels + classes]
 };
 
 struct BlockMeans {
   const float* coarse;  // [height, width, classes], logits or scores of one image
   int64_t classes, height, width, scores;
   Axis rows, columns;
-  const void* image;  // [3, rows.size, columns.size], uint8 (bytes 1) or float32
-  int64_t bytes;
+  const void* image;  // [channels, rows.size, columns.size], uint8 (bytes 1) or float32
+  int64_t bytes, channels;
   const uint8_t* valid;  // [rows.size, columns.size]; null: all pixels count
   const float* scale;
-  const float* shift;  // [3]
+  const float* shift;  // [channels]
   const Level* levels;
   int64_t count;     // of levels
   float* floats;     // scratch, block_means_floats(...) for each thread
@@ -33,8 +33,8 @@ struct BlockMeans {
 constexpr float NO_CLASS = -3e38f;  // logit of the lanes of a vector past the last class
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 
-// Sums of a cell: of the probabilities, in whole vectors, then of red, green and blue, and the pixels that count.
-int64_t sums_of(int64_t classes) { return round_up(classes, VL) + VL; }
+// Sums of a cell: of the probabilities, in whole vectors, then of the image's channels, and the pixels that count.
+int64_t sums_of(int64_t classes, int64_t channels) { return round_up(classes, VL) + round_up(channels + 1, VL); }
 
 int64_t cursors_of(int64_t levels) { return (int64_t)3 << levels; }
 
@@ -59,9 +59,10 @@ SR_INLINE vec sum_of(vec v) {
   return over_lanes(v, [](vec a, vec b) { return a + b; });
 }
 
-template <class T, bool SCORES> struct Walk {
+// RGB: the image has three channels, whose sums and the count are one quad.
+template <class T, bool SCORES, bool RGB> struct Walk {
   const BlockMeans& call;
-  const int64_t strip, coarsest, height, width, classes, padded, sums;
+  const int64_t strip, coarsest, height, width, classes, channels, padded, sums;
   const vec absent;     // of the last vector: 0 in the lanes of classes, NO_CLASS in those past the last class
   float* const own;     // of each level, the sums of the cell that is walked; then those of a pixel
   int64_t* const next;  // of each row of cells: the next cell
@@ -71,7 +72,8 @@ template <class T, bool SCORES> struct Walk {
 
   Walk(const BlockMeans& call, int64_t strip, int64_t thread)
       : call(call), strip(strip), coarsest(call.count - 1), height(call.rows.size), width(call.columns.size),
-        classes(call.classes), padded(round_up(classes, VL)), sums(sums_of(classes)), absent(past_the_last()),
+        classes(call.classes), channels(RGB ? 3 : call.channels), padded(round_up(classes, VL)),
+        sums(sums_of(classes, channels)), absent(past_the_last()),
         own(call.floats + thread * (call.count + 1) * sums), next(call.cursors + thread * cursors_of(call.count)),
         end(next + ((int64_t)2 << coarsest)), ahead(end + ((int64_t)2 << coarsest)) {}
 
@@ -169,12 +171,12 @@ template <class T, bool SCORES> struct Walk {
     if (ahead[at] != c) return;
     const int64_t i = next[at]++;
     look_ahead(level, at);
-    float* const out = call.levels[level].means + i * (3 + classes);
-    const float count = total[padded + 3], share = count > 0.f ? 1.f / count : 0.f;
-    for (int64_t k = 0; k < 3; k++)
+    float* const out = call.levels[level].means + i * (channels + classes);
+    const float count = total[padded + channels], share = count > 0.f ? 1.f / count : 0.f;
+    for (int64_t k = 0; k < channels; k++)
       out[k] = count > 0.f ? total[padded + k] * share * call.scale[k] + call.shift[k] : 0.f;
     for (int64_t k = 0; k < classes; k += VL)
-      store_part(out + 3 + k, load(total + k) * share, smaller(classes - k, (int64_t)VL));
+      store_part(out + channels + k, load(total + k) * share, smaller(classes - k, (int64_t)VL));
   }
 
   bool counts(int64_t y, int64_t x) const { return !call.valid || call.valid[y * width + x]; }
@@ -204,9 +206,21 @@ template <class T, bool SCORES> struct Walk {
   }
   vec reference_of(vec v) const { return SCORES ? sum_of(v) : largest_of(v); }
 
-  quad colour(int64_t y, int64_t x) const {
+  // Adds the channels of a pixel that counts, and 1, to sums, and stores them as those of its own cell if it has one.
+  void add_channels(int64_t y, int64_t x, float* into, float* cell) const {
     const T* of = (const T*)call.image + y * width + x;
-    return quad{(float)of[0], (float)of[height * width], (float)of[2 * height * width], 1.f};
+    const int64_t plane = height * width;
+    if (RGB) {
+      const quad extra{(float)of[0], (float)of[plane], (float)of[2 * plane], 1.f};
+      *(quad*)(into + padded) += extra;
+      if (cell) *(quad*)(cell + padded) = extra;
+      return;
+    }
+    for (int64_t k = 0; k <= channels; k++) {
+      const float extra = k < channels ? (float)of[k * plane] : 1.f;
+      into[padded + k] += extra;
+      if (cell) cell[padded + k] = extra;
+    }
   }
 
   // Adds a pixel to sums, and stores its own values if it is a site.
@@ -235,9 +249,7 @@ template <class T, bool SCORES> struct Walk {
       store(z + k, v);
       store(into + k, load(into + k) + v);
     }
-    const quad extra = colour(y, x);
-    *(quad*)(z + padded) = extra;
-    *(quad*)(into + padded) += extra;
+    add_channels(y, x, into, z);
     finish(0, y, x, z);
   }
 
@@ -257,27 +269,30 @@ template <class T, bool SCORES> struct Walk {
     store(into, load(into) + total);
     for (int i = 0; i < 4; i++) {
       const int64_t row = y + i / 2, column = x + i % 2;
-      const quad extra = colour(row, column);
-      *(quad*)(into + padded) += extra;
-      if (ahead[cursor(0, row)] != column) continue;
-      float* const z = own + call.count * sums;
+      float* const z = ahead[cursor(0, row)] == column ? own + call.count * sums : nullptr;
+      add_channels(row, column, into, z);
+      if (!z) continue;
       store(z, v[i]);
-      *(quad*)(z + padded) = extra;
       finish(0, row, column, z);
     }
   }
 };
 
-template <class T, bool SCORES> int64_t all_strips(const BlockMeans& call) {
+template <class T, bool SCORES, bool RGB> int64_t all_strips(const BlockMeans& call) {
   const int64_t coarsest = call.count - 1, side = (int64_t)1 << coarsest;
   int64_t cells = 0, found = 0, bad = 0;
   for (int64_t level = 0; level <= coarsest; level++) cells += call.levels[level].cells.count;
   parallel(ceil_div(call.rows.size, side), call.threads, [&](int64_t strip, int64_t thread) {
-    Walk<T, SCORES> walk(call, strip, thread);
+    Walk<T, SCORES, RGB> walk(call, strip, thread);
     __atomic_fetch_add(&found, walk.run(), __ATOMIC_RELAXED);
     if (!walk.good) __atomic_store_n(&bad, (int64_t)1, __ATOMIC_RELAXED);
   });
   return bad || found != cells ? SR_SITES_INVALID : SR_OK;
+}
+
+template <bool RGB> int64_t of_all(const BlockMeans& call) {
+  if (call.bytes == 1) return call.scores ? all_strips<uint8_t, true, RGB>(call) : all_strips<uint8_t, false, RGB>(call);
+  return call.scores ? all_strips<float, true, RGB>(call) : all_strips<float, false, RGB>(call);
 }
 
 }  // namespace
@@ -286,12 +301,13 @@ SR_SIZE_OF(Level)
 SR_SIZE_OF(BlockMeans)
 
 // Scratch memory of sr_block_means per thread: floats, and 64-bit integers for the cursors.
-SR_API int64_t sr_block_means_floats(int64_t levels, int64_t classes) { return (levels + 1) * sums_of(classes); }
+SR_API int64_t sr_block_means_floats(int64_t levels, int64_t classes, int64_t channels) {
+  return (levels + 1) * sums_of(classes, channels);
+}
 SR_API int64_t sr_block_means_cursors(int64_t levels) { return cursors_of(levels); }
 
 // Writes the means of all cells. SR_SITES_INVALID: some are outside of the image or not sorted; others are then written.
 SR_API int64_t sr_block_means(const BlockMeans* call) {
   if (!call->rows.within(call->height) || !call->columns.within(call->width)) return SR_TABLE_OUT_OF_RANGE;
-  if (call->bytes == 1) return call->scores ? all_strips<uint8_t, true>(*call) : all_strips<uint8_t, false>(*call);
-  return call->scores ? all_strips<float, true>(*call) : all_strips<float, false>(*call);
+  return call->channels == 3 ? of_all<true>(*call) : of_all<false>(*call);
 }

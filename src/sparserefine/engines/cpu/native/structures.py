@@ -231,6 +231,7 @@ class BlockMeans(Structure):
         ("columns", Axis),
         ("image", c_void_p),
         ("bytes", c_int64),
+        ("channels", c_int64),
         ("valid", c_void_p),
         ("scale", c_void_p),
         ("shift", c_void_p),

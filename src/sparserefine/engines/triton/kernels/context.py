@@ -1,4 +1,4 @@
-"""Mean colour and probabilities of blocks of pixels. Defined by ``engines/reference/context.py``."""
+"""Mean channels and probabilities of blocks of pixels. Defined by ``engines/reference/context.py``."""
 
 import triton
 import triton.language as tl
@@ -47,10 +47,13 @@ def block_means(
     CELLS: tl.constexpr,
     PIXELS: tl.constexpr,
     CLASSES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     """CELLS cells of one level per program, PIXELS pixels of each at once, and all classes.
 
-    With SINGLE, ``logits`` hold only image ``number``; cells of other images are skipped.
+    With SINGLE, ``logits`` hold only image ``number``; cells of other images are skipped. Of SUMS sums, a power of two
+    above CHANNELS, the first are of the image's channels and the next is the number of pixels.
     """
     stride_k = stride_k.to(tl.int64)
     place = tl.arange(0, CELLS * PIXELS)
@@ -66,11 +69,11 @@ def block_means(
     k = tl.arange(0, CLASSES)[:, None]
     known = k < classes
     offset = tl.minimum(k, classes - 1) * stride_k
-    channel = tl.arange(0, 4)[:, None]  # the fourth counts pixels
-    factor = tl.load(scale + channel, mask=channel < 3, other=0.0)
-    summand = tl.load(shift + channel, mask=channel < 3, other=1.0)
+    channel = tl.arange(0, SUMS)[:, None]
+    factor = tl.load(scale + channel, mask=channel < CHANNELS, other=0.0)
+    summand = tl.load(shift + channel, mask=channel < CHANNELS, other=1.0)
     probabilities = tl.zeros([CLASSES, CELLS], tl.float32)
-    colours = tl.zeros([4, CELLS], tl.float32)
+    colours = tl.zeros([SUMS, CELLS], tl.float32)
     for start in range(0, 1 << (2 * level), PIXELS):
         within = start + place % PIXELS
         row = (cell_row << level) + (within >> level)
@@ -101,16 +104,16 @@ def block_means(
         values = tl.where(counts[None, :], values, 0.0)
         probabilities += tl.sum(tl.reshape(values, [CLASSES, CELLS, PIXELS]), axis=2)
         pixel = image + (batch * image_b + row.to(tl.int64) * image_h + column.to(tl.int64) * image_w)[None, :]
-        seen = counts[None, :] & (channel < 3)
+        seen = counts[None, :] & (channel < CHANNELS)
         colour = tl.load(pixel + channel.to(tl.int64) * image_c, mask=seen, other=0).to(tl.float32)
         colour = tl.where(counts[None, :], colour * factor + summand, 0.0)
-        colours += tl.sum(tl.reshape(colour, [4, CELLS, PIXELS]), axis=2)
-    number_of_pixels = tl.sum(tl.where(channel == 3, colours, 0.0), axis=0)[None, :]
+        colours += tl.sum(tl.reshape(colour, [SUMS, CELLS, PIXELS]), axis=2)
+    number_of_pixels = tl.sum(tl.where(channel == CHANNELS, colours, 0.0), axis=0)[None, :]
     share = 1 / tl.maximum(number_of_pixels, 1.0)
     cell = first + tl.arange(0, CELLS)
     used = cell < n
     if SINGLE:
         used = used & (tl.load(coords + cell * stride_site, mask=used, other=-1) == number)
-    out = result + (cell * (3 + classes))[None, :]
-    tl.store(out + channel, colours * share, mask=used[None, :] & (channel < 3))
-    tl.store(out + 3 + k, probabilities * share, mask=used[None, :] & known)
+    out = result + (cell * (CHANNELS + classes))[None, :]
+    tl.store(out + channel, colours * share, mask=used[None, :] & (channel < CHANNELS))
+    tl.store(out + CHANNELS + k, probabilities * share, mask=used[None, :] & known)
