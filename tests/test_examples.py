@@ -113,9 +113,10 @@ def test_every_command_is_understood(experiment):
     from sparserefine.commands.arguments import config_of
     from sparserefine.commands.main import _config_as_option, parser_of
 
+    parsers = {name: parser_of(name) for name in ("logits", "train", "evaluate")}
     for stage in experiment:
         if stage.command[:2] == ("-m", "sparserefine"):
-            parser = parser_of(stage.command[2])
+            parser = parsers[stage.command[2]]
             parsed = parser.parse_args(_config_as_option(parser, list(stage.command[3:])))
             config = config_of(parser.instantiate(parsed))
             assert config.training.steps % config.training.val_every == 0

@@ -31,19 +31,21 @@ NETWORKS = {
 RATIOS = (4, 2, 8)
 """Refiners for bases at 1/4, 1/2 and 1/8."""
 
-LEVERS = {
+LEVERS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "without_context": ("--extractor.context", "false"),
+    "ema": ("--training.ema", "0.99"),
     "focus": ("--augment.focus", "0.5"),
-    "ema": ("--training.ema", "0.995"),
     "twice_the_batch": ("--training.accumulate", "2"),
+    "deep_supervision": ("--training.deep_supervision", "0.4"),
+    "boundary_weight": ("--training.boundary_weight", "1"),
+    "wider": ("--extractor.planes", "[32,64,128,192]"),
     "five_levels": ("--extractor.planes", "[16,32,64,128,192]"),
     "two_blocks": ("--extractor.blocks", "2"),
-    "from_demo": ("--training.init", "demo"),
+    "two_teachers": ("--teacher.name", "python:examples.hrf.ensemble:two", "--teacher.source", "live"),
     "lower_threshold": ("--selector.threshold", "0.1"),
+    "from_demo": ("--training.init", "demo"),
 }
-"""Options that are tried, one at a time."""
-STRONG = (*LEVERS["five_levels"], *LEVERS["focus"], *LEVERS["ema"])
+"""Options that are tried one at a time, on images at half the size."""
 
 
 def networks(o: Options) -> Iterator[Stage]:
@@ -69,7 +71,7 @@ def refiners(o: Options) -> Iterator[Stage]:
 
     for ratio in RATIOS:
         folds = tuple(f"base{ratio}_without_{subjects}" for subjects in FOLDS)
-        needs = (f"base{ratio}", *folds, "base2")
+        needs = (f"base{ratio}", *folds, "dense2")
         yield Stage(f"logits{ratio}", ("-m", "sparserefine", "logits", *config(ratio), "--device", o.device), needs)
 
     def run(ratio: int, variant: str, seed: int, steps: int, *options: str) -> Stage:
@@ -86,14 +88,32 @@ def refiners(o: Options) -> Iterator[Stage]:
         for targets in ("both", "labels", "teacher"):
             yield run(4, targets, seed, 2400, "--training.targets", targets)
         yield run(4, "both_without_context", seed, 2400, *without_context)
-        yield run(4, "both_strong", seed, 2400, *STRONG)
         yield run(2, "labels", seed, 2400)
         yield run(8, "both", seed, 2400)
     other = f"unet:{o.out}/base4_seed1/best.safetensors"
     several = run(4, "several_bases", 0, 2400, "--bases", f"[{other}]", "--logits.source", "live")
     yield replace(several, needs=("logits4", "base4_seed1"))
-    for name, options in LEVERS.items():  # a quarter of the steps
-        yield run(4, f"short_{name}", 0, 600, *options)
+
+
+def halves(o: Options) -> Iterator[Stage]:
+    """Refiners of images at half the size: levers, with two seeds, and the first step of a cascade."""
+    config = [str(HERE / "refine_half.yaml"), "--data.root", f"{o.out}/half"]
+    yield Stage("half", (str(HERE / "half.py"), o.data, f"{o.out}/half"))
+    needs = ("half", "base4", *(f"base4_without_{subjects}" for subjects in FOLDS), "dense2", "dense2_seed1")
+    yield Stage("logits_half", ("-m", "sparserefine", "logits", *config, "--device", o.device), needs)
+
+    def run(name: str, seed: int, steps: int, *options: str) -> Stage:
+        total, every = o.steps(steps, 2)
+        command = [
+            *("-m", "sparserefine", "train", *config, "--out", f"{o.out}/{name}", "--training.device", o.device),
+            *("--training.seed", str(seed), "--training.steps", total, "--training.val_every", every, *options),
+        ]
+        return Stage(name, tuple(command), ("logits_half",), again=("--resume",))
+
+    yield run("refiner_half", 0, 2400)
+    for name, options in LEVERS.items():  # a quarter of the steps, and half of the batch
+        for seed in (0, 1):
+            yield run(f"half_{name}{'_seed1' if seed else ''}", seed, 600, "--training.batch", "2", *options)
 
 
 def reports(o: Options) -> Iterator[Stage]:
@@ -102,21 +122,24 @@ def reports(o: Options) -> Iterator[Stage]:
         yield from (_report(o, name, dense, ratio) for dense, ratio in (("dense1", 1.0), ("dense2", 0.5)))
     yield _report(o, "refiner2_labels", "dense2", 0.5)
     yield _report(o, "refiner8_both", "dense2", 0.5)
+    cascade = ("--base.name", f"refiner:{o.out}/refiner_half/best", "--base.ratio", "0.5")
+    step = _report(o, "refiner4_both", "dense2", 0.5, *cascade, name="cascade")
+    yield replace(step, needs=(*step.needs, "refiner_half"))
 
 
-def _report(o: Options, refiner: str, dense: str, ratio: float) -> Stage:
+def _report(o: Options, refiner: str, dense: str, ratio: float, *more: str, name: str = "") -> Stage:
     config = HERE / f"refine{refiner[len('refiner')]}.yaml"
     command = [
         *("-m", "sparserefine", "evaluate", str(config), "--data.root", o.data, "--device", o.device),
-        *("--refiner", f"{o.out}/{refiner}/best", "--json", f"{o.out}/test_{refiner}_{dense}.json"),
-        *("--dense", f"unet:{o.out}/{dense}/best.safetensors", "--dense_ratio", f"{ratio:g}"),
+        *("--refiner", f"{o.out}/{refiner}/best", "--json", f"{o.out}/test_{name or refiner}_{dense}.json"),
+        *("--dense", f"unet:{o.out}/{dense}/best.safetensors", "--dense_ratio", f"{ratio:g}", *more),
     ]
-    return Stage(f"test_{refiner}_{dense}", tuple(command), (refiner, dense))
+    return Stage(f"test_{name or refiner}_{dense}", tuple(command), (refiner, dense))
 
 
 def stages(o: Options) -> list[Stage]:
     """All stages, in the order in which they matter."""
-    return [*networks(o), *refiners(o), *reports(o)]
+    return [*networks(o), *refiners(o), *halves(o), *reports(o)]
 
 
 if __name__ == "__main__":

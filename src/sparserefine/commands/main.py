@@ -13,9 +13,11 @@ import sys
 import traceback
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparserefine import __version__
+from sparserefine.commands import recipes
 from sparserefine.commands.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE
 from sparserefine.commands.output import discard_output, escaped_output, print_error, reader_has_left
 from sparserefine.files.text import first_line, printable
@@ -33,6 +35,7 @@ COMMANDS = {
     "train": "Train a refiner for a frozen base model.",
     "evaluate": "Score and time a refiner, next to its base alone and to a dense model; without labels by agreement.",
     "benchmark": "Time base models with and without refinement; needs no trained weights.",
+    "recipes": "List the configurations that come with the package, or print one to start from.",
     "quantize": "Prepare a refiner for 8-bit arithmetic on the CPU; needs a few images.",
     "info": "Print versions, devices, engines and bases; paste it into bug reports.",
 }
@@ -174,8 +177,14 @@ def _overview() -> str:
 
 
 def _config_as_option(parser: Parser, arguments: list[str]) -> list[str]:
-    """Turns ``train CONFIG.yaml`` into ``train --config CONFIG.yaml``, for commands with a configuration."""
+    """Turns ``train CONFIG.yaml`` into ``train --config CONFIG.yaml``, for commands with a configuration.
+
+    It may also be the name of a recipe of this package, unless there is a file of that name.
+    """
     takes_config = any("--config" in action.option_strings for action in parser._actions)
-    if takes_config and arguments and not arguments[0].startswith("-"):
-        return ["--config", *arguments]
-    return arguments
+    if not takes_config or not arguments or arguments[0].startswith("-"):
+        return arguments
+    first, *rest = arguments
+    if recipes.is_recipe(first) and not Path(first).exists():
+        first = str(recipes.recipe(first))
+    return ["--config", first, *rest]

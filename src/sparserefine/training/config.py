@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from sparserefine.training.teacher_config import TeacherConfig
 
 _MAX_BATCH = 65_536
 """Most crops per optimiser step, accumulated ones included."""
+_STEPS = 10_000
 _MAX_STEPS = 1_000_000_000
 _MAX_WORKERS = 1024
 _MAX_PICTURES = 1000
@@ -87,6 +89,8 @@ class TrainingConfig:
         init: refiner to start from, a folder or ``demo``, the one in this package; it needs the same extractor, but may
             have other classes: what depends on them begins anew. Empty: start from random weights.
         steps: optimiser steps.
+        epochs: passes over the training images, in place of ``steps``; the steps that it takes are rounded up to a
+            multiple of ``val_every``.
         batch: crops that are computed at once.
         accumulate: an optimiser step follows after so many batches: ``batch * accumulate`` crops a step, in the memory
             of ``batch``.
@@ -122,7 +126,8 @@ class TrainingConfig:
     """
 
     init: str = ""
-    steps: int = 10_000
+    steps: int = _STEPS
+    epochs: float | None = None
     batch: int = 8
     accumulate: int = 1
     lr: float = 3e-4
@@ -162,6 +167,13 @@ class TrainingConfig:
                 f"training.batch = {self.batch}, training.accumulate = {self.accumulate}: "
                 f"{self.batch * self.accumulate} crops a step, expected at most {_MAX_BATCH}"
             )
+        if self.epochs is not None:
+            check_positive("training.epochs", self.epochs)
+            if self.steps != _STEPS:
+                raise ValueError(
+                    f"training.steps = {self.steps} and training.epochs = {self.epochs:g}: give only one; "
+                    "training.epochs: null takes back what a recipe says"
+                )
         if self.targets not in ("labels", "teacher", "both"):
             raise ValueError(f"training.targets = {self.targets!r}, expected 'labels', 'teacher' or 'both'")
         check_number("training.temperature", self.temperature, 0.01, 100)
@@ -180,6 +192,15 @@ class TrainingConfig:
             check_number("training.class_weights", weight, 0)
         if self.class_weights is not None and not any(self.class_weights):
             raise ValueError(f"training.class_weights = {self.class_weights}, expected one above 0 at least")
+
+    def in_steps(self, images: int) -> TrainingConfig:
+        """The same with ``steps`` for ``epochs``, if these are given, of so many training images."""
+        if self.epochs is None:
+            return self
+        steps = math.ceil(self.epochs * images / (self.batch * self.accumulate))
+        if steps > self.val_every:
+            steps = math.ceil(steps / self.val_every) * self.val_every
+        return replace(self, steps=steps, epochs=None)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
         import lightning  # noqa: F401 (only whether it is there)
     except ImportError as error:
         raise ImportError(f"training needs Lightning: pip install 'sparserefine[train]' ({error})") from error
+    if config.training.epochs is not None:
+        images = len(config.data.read(config.data.train))
+        config = replace(config, training=config.training.in_steps(images))
     c, out = config.training, Path(config.out)
     if c.steps % min(c.val_every, c.steps):
         raise ValueError(f"training.steps = {c.steps}, expected a multiple of training.val_every = {c.val_every}")
