@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_config(parser)
     add_dense(parser, "teacher")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="which part of the data")
-    parser.add_argument("--images", type=int, default=10, help="look at so many images at most, 1 to 10")
+    parser.add_argument("--limit", type=int, default=10, help="look at so many images at most, 1 to 10")
     parser.add_argument(
         "--minutes", type=float, default=2.0, help="time for all of it; one image is looked at in any case"
     )
@@ -58,7 +58,7 @@ def run(arguments: Namespace) -> int:
     from sparserefine.training.loop import build_refiner
 
     started, results = time.monotonic(), results_file(arguments.json)
-    check_whole("--images", arguments.images, 1, MOST_IMAGES)
+    check_whole("--limit", arguments.limit, 1, MOST_IMAGES)
     check_positive("--minutes", arguments.minutes)
     config, device = config_of(arguments), device_named(arguments.device)
     check_precision(arguments.precision, device)
@@ -71,7 +71,7 @@ def run(arguments: Namespace) -> int:
     with gpu_precision(arguments.precision, device):
         result = assess(
             refiner,
-            _some(data, arguments.images),
+            _some(data, arguments.limit),
             dense,
             minutes=arguments.minutes - (time.monotonic() - started) / 60,
             progress=print_error,
