@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "demo": "Run the method on a photograph that comes with the package; writes pictures.",
     "predict": "Segment images with a trained refiner; writes label images.",
+    "data": "Check all files of a dataset before training, or draw some of them.",
     "assess": "Predict whether refinement is worth it for a base, and which threshold, before any training.",
     "logits": "Compute and store a base's coarse logits, and a teacher's predictions, to train from them.",
     "train": "Train a refiner for a frozen base model.",
@@ -179,12 +180,15 @@ def _overview() -> str:
 def _config_as_option(parser: Parser, arguments: list[str]) -> list[str]:
     """Turns ``train CONFIG.yaml`` into ``train --config CONFIG.yaml``, for commands with a configuration.
 
-    It may also be the name of a recipe of this package, unless there is a file of that name.
+    It may also be the name of a recipe of this package, unless there is a file of that name. An action stays before it.
     """
     takes_config = any("--config" in action.option_strings for action in parser._actions)
-    if not takes_config or not arguments or arguments[0].startswith("-"):
+    actions = next((action.choices for action in parser._actions if action.dest == "action"), None) or ()
+    before = arguments[: 1 if arguments and arguments[0] in actions else 0]
+    after = arguments[len(before) :]
+    if not takes_config or not after or after[0].startswith("-"):
         return arguments
-    first, *rest = arguments
+    first, *rest = after
     if recipes.is_recipe(first) and not Path(first).exists():
         first = str(recipes.recipe(first))
-    return ["--config", first, *rest]
+    return [*before, "--config", first, *rest]

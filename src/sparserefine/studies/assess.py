@@ -218,7 +218,7 @@ class _Look:
         if any(map(math.isnan, scores.values())):
             raise ValueError(
                 f"nothing to score in {', '.join(map(printable, names))}: class 1, {self.refiner.classes.names[1]!r}, "
-                "occurs in no label and in no prediction; take other images (--split, --images)"
+                "occurs in no label and in no prediction; take other images (--split, --most_images)"
             )
         coarse, dense = (
             Cost(scores[name], costs.median_ms, costs.mean_gmacs, costs.largest_mb)

@@ -1,0 +1,66 @@
+"""``sparserefine data check`` and ``sparserefine data preview``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparserefine.commands.arguments import EXIT_FAILED, add_config, config_of, results_file
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from sparserefine.training.config import Config
+
+ACTIONS = ("check", "preview")
+"""The first argument, before the configuration."""
+_SPLITS = ("train", "val", "test")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Action, configuration, and what each action takes."""
+    parser.add_argument("action", choices=ACTIONS, help="check: read every file; preview: draw some images")
+    add_config(parser)
+    parser.usage = (
+        f"{parser.prog} check CONFIG.yaml [options] [--a.b value ...]\n"
+        f"       {parser.prog} preview CONFIG.yaml --out SHEET.png [options] [--a.b value ...]"
+    )
+    parser.add_argument("--split", choices=_SPLITS, help="which part of the data; default: check all, preview train")
+    parser.add_argument("--json", help="check: also write everything that was found to this JSON file")
+    parser.add_argument("--most_images", type=int, default=6, help="preview: how many images")
+    parser.add_argument("--without_base", action="store_true", help="preview: images and labels only")
+
+
+def run(arguments: Namespace) -> int:
+    """Prints the report of :func:`check_data`, or writes the sheet of :func:`preview`."""
+    config = config_of(arguments)
+    return _check(arguments, config) if arguments.action == "check" else _preview(arguments, config)
+
+
+def _check(arguments: Namespace, config: Config) -> int:
+    from dataclasses import asdict
+
+    from sparserefine.files.results import write_results
+    from sparserefine.studies.data_check import check_data
+
+    results = results_file(arguments.json)
+    roles = (arguments.split,) if arguments.split else _SPLITS
+    report = check_data(config.data, config.read, roles)
+    print(report.table())
+    if results is not None:
+        write_results(results, asdict(report))
+    return EXIT_FAILED if report.wrong else 0
+
+
+def _preview(arguments: Namespace, config: Config) -> int:
+    from sparserefine.files.images import write_png
+    from sparserefine.files.text import printable
+    from sparserefine.studies.data_preview import preview
+    from sparserefine.training.loop import build_refiner
+
+    if not config.out.lower().endswith(".png"):
+        raise ValueError(f"out = {config.out}: say where the sheet goes, such as --out sheet.png")
+    data = config.read(getattr(config.data, arguments.split or "train"))
+    refiner = None if arguments.without_base else build_refiner(config, data)
+    write_png(config.out, preview(data, arguments.most_images, refiner))
+    print(printable(config.out))
+    return 0
