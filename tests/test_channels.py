@@ -18,6 +18,7 @@ from sparserefine import BaseConfig, ExtractorConfig, FrozenBase, RefinerConfig,
 from sparserefine.bases.families.unet import UNet, load_unet, save_unet
 from sparserefine.bases.load import load_base
 from sparserefine.bases.loaded import LoadedModel
+from sparserefine.bases.other import other_config
 from sparserefine.bases.refined import refined
 from sparserefine.data.batches import CropBatch
 from sparserefine.data.crops import AugmentConfig, Crop, Uniform, Whole, random_crop
@@ -230,6 +231,15 @@ def test_a_refiner_as_a_base(channels: int) -> None:
     refiner_of(channels, base=base)(image)
 
 
+def test_bands_of_another_model_for_the_same_images() -> None:
+    """Of the same kind it sees what the base sees, unless it is told otherwise; then it has its own normalisation."""
+    base = BaseConfig("unet:a", ratio=0.5, mean=(0.1, 0.2, 0.3), bands=(3, 2, 1))
+    assert other_config(base, "unet:b", ratio=1.0).bands == (3, 2, 1)
+    assert other_config(base, "hf:b", ratio=1.0) == BaseConfig("hf:b", ratio=1.0)
+    assert other_config(base, "unet:b", ratio=1.0, bands=(1, 2)) == BaseConfig("unet:b", ratio=1.0, bands=(1, 2))
+    assert other_config(base, "unet:b", ratio=1.0, bands=(4, 1, 2)).mean == base.mean
+
+
 def test_the_teacher_sees_bands_in_windows() -> None:
     """Float pixels too: they are in 0..1 already."""
     image, labels = image_of(4, (96, 160))[0].float() / 255, Classes.numbered(2)
@@ -410,12 +420,11 @@ def test_evaluate_and_assess(channels: int) -> None:
     assert assess(refiner, [("one", image, label)], dense).images == ("one",)
 
 
-@pytest.mark.parametrize("channels", [1, 4])
-def test_benchmark(channels: int, tmp_path: Path) -> None:
+def test_benchmark(tmp_path: Path) -> None:
     from sparserefine.studies.benchmark.measure import benchmark
     from sparserefine.studies.benchmark.records import BaseEntry, Settings
 
-    save_unet(UNet(3, (4, 8), channels), tmp_path / "unet.safetensors")
+    save_unet(UNet(3, (4, 8), 4), tmp_path / "unet.safetensors")
     entry = BaseEntry(f"unet:{tmp_path / 'unet.safetensors'}", (16, 24))
     settings = Settings((entry,), size=(32, 48), densities=(0.1,), presets=("slim",), rounds=1, device="cpu")
     report = benchmark(settings)

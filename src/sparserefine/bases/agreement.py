@@ -104,7 +104,7 @@ def normalisation_of(
     if loaded.channels is not None and stated not in (None, loaded.channels):
         raise ValueError(
             f"base {label}: takes {channels_text(loaded.channels)}, but base.mean, base.std or base.bands have "
-            f"{stated}; expected as many"
+            f"{stated}; expected as many (for a dense model, teacher.bands or --dense_bands)"
         )
     channels = stated or loaded.channels or len(loaded.mean)
     usual = loaded.mean, loaded.std
