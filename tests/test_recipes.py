@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from projects import write_project
-from sparserefine.commands.main import main
+import trees
+from sparserefine.bases.families.unet import UNet, save_unet
+from sparserefine.commands.arguments import config_of
+from sparserefine.commands.main import main, parser_of
 from sparserefine.commands.recipes import FOLDER
+from sparserefine.data.crops import AugmentConfig
+from sparserefine.data.readers.config import PUBLISHED
+from sparserefine.stages.ensembler import EnsemblerConfig
+from sparserefine.stages.extractor import PRESETS
 from sparserefine.training.config import TrainingConfig
 
+THRESHOLDS = {"hrnet_w48": 0.3, "segformer_b5": 0.1, "segnext_l": 0.1, "mask2former_t": 0.05, "mask2former_l": 0.005}
 RECIPES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
@@ -40,13 +47,56 @@ def test_a_file_of_the_same_name_is_taken_first(tmp_path, monkeypatch, capsys):
     assert "unheard_of" in capsys.readouterr().err
 
 
+def test_there_is_one_for_every_dataset_and_every_model_of_the_paper():
+    models = {name.removeprefix("cityscapes_") for name in RECIPES if name.startswith("cityscapes_")}
+    assert models == set(THRESHOLDS)
+    others = {name for name in RECIPES if not name.startswith("cityscapes_")}
+    assert others == {*PUBLISHED, "folder"} - {"cityscapes"}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("cityscapes_")])
+def test_settings_of_the_paper(name):
+    parser = parser_of("train")
+    config = config_of(parser.instantiate(parser.parse_args(["--config", str(FOLDER / f"{name}.yaml")])))
+    thresholds = {
+        "hrnet_w48": 0.3,
+        "segformer_b5": 0.1,
+        "segnext_l": 0.1,
+        "mask2former_t": 0.05,
+        "mask2former_l": 0.005,
+    }
+    assert config.selector.threshold == thresholds[name.removeprefix("cityscapes_")]
+    assert config.refiner.extractor == PRESETS["paper"]
+    assert config.ensembler == EnsemblerConfig("gated", "paper")
+    assert config.base.size == ((640, 1280) if "segnext" in name else (512, 1024))
+    assert (config.upsampling, config.augment) == ("nearest", AugmentConfig())
+    c = config.training
+    assert (c.epochs, c.batch * c.accumulate, c.lr, c.weight_decay) == (500, 32, 3e-4, 0.05)
+
+
 @pytest.mark.slow
-def test_a_recipe_trains(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_is_built_and_makes_a_step(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_project(tmp_path)
-    short = ["--training.epochs", "1", "--training.batch", "2", "--augment.crop", "[32,32]", "--out", "run"]
-    base = ["--base.name", "unet:base.safetensors", "--data.root", "data", "--data.val", "train"]
-    assert main(["train", "folder", *base, *short, "--training.device", "cpu", "--selector.threshold", "0.01"]) == 0
+    tree = trees.TREES[name.partition("_")[0]](tmp_path / "tree", (48, 64))
+    save_unet(UNet(tree.classes, (4, 8)), tmp_path / "base.safetensors")
+    splits = {"train": "train", "val": "val"} | {key: str(tree.settings[key]) for key in tree.settings}
+    data = [option for key, split in splits.items() for option in (f"--data.{key}", split)]
+    size = ["--base.size", "[24,32]"] if name.startswith("cityscapes_") else []
+    short = ["--training.epochs", "null", "--training.steps", "1", "--training.val_every", "1", "--training.batch", "1"]
+    few = [
+        "--training.accumulate",
+        "1",
+        "--training.workers",
+        "0",
+        "--training.device",
+        "cpu",
+        "--logits.source",
+        "live",
+    ]
+    crop = ["--augment.crop", "[32,32]", "--augment.max_class_share", "1", "--selector.threshold", "0.01"]
+    base = ["--base.name", "unet:base.safetensors", "--data.root", "tree", "--out", "run", "--logits.source", "live"]
+    assert main(["train", name, *base, *data, *size, *short, *few, *crop]) == 0
     assert Path("run/best/config.json").is_file()
 
 
