@@ -358,7 +358,7 @@ def judged():
 
 def test_the_dense_model_is_the_teacher_unless_another_is_named(project, capsys):
     def described(*options):
-        assert main(["assess", "config.yaml", "--device", "cpu", "--images", "1", *options]) == 0
+        assert main(["assess", "config.yaml", "--device", "cpu", "--most_images", "1", *options]) == 0
         return capsys.readouterr().out.splitlines()[0].partition("; dense ")[2]
 
     teacher = ["--teacher.name", "unet:other.safetensors", "--teacher.ratio", "0.5"]
@@ -378,7 +378,7 @@ def test_the_command_without_labels(project, capsys):
 
 
 def test_the_command_says_how_to_train(project, capsys, clock):
-    assert main(["assess", "config.yaml", "--device", "cpu", "--images", "1"]) == 0
+    assert main(["assess", "config.yaml", "--device", "cpu", "--most_images", "1"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("sparserefine train config.yaml --selector.threshold 0.")
     shutil.rmtree(project / "data/labels")
@@ -386,11 +386,17 @@ def test_the_command_says_how_to_train(project, capsys, clock):
     assert capsys.readouterr().out.endswith(" --training.targets teacher\n")
 
 
+def test_the_number_of_images_has_another_name(project, capsys):
+    """``images`` is a section of the configuration."""
+    assert main(["assess", "config.yaml", "--images", "3"]) == 2
+    assert capsys.readouterr().err == "sparserefine assess: option --images is called --most_images now\n"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--images", "0"], "--images = 0, expected"),
-        (["--images", "11"], "--images = 11, expected"),
+        (["--most_images", "0"], "--most_images = 0, expected"),
+        (["--most_images", "11"], "--most_images = 11, expected"),
         (["--minutes", "0"], "--minutes = 0"),
         (["--json", "."], "is a folder"),
         (["--dense_ratio", "2"], "--dense_ratio = 2.0, expected"),

@@ -563,7 +563,7 @@ def test_unlabelled_splits_are_left_alone(data: Path) -> None:
     check_labels(replace(dataset, samples=tuple(replace(s, label=None) for s in dataset.samples)), "test split")
 
 
-@pytest.mark.parametrize("command", [pytest.param("train", marks=pytest.mark.slow), "evaluate"])
+@pytest.mark.parametrize("command", [pytest.param("train", marks=pytest.mark.slow), "evaluate", "assess"])
 def test_commands_look_first(
     command: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -578,7 +578,7 @@ def test_commands_look_first(
     }
     (data / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(data)
-    more = ["--refiner", "no"] if command == "evaluate" else []
+    more = {"train": [], "evaluate": ["--refiner", "no"], "assess": ["--dense", "teacher"]}[command]
     assert main([command, "config.yaml", *more]) == 1
     assert "all values are 0 or 255" in (told := capsys.readouterr().err)
     assert "set data.black_white: true" in told

@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     from sparserefine.data.readers.dataset import Dataset
 
 
+RENAMED = {"--images": "--most_images"}
+"""``images`` is a section of the configuration."""
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Configuration, dense model, images and time."""
     add_config(parser)
     add_dense(parser, "teacher")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="which part of the data")
-    parser.add_argument("--images", type=int, default=10, help="look at so many images at most, 1 to 10")
+    parser.add_argument("--most_images", type=int, default=10, help="look at so many images at most, 1 to 10")
     parser.add_argument(
         "--minutes", type=float, default=2.0, help="time for all of it; one image is looked at in any case"
     )
@@ -58,7 +62,7 @@ def run(arguments: Namespace) -> int:
     from sparserefine.training.loop import build_refiner
 
     started, results = time.monotonic(), results_file(arguments.json)
-    check_whole("--images", arguments.images, 1, MOST_IMAGES)
+    check_whole("--most_images", arguments.most_images, 1, MOST_IMAGES)
     check_positive("--minutes", arguments.minutes)
     config, device = config_of(arguments), device_named(arguments.device)
     check_precision(arguments.precision, device)
@@ -71,7 +75,7 @@ def run(arguments: Namespace) -> int:
     with gpu_precision(arguments.precision, device):
         result = assess(
             refiner,
-            _some(data, arguments.images),
+            _some(data, arguments.most_images),
             dense,
             minutes=arguments.minutes - (time.monotonic() - started) / 60,
             progress=print_error,
