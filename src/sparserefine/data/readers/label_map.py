@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ def entries_of(given: Entries | str | None, where: str) -> Entries:
         for side, kinds in zip(entry, (int | str, int | str | None), strict=True):
             if isinstance(side, bool) or not isinstance(side, kinds):
                 raise ValueError(
-                    f"{where}: {entry[0]!r}: {entry[1]!r}, expected names or numbers, or null for ignored; put names "
-                    "such as 'no' or 'on' in quotes"
+                    f"{where}: {short(entry[0])}: {short(entry[1])}, expected names or numbers, or null for ignored; "
+                    "put names such as 'no' or 'on' in quotes"
                 )
     return entries
 
@@ -42,7 +43,7 @@ def _class_of(given: int | str | None, classes: Classes, where: str) -> int:
     number = _number(given)
     if number is None or not 0 <= number < len(classes):
         raise ValueError(
-            f"{where}: {given!r} is no class, expected 0..{len(classes) - 1}, null for ignored, or one of "
+            f"{where}: {short(given)} is no class, expected 0..{len(classes) - 1}, null for ignored, or one of "
             f"{', '.join(classes.names)}"
         )
     return number
@@ -55,9 +56,9 @@ def values_of(classes: Classes, entries: Entries, where: str) -> dict[int, int]:
         number = classes.names.index(key) if isinstance(key, str) and key in classes.names else _number(key)
         if number is None:
             names = ", ".join(classes.names)
-            raise ValueError(f"{where}: {key!r}, expected a value of the label files, or one of {names}")
+            raise ValueError(f"{where}: {short(key)}, expected a value of the label files, or one of {names}")
         if number in meaning:
-            raise ValueError(f"{where}: {key!r} is value {number}, which is given twice")
+            raise ValueError(f"{where}: {short(key)} is value {number}, which is given twice")
         meaning[number] = _class_of(value, classes, where)
     return meaning
 
@@ -88,9 +89,9 @@ def colours_of(classes: Classes, entries: Entries, tolerance: int, where: str) -
     for key, value in entries.items():
         colour_of_key = of_class.get(key, _colour(key)) if isinstance(key, str) else None
         if colour_of_key is None:
-            raise ValueError(f"{where}: {key!r}, expected a colour 'R G B' or '#rrggbb', or the name of a class")
+            raise ValueError(f"{where}: {short(key)}, expected a colour 'R G B' or '#rrggbb', or the name of a class")
         if colour_of_key in given:
-            raise ValueError(f"{where}: {key!r} is a colour that is given twice")
+            raise ValueError(f"{where}: {short(key)} is a colour that is given twice")
         given.add(colour_of_key)
         meaning[colour_of_key] = _class_of(value, classes, where)
     if tolerance:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparserefine.data.readers.label_map import Entries, colours_of, entries_of, pack, shown, unpack, values_of
 from sparserefine.files.labels import LabelPixels, read_label_pixels
+from sparserefine.files.text import printable
 from sparserefine.images.classes import IGNORE, Classes, wheel
 from sparserefine.machine.bounds import check_whole
 
@@ -153,15 +154,15 @@ class LabelCode:
             values, found = self._by_colour(pixels, path)
         elif pixels.values is None:
             raise ValueError(
-                f"{path}: a colour image, expected class numbers (1 channel, or 3 equal ones); data.labels.name: "
-                "colour decodes it by the colours of the classes"
+                f"{printable(path)}: a colour image, expected class numbers (1 channel, or 3 equal ones); "
+                "data.labels.name: colour decodes it by the colours of the classes"
             )
         else:
             values, found = pixels.values, self._by_value(pixels.values)
             if pixels.palette:
                 self._check_palette(pixels.shown, np.flatnonzero(np.bincount(values.ravel())), path)
         if (unknown := found == UNKNOWN).any():
-            raise ValueError(f"{path}: {self._unknown(values, unknown)}")
+            raise ValueError(f"{printable(path)}: {self._unknown(values, unknown)}")
         return torch.from_numpy(found.astype(np.uint8))
 
     @cached_property
@@ -193,8 +194,8 @@ class LabelCode:
         assert values is not None
         if int(values.min(initial=0)) < 0 or int(values.max(initial=0)) >= len(pixels.shown):
             raise ValueError(
-                f"{path}: values {values.min()}..{values.max()} without a colour, expected colours of the classes; "
-                "if they are class numbers, set data.labels.name: index"
+                f"{printable(path)}: values {values.min()}..{values.max()} without a colour, expected colours of "
+                "the classes; if they are class numbers, set data.labels.name: index"
             )
         packed = pack(pixels.shown)
         return packed[values], self._near(packed, self._table[packed])[values]
@@ -225,7 +226,7 @@ class LabelCode:
                 meant, of = self.meaning.get(index), tuple(palette[index].tolist())
                 if (meant, of) in ((0, (255, 255, 255)), (1, (0, 0, 0))):
                     raise ValueError(
-                        f"{path}: the palette contradicts data.labels.black_white: {index} is shown as "
+                        f"{printable(path)}: the palette contradicts data.labels.black_white: {index} is shown as "
                         f"{'white' if meant == 0 else 'black'}, expected {'black' if meant == 0 else 'white'}; set "
                         "data.labels.name: colour, and write the colours into classes.txt"
                     )
@@ -251,7 +252,7 @@ class LabelCode:
         index, colour, meant = coded or odd[0]
         others = [name for name, of in zip(self.classes.names, self.classes.palette, strict=True) if of == colour]
         raise ValueError(
-            f"{path}: the palette contradicts the indices: {index} has colour {shown(colour)}"
+            f"{printable(path)}: the palette contradicts the indices: {index} has colour {shown(colour)}"
             f"{f', that of {others[0]!r}' if others else ''}, expected {shown(self.classes.palette[meant])} of "
             f"{self.classes.names[meant]!r}; set data.labels.name: colour to decode such files by their colours, or if "
             "the indices are right, give the classes these colours in the data set, or none"
