@@ -117,8 +117,6 @@ def opened(path: Path, what: str, *, turn: int | None = None, most_pixels: int |
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             applied = _known(image.tag_v2.get(_ORIENTATION))  # by load()
             check_tiff(image, path)
-            if applied >= 5:
-                image.filename = ""  # else it maps one of 8 bits into memory with the sides exchanged
         elif image.format == "JPEG2000":
             check_jpeg_2000(path)
         image.load()
