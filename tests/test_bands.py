@@ -364,6 +364,29 @@ def test_nodata_of_bands_of_16_bits(tmp_path: Path) -> None:
     assert torch.equal(valid, torch.from_numpy((values[..., :2] != 0).any(-1)))
 
 
+@pytest.mark.parametrize("exif", [None, "ignore"])
+def test_a_mask_of_the_file_itself(exif: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A picture that Pillow reads, with a second image in the file: the mask."""
+    grey = Image.fromarray(np.random.default_rng(1).integers(0, 256, SIZE).astype(np.uint8))
+    known = np.zeros(SIZE, np.uint8)
+    known[3:, 5:] = 255
+    mask = Image.fromarray(known)
+    mask.encoderinfo = {"tiffinfo": {254: 4}}
+    path = tmp_path / "a.tif"
+    grey.save(path, save_all=True, append_images=[mask], tiffinfo={274: 6})
+    found = read_pixels(path, ImageConfig(exif=exif))
+    assert "pages" not in caplog.text
+    if not have_rasters():
+        assert "a.tif: has a mask of the pixels with data, which is not read" in caplog.text
+        return
+    assert found.valid is not None
+    wanted = known > 0
+    assert torch.equal(found.valid, torch.from_numpy((wanted if exif else np.rot90(wanted, 3)).copy()))
+    grey.save(tmp_path / "b.tif", tiffinfo={274: 6})
+    whole = read_image(tmp_path / "b.tif", ImageConfig(exif=exif))
+    assert torch.equal(found.image, whole * found.valid)
+
+
 # ---- turned, pages, size
 
 
@@ -427,6 +450,31 @@ def test_pages_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         assert (read_image(tmp_path / name) == 1).all()
     (message,) = caplog.messages
     assert f"{tmp_path / 'a.tif'}: 3 pages; only the first one is read" in message
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("pages", [1, 2])
+def test_turned_pixels_without_compression(pages: int, orientation: int, tmp_path: Path) -> None:
+    """Pillow mixes up their sides if it opens the file by its name."""
+    grey = np.random.default_rng(1).integers(0, 256, SIZE).astype(np.uint8)
+    page = Image.fromarray(grey)
+    page.save(tmp_path / "a.tif", save_all=True, append_images=[page] * (pages - 1), tiffinfo={274: orientation})
+    shown = np.rot90(grey, {1: 0, 3: 2, 6: 3}[orientation])
+    assert torch.equal(read_image(tmp_path / "a.tif"), planes(np.stack([shown] * 3, -1)))
+
+
+@raster
+def test_what_only_pillow_resolves_is_not_read_otherwise(tmp_path: Path) -> None:
+    """Numbers of colours are no grey."""
+    page = Image.fromarray(np.zeros(SIZE, np.uint8), "P")
+    page.putpalette([255, 0, 0])
+    page.save(tmp_path / "a.tif")
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    tag = data.index(struct.pack("<HHI", 259, 3, 1))
+    data[tag + 8 : tag + 10] = struct.pack("<H", 34887)  # LERC
+    (tmp_path / "a.tif").write_bytes(data)
+    message = refused(tmp_path / "a.tif")
+    assert message.startswith("1 band of uint8: 1 number of a colour, stored in a way that Pillow does not read")
 
 
 def test_limit_in_megapixels(tmp_path: Path) -> None:

@@ -262,6 +262,19 @@ def test_a_pgm_that_scales_its_values_is_refused(tmp_path: Path) -> None:
     assert read_label(tmp_path / "a.pgm").tolist() == [[0, 18]]
 
 
+@pytest.mark.parametrize("suffix", ["tif", "gif"])
+def test_several_images_in_a_file_are_refused(suffix: str, tmp_path: Path) -> None:
+    first, second = (Image.new("L", (6, 4), value) for value in (0, 200))
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second])
+    with pytest.raises(ImageError, match=rf"a\.{suffix}: holds 2 images, expected one"):
+        read_label(tmp_path / f"a.{suffix}")
+
+
+def test_bands_that_would_be_dropped_are_refused(cases: Path) -> None:
+    with pytest.raises(ImageError, match="holds 4 bands, expected 1 or 3"):
+        read_label(cases / "image_rgb_nir_unmarked.tif")
+
+
 def test_an_opaque_alpha_channel_says_nothing(tmp_path: Path) -> None:
     pixels = np.array([[[10, 20, 30, 255], [200, 0, 0, 255]]], np.uint8)
     assert decoded(saved(tmp_path / "a.png", pixels), RGB, COLOUR).tolist() == [[0, 1]]
@@ -298,6 +311,14 @@ def test_a_tolerance_never_reaches_two_classes(tmp_path: Path) -> None:
     assert decoded(path, close, replace(COLOUR, tolerance=3)).tolist() == [[0, 1, 2]]
     with pytest.raises(ValueError, match=r"10 20 30 and 10 20 37 are 7 apart, .* expected at most 3"):
         decoded(path, close, replace(COLOUR, tolerance=4))
+
+
+def test_two_colours_of_one_class_may_be_near(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", [[[10, 20, 34], [200, 0, 0]]])
+    labels = replace(COLOUR, map={"10 20 37": "road"}, tolerance=5)
+    assert decoded(path, RGB, labels).tolist() == [[0, 1]]
+    with pytest.raises(ValueError, match="'#010203' is a colour that is given twice"):
+        decoded(path, RGB, replace(COLOUR, map={"1 2 3": 0, "#010203": 1}))
 
 
 def test_classes_that_colours_cannot_tell(data: Path) -> None:
@@ -364,6 +385,26 @@ def test_a_palette_is_that_of_the_mapped_classes(tmp_path: Path) -> None:
     )
 
 
+def test_a_mask_is_white_where_it_is_class_1(tmp_path: Path) -> None:
+    """Whatever numbers an encoder gives black and white."""
+    labels = LabelsConfig(black_white=True)
+    path = saved(tmp_path / "a.png", [[0, 1]], palette=flat([(0, 0, 0), (255, 255, 255)]))
+    assert decoded(path, Classes.numbered(2), labels).tolist() == [[0, 1]]
+    path = saved(tmp_path / "b.png", [[0, 1]], palette=flat([(255, 255, 255), (0, 0, 0)]))
+    assert "0 is shown as white, expected black" in refused(path, Classes.numbered(2), labels)
+    classes = Classes(("ground", "line"), ((0, 0, 0), (255, 255, 255)))
+    assert decoded(path, classes, COLOUR).tolist() == [[1, 0]]
+
+
+def test_soft_edges_of_masks(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", [[0, 127, 128, 255]])
+    message = refused(path, Classes.numbered(2), LabelsConfig(black_white=True))
+    assert "label 127, expected 0 or 255, the first at row 0, column 1 (and 1 pixels with others)" in message
+    assert "{name: colour, tolerance: 127}" in message
+    classes = Classes(("ground", "line"), ((0, 0, 0), (255, 255, 255)))
+    assert decoded(path, classes, replace(COLOUR, tolerance=127)).tolist() == [[0, 0, 1, 1]]
+
+
 # ---- maps
 
 
@@ -390,6 +431,7 @@ def test_with_a_map_other_values_mean_nothing(tmp_path: Path) -> None:
         ("no: car", "expected names or numbers, or null for ignored; put names such as 'no'"),
         ("- 7", "expected lines 'value: class'"),
         ("7: car\n7: tree", "key 7 is given twice"),
+        ("7: car\n'7': tree", "'7' is value 7, which is given twice"),
     ],
 )
 def test_bad_maps(entries: str, words: str, data: Path) -> None:
@@ -498,9 +540,10 @@ def test_labels_that_are_all_ignored_are_told(data: Path, caplog: pytest.LogCapt
     assert "training split: in the label file every pixel is ignored" in caplog.text
 
 
-def test_masks_among_more_classes(data: Path) -> None:
-    with pytest.raises(ValueError, match=r"all values are 0 or 255.*masks have two classes"):
-        check_labels(masks(data, [[0, 255]], classes=3), "test split")
+def test_masks_among_more_classes_are_told(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A street of nothing but road is one, too."""
+    check_labels(masks(data, [[0, 255]], classes=3), "test split")
+    assert "all values are 0 or 255, and 255 means ignored, so there is only class 0; if they are masks" in caplog.text
 
 
 def test_a_rim_of_255_is_no_mask(data: Path) -> None:
@@ -520,7 +563,7 @@ def test_unlabelled_splits_are_left_alone(data: Path) -> None:
     check_labels(replace(dataset, samples=tuple(replace(s, label=None) for s in dataset.samples)), "test split")
 
 
-@pytest.mark.parametrize("command", [pytest.param("train", marks=pytest.mark.slow), "evaluate"])
+@pytest.mark.parametrize("command", [pytest.param("train", marks=pytest.mark.slow), "evaluate", "assess"])
 def test_commands_look_first(
     command: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -535,7 +578,7 @@ def test_commands_look_first(
     }
     (data / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(data)
-    more = ["--refiner", "no"] if command == "evaluate" else []
+    more = {"train": [], "evaluate": ["--refiner", "no"], "assess": ["--dense", "teacher"]}[command]
     assert main([command, "config.yaml", *more]) == 1
     assert "all values are 0 or 255" in (told := capsys.readouterr().err)
     assert "set data.black_white: true" in told

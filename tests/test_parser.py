@@ -11,6 +11,7 @@ import pytest
 
 from sparserefine.commands.main import COMMANDS, parser_of
 from sparserefine.commands.parser import Parser
+from sparserefine.files.image_config import ImageConfig, Percentiles
 
 CONFIG = 'data: {name: folder, root: my_data}\nbase: {name: "hf:x", ratio: 1e-1}\nout: runs/a\n'
 
@@ -149,3 +150,22 @@ def test_each_command_knows_traceback(command: str) -> None:
     parser = parser_of(command)
     assert any("--traceback" in action.option_strings for action in parser._actions)
     assert "--traceback" in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("[0, 3000]", (0, 3000)),
+        ("12bit", "12bit"),
+        ("{percentile: [2, 98]}", Percentiles((2, 98))),
+        ("[[0, 1], [2, 3], [4, 5]]", ((0, 1), (2, 3), (4, 5))),
+        ("null", None),
+    ],
+)
+def test_ranges_of_images(given: str, read: object, train: Parser, config: Path) -> None:
+    config.write_text(f"{CONFIG}images: {{range: {given}, bands: [4, 3, 2]}}\n")
+    in_file = train.instantiate(train.parse_args(["--config", str(config)])).images
+    config.write_text(CONFIG)
+    options = ["--images.range", given, "--images.bands", "[4, 3, 2]"]
+    as_option = train.instantiate(train.parse_args(["--config", str(config), *options])).images
+    assert in_file == as_option == ImageConfig(bands=(4, 3, 2), range=read)

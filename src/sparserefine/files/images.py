@@ -30,7 +30,7 @@ from sparserefine.files.rasters import have_rasters
 from sparserefine.files.regular import regular_file
 from sparserefine.files.samples import from_picture, from_raster, tell_once, warn_if_dark
 from sparserefine.files.text import first_line, printable
-from sparserefine.files.tiff import GEO, MAGIC, NODATA, BandsError, check_bands, pillow_reads, read_tiff
+from sparserefine.files.tiff import GEO, MAGIC, NODATA, BandsError, check_bands, check_plain, pillow_reads, read_tiff
 from sparserefine.files.whole import written_whole
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jp2")
@@ -109,15 +109,14 @@ def opened(path: Path, what: str, *, turn: int | None = None, most_pixels: int |
         turn: the EXIF orientation, 1 to 8, by which it is rotated; ``None``: that of its own tag.
         most_pixels: largest width x height; default: :data:`MAX_PIXELS`.
     """
-    with _errors_named(path, what), _OURS, Image.open(path, formats=FORMATS) as image:
+    # From an open file: of a name, Pillow maps plain pixels into memory, and mixes up the sides of a turned TIFF.
+    with _errors_named(path, what), _OURS, path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
         kind = image.info.get("compression") if image.format == "TIFF" else image.format
         check_size(image.size, kind, path, MAX_PIXELS if most_pixels is None else most_pixels)
         applied = 1
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             applied = _known(image.tag_v2.get(_ORIENTATION))  # by load()
             check_tiff(image, path)
-            if applied >= 5:
-                image.filename = ""  # else it maps one of 8 bits into memory with the sides exchanged
         elif image.format == "JPEG2000":
             check_jpeg_2000(path)
         image.load()
@@ -216,6 +215,7 @@ def read_pixels(path: str | Path, config: ImageConfig = ImageConfig()) -> Pixels
             if tiff.pages > 1:
                 tell_once("pages", f"{printable(path)}: {tiff.pages} pages; only the first one is read")
         if tiff is not None and not pillow_reads(tiff, config, have_rasters()):
+            check_plain(tiff, config)
             check_size((tiff.width, tiff.height), tiff.compression, path, most_pixels)
             found = from_raster(path, "GTiff", tiff.described(), tiff.nodata, tiff.orientation, config)
         else:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparserefine.files.images import FORMATS, ImageError, opened
 from sparserefine.files.text import printable
+from sparserefine.files.tiff import read_tiff
 
 _LOSSLESS = "write it again from its source in a format without loss: PNG"
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
@@ -79,6 +80,7 @@ def read_label_pixels(path: str | Path, turn: int | None = None) -> LabelPixels:
         # What is rotated is another image, without these.
         with Image.open(path, formats=FORMATS) as header:
             _check_exact(header, path)
+            _check_alone(header, path)
             tags = getattr(header, "tag_v2", {})
             signed, bits = tags.get(339, (1,))[0] == 2, tags.get(258, (8,))[0]
         if image.mode in ("RGBA", "LA") and image.getextrema()[-1] == (255, 255):
@@ -145,6 +147,16 @@ def _check_exact(image: Image.Image, path: Path) -> None:
         raise ImageError(
             f"{printable(path)}: the values are fractions of {int(match[1])}, expected 255 or 65535; save it as PNG"
         )
+
+
+def _check_alone(image: Image.Image, path: Path) -> None:
+    """Raises ``ImageError`` if the file holds more than one image, or bands that are not read."""
+    tiff = read_tiff(path)
+    pages = getattr(image, "n_frames", 1) if tiff is None else tiff.pages
+    if pages > 1:
+        raise ImageError(f"{printable(path)}: holds {pages} images, expected one; save them in a file each")
+    if tiff is not None and tiff.bands > len(image.getbands()):
+        raise ImageError(f"{printable(path)}: holds {tiff.bands} bands, expected 1 or 3 (colours); save the right ones")
 
 
 def _lossy_webp(path: Path) -> bool:

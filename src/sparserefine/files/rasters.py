@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,15 +35,29 @@ def read_raster(
         described: what the file holds, for the message if rasterio is missing.
 
     Returns:
-        ``[C, H, W]`` in the file's dtype, and the mask that the file itself has, ``bool [H, W]``, false where there is
-        no data; ``None``: it has none.
+        ``[C, H, W]`` in the file's dtype, and the mask that the file itself has; see :func:`read_mask`.
 
     Raises:
         ClaimError: rasterio is missing, or the file is damaged.
     """
+    with _opened(path, driver, described) as dataset:
+        return dataset.read(None if bands is None else list(bands)), _mask(dataset)
+
+
+def read_mask(path: Path) -> np.ndarray | None:
+    """The mask of a TIFF, ``bool [H, W]``, false where there is no data; ``None``: it has none.
+
+    Raises:
+        ClaimError: as for :func:`read_raster`.
+    """
+    with _opened(path, "GTiff", "a mask") as dataset:
+        return _mask(dataset)
+
+
+@contextmanager
+def _opened(path: Path, driver: str, described: str) -> Iterator[Any]:
     try:
         import rasterio
-        from rasterio.enums import MaskFlags
     except ImportError as error:
         raise ClaimError(
             f"{described}, which Pillow does not read; rasterio does: pip install sparserefine[raster]; or {REWRITE}"
@@ -53,9 +68,11 @@ def read_raster(
             # Only what it is: some drivers of GDAL follow the names of files, and addresses, in what they read.
             dataset = rasterio.open(path.absolute(), driver=driver)
         with dataset:
-            values = dataset.read(None if bands is None else list(bands))
-            flags = dataset.mask_flag_enums[0]
-            own = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
-            return values, dataset.read_masks(1) > 0 if own else None
+            yield dataset
     except rasterio.errors.RasterioError as error:
         raise ClaimError(f"not a readable image, or cut short ({error}); check the file") from error
+
+
+def _mask(dataset: Any) -> np.ndarray | None:
+    flags = {flag.name for flag in dataset.mask_flag_enums[0]}
+    return dataset.read_masks(1) > 0 if "per_dataset" in flags and "alpha" not in flags else None

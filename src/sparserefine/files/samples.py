@@ -14,7 +14,7 @@ from PIL import Image
 
 from sparserefine.files.image_config import ImageConfig
 from sparserefine.files.ranges import RangeError
-from sparserefine.files.rasters import read_raster
+from sparserefine.files.rasters import have_rasters, read_mask, read_raster
 from sparserefine.files.text import printable
 from sparserefine.files.tiff import BandsError, Tiff, check_transparency
 
@@ -92,7 +92,9 @@ def from_picture(image: Image.Image, path: Path, tiff: Tiff | None, config: Imag
     if alpha is not None and tiff is not None:
         check_transparency(np.asarray(alpha), tiff)
     nodata = config.nodata if config.nodata is not None or tiff is None else tiff.nodata
-    valid = None if nodata is None else _with_data(_planes(image, None), None, nodata)
+    valid = None if tiff is None or not tiff.masked else _own_mask(path, tiff, config)
+    if nodata is not None:
+        valid = _with_data(_planes(image, None), valid, nodata)
     if config.bands is not None:
         return Samples(_planes(image, config.bands), valid)
     if image.mode == "F" or image.mode.startswith("I"):
@@ -104,6 +106,21 @@ def from_picture(image: Image.Image, path: Path, tiff: Tiff | None, config: Imag
     elif image.mode in ("1", "L"):
         return Samples(np.asarray(image.convert("L"))[None], valid)
     return Samples(np.array(image.convert("RGB")).transpose(2, 0, 1), valid, bits > 8)
+
+
+def _own_mask(path: Path, tiff: Tiff, config: ImageConfig) -> np.ndarray | None:
+    """The mask in a file, which Pillow does not read, turned as the picture is."""
+    if not have_rasters():
+        tell_once(
+            "mask",
+            f"{printable(path)}: has a mask of the pixels with data, which is not read; rasterio reads it: "
+            "pip install sparserefine[raster]",
+        )
+        return None
+    mask = read_mask(path)
+    if mask is None or mask.all():
+        return None
+    return mask if config.exif == "ignore" else _turned(mask, tiff.orientation)
 
 
 def _planes(image: Image.Image, bands: Sequence[int] | None) -> np.ndarray:

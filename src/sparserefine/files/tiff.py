@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import TiffImagePlugin
 
+from sparserefine.files.claims import REWRITE
 from sparserefine.files.image_config import ImageConfig
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -67,6 +68,7 @@ class Tiff:
         contiguous: whether the samples of a pixel lie together.
         orientation: as EXIF counts it, 1 to 8.
         pages: pictures in the file, without smaller copies of them and masks.
+        masked: whether the file has a mask of the pixels with data.
         nodata: value of pixels without data.
         compression: Pillow's name of it; ``None``: one that it does not know.
         sparse: whether parts of the image are not stored.
@@ -84,6 +86,7 @@ class Tiff:
     contiguous: bool
     orientation: int
     pages: int
+    masked: bool
     nodata: float | None
     compression: str | None
     sparse: bool
@@ -128,7 +131,7 @@ def read_tiff(path: Path) -> Tiff | None:
             return None
         try:
             head += file.read(12 if head[2:] in (b"+\0", b"\0+") else 4)
-            return _parsed(_directory(file, head, None), _count_pages(file, head))
+            return _parsed(_directory(file, head, None), _subfiles(file, head))
         except (SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, EOFError, struct.error):
             return None
 
@@ -147,20 +150,22 @@ def _directory(file: BinaryIO, head: bytes, at: int | None) -> TiffImagePlugin.I
     return tags
 
 
-def _count_pages(file: BinaryIO, head: bytes) -> int:
+def _subfiles(file: BinaryIO, head: bytes) -> list[int]:
+    """The kind of each image in the file: bit 0 means a smaller copy, bit 2 a mask."""
     seen: set[int] = set()
-    pages, at = 0, None
+    kinds: list[int] = []
+    at = None
     while len(seen) < _MOST_PAGES:
         page = _directory(file, head, at)
-        pages += int(page.get(_SUBFILE, 0)) & 0b101 == 0  # neither a smaller copy nor a mask
+        kinds.append(int(page.get(_SUBFILE, 0)))
         at = page.next
         if not at or at in seen:
             break
         seen.add(at)
-    return max(pages, 1)
+    return kinds
 
 
-def _parsed(tags: TiffImagePlugin.ImageFileDirectory_v2, pages: int) -> Tiff:
+def _parsed(tags: TiffImagePlugin.ImageFileDirectory_v2, subfiles: list[int]) -> Tiff:
     bands = int(tags.get(_SAMPLES, 1))
     bits = _numbers(tags.get(TiffImagePlugin.BITSPERSAMPLE, 1))
     kinds = _numbers(tags.get(_FORMAT, 1))
@@ -180,7 +185,8 @@ def _parsed(tags: TiffImagePlugin.ImageFileDirectory_v2, pages: int) -> Tiff:
         extra=extra,
         contiguous=int(tags.get(_PLANES, 1)) != 2,
         orientation=orientation if 1 <= orientation <= 8 else 1,
-        pages=pages,
+        pages=max(1, sum(kind & 0b101 == 0 for kind in subfiles)),
+        masked=0b100 in subfiles,
         nodata=_number(tags.get(NODATA)),
         compression=TiffImagePlugin.COMPRESSION_INFO.get(int(tags.get(TiffImagePlugin.COMPRESSION, 1))),
         sparse=0 in _numbers(tags.get(TiffImagePlugin.TILEBYTECOUNTS, ())),
@@ -217,6 +223,17 @@ def check_bands(tiff: Tiff, config: ImageConfig) -> None:
     shallow = tiff.bits <= 8 or (tiff.photometric == _RGB and config.range is None)
     if not (tiff.transparent and shallow):
         raise BandsError(f"{tiff.named_bands()}; {_WHICH}")
+
+
+def check_plain(tiff: Tiff, config: ImageConfig) -> None:
+    """Checks that the values are pixels as they are stored, before a reader that takes them so.
+
+    Raises:
+        BandsError: they are numbers of colours, inverted, or must be blended.
+    """
+    plain = tiff.photometric in (_GREY, _RGB) and tiff.bands == tiff.colours
+    if not plain and (config.bands is None or tiff.photometric == _PALETTE):
+        raise BandsError(f"{tiff.named_bands()}, stored in a way that Pillow does not read; {REWRITE}")
 
 
 def check_transparency(alpha: np.ndarray, tiff: Tiff) -> None:

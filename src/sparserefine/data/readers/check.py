@@ -26,7 +26,8 @@ def check_labels(data: Dataset, split: str) -> None:
         split: its name in messages: ``training split``.
 
     Raises:
-        ValueError: a label file cannot be read, or the labels hold 0 and 255 alone, and nobody said what 255 means.
+        ValueError: a label file cannot be read, or of two classes the labels hold 0 and 255 alone, and nobody said what
+            255 means.
     """
     counts, seen, found = torch.zeros(IGNORE + 1, dtype=torch.int64), 0, set(range(len(data.classes)))
     for index in islice((i for i, sample in enumerate(data.samples) if sample.label is not None), FILES):
@@ -39,15 +40,17 @@ def check_labels(data: Dataset, split: str) -> None:
         return
     where = f"{split}: in {'the label file' if seen == 1 else f'the first {seen} label files'}"
     if found == {0} and counts[IGNORE] and data.labels.means_255_by_default:
-        cure = (
-            "if they are masks of class 1, set data.black_white: true"
-            if len(data.classes) == 2
-            else "masks have two classes: give classes.txt two, and set data.black_white: true"
-        )
-        raise ValueError(
+        text = (
             f"{where} all values are 0 or 255, and 255 means ignored, so there is only "
-            f"{printable(data.classes.names[0])}; {cure}; if 255 is meant to be ignored, say so: data.ignore: [255]"
+            f"{printable(data.classes.names[0])}; "
         )
+        if len(data.classes) == 2:
+            raise ValueError(
+                f"{text}if they are masks of {printable(data.classes.names[1])}, set data.black_white: true; if 255 is "
+                "meant to be ignored, say so: data.ignore: [255]"
+            )
+        _log.warning("%sif they are masks, give classes.txt two classes, and set data.black_white: true", text)
+        return
     if not found:
         _log.warning("%s every pixel is ignored; check data.labels, and what the values in the files mean", where)
         return

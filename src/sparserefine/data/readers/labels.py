@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparserefine.data.readers.label_map import Entries, colours_of, entries_of, pack, shown, unpack, values_of
 from sparserefine.files.labels import LabelPixels, read_label_pixels
-from sparserefine.files.yaml import read_yaml
+from sparserefine.files.text import printable
 from sparserefine.images.classes import IGNORE, Classes, wheel
 from sparserefine.machine.bounds import check_whole
 
 UNKNOWN = IGNORE + 1
 """Of a pixel whose value means nothing."""
 _MAX_TOLERANCE = 127
-_COLOUR = re.compile(r"(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})")
-
-Entries = dict[int | str, int | str | None]
-"""A map as people write it: a value, the name of a class, or a colour -> name or number of a class, or null."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +121,14 @@ class LabelCode:
         """
         count = len(classes)
         where = f"label map {config.map}" if isinstance(config.map, str) else "data.labels.map"
-        entries = _entries(config.map, where)
+        entries = entries_of(config.map, where)
         if config.name == "colour":
-            return cls(config, classes, _colours(classes, entries, config.tolerance, where))
+            return cls(config, classes, colours_of(classes, entries, config.tolerance, where))
         if config.black_white and count != 2:
             raise ValueError(f"black and white masks of {count} classes, expected 2")
         meaning = {IGNORE: IGNORE}
         if entries:
-            meaning |= {_value(key, classes, where): _class(value, classes, where) for key, value in entries.items()}
+            meaning |= values_of(classes, entries, where)
         elif config.zero_is_void:
             meaning |= {0: IGNORE} | {value: value - 1 for value in range(1, count + 1)}
         else:
@@ -158,15 +154,15 @@ class LabelCode:
             values, found = self._by_colour(pixels, path)
         elif pixels.values is None:
             raise ValueError(
-                f"{path}: a colour image, expected class numbers (1 channel, or 3 equal ones); data.labels.name: "
-                "colour decodes it by the colours of the classes"
+                f"{printable(path)}: a colour image, expected class numbers (1 channel, or 3 equal ones); "
+                "data.labels.name: colour decodes it by the colours of the classes"
             )
         else:
             values, found = pixels.values, self._by_value(pixels.values)
             if pixels.palette:
                 self._check_palette(pixels.shown, np.flatnonzero(np.bincount(values.ravel())), path)
         if (unknown := found == UNKNOWN).any():
-            raise ValueError(f"{path}: {self._unknown(values, unknown)}")
+            raise ValueError(f"{printable(path)}: {self._unknown(values, unknown)}")
         return torch.from_numpy(found.astype(np.uint8))
 
     @cached_property
@@ -192,16 +188,16 @@ class LabelCode:
     def _by_colour(self, pixels: LabelPixels, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Colours ``0xRRGGBB`` and classes ``[H, W]``."""
         if pixels.colours is not None:
-            packed = _packed(pixels.colours)
+            packed = pack(pixels.colours)
             return packed, self._near(packed, self._table[packed])
         values = pixels.values
         assert values is not None
         if int(values.min(initial=0)) < 0 or int(values.max(initial=0)) >= len(pixels.shown):
             raise ValueError(
-                f"{path}: values {values.min()}..{values.max()} without a colour, expected colours of the classes; "
-                "if they are class numbers, set data.labels.name: index"
+                f"{printable(path)}: values {values.min()}..{values.max()} without a colour, expected colours of "
+                "the classes; if they are class numbers, set data.labels.name: index"
             )
-        packed = _packed(pixels.shown)
+        packed = pack(pixels.shown)
         return packed[values], self._near(packed, self._table[packed])[values]
 
     def _near(self, packed: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -213,42 +209,51 @@ class LabelCode:
         others = np.flatnonzero(there)
         table = self._table.copy()
         for colour, meant in self.meaning.items():
-            far = np.abs(_channels(others) - _channels(np.array([colour]))).max(axis=1)
+            far = np.abs(unpack(others) - unpack(np.array([colour]))).max(axis=1)
             table[others[far <= self.config.tolerance]] = meant
         return np.take(table, packed)
 
-    def _check_palette(self, shown: np.ndarray, used: np.ndarray, path: Path) -> None:
+    def _check_palette(self, palette: np.ndarray, used: np.ndarray, path: Path) -> None:
         """Raises ``ValueError`` if a palette says something else than the indices; the rule is LabelsConfig's.
 
         Args:
-            shown: the palette, ``uint8 [n, 3]``.
+            palette: its colours, ``uint8 [n, 3]``.
             used: the indices in the file.
             path: the file.
         """
+        if self.config.black_white:
+            for index in used[used < len(palette)].tolist():
+                meant, of = self.meaning.get(index), tuple(palette[index].tolist())
+                if (meant, of) in ((0, (255, 255, 255)), (1, (0, 0, 0))):
+                    raise ValueError(
+                        f"{printable(path)}: the palette contradicts data.labels.black_white: {index} is shown as "
+                        f"{'white' if meant == 0 else 'black'}, expected {'black' if meant == 0 else 'white'}; set "
+                        "data.labels.name: colour, and write the colours into classes.txt"
+                    )
         own = [colour for k, colour in enumerate(self.classes.palette) if k not in self.classes.guessed]
         odd = []
         for index in used.tolist():
             meant = self.meaning.get(index, IGNORE)
-            if meant == IGNORE or meant in self.classes.guessed or index >= len(shown):
+            if meant == IGNORE or meant in self.classes.guessed or index >= len(palette):
                 continue
-            colour = tuple(shown[index].tolist())
+            colour = tuple(palette[index].tolist())
             if colour != self.classes.palette[meant]:
                 odd.append((index, colour, meant))
         if not odd:
             return
-        there = [tuple(of) for of in shown.tolist()]
-        usual = there in ([(k, k, k) for k in range(len(shown))], [wheel(k) for k in range(len(shown))])
-        greys = [there[index] for index in used.tolist() if index < len(shown)]
+        there = [tuple(of) for of in palette.tolist()]
+        usual = there in ([(k, k, k) for k in range(len(palette))], [wheel(k) for k in range(len(palette))])
+        greys = [there[index] for index in used.tolist() if index < len(palette)]
         rising = all(len(set(of)) == 1 for of in greys) and greys == sorted(set(greys))
         coded = next((one for one in odd if one[1] in own), None)
         # An encoder's own palette has the colours of the picture and no more.
-        if (usual and len(shown) > len(used)) or (coded is None and (usual or rising)):
+        if (usual and len(palette) > len(used)) or (coded is None and (usual or rising)):
             return
         index, colour, meant = coded or odd[0]
         others = [name for name, of in zip(self.classes.names, self.classes.palette, strict=True) if of == colour]
         raise ValueError(
-            f"{path}: the palette contradicts the indices: {index} has colour {_shown(colour)}"
-            f"{f', that of {others[0]!r}' if others else ''}, expected {_shown(self.classes.palette[meant])} of "
+            f"{printable(path)}: the palette contradicts the indices: {index} has colour {shown(colour)}"
+            f"{f', that of {others[0]!r}' if others else ''}, expected {shown(self.classes.palette[meant])} of "
             f"{self.classes.names[meant]!r}; set data.labels.name: colour to decode such files by their colours, or if "
             "the indices are right, give the classes these colours in the data set, or none"
         )
@@ -262,7 +267,7 @@ class LabelCode:
         if same < len(strangers):
             place += f" (and {len(strangers) - same} pixels with others)"
         if self.config.name == "colour":
-            red, green, blue = _channels(np.array([first]))[0].tolist()
+            red, green, blue = unpack(np.array([first]))[0].tolist()
             hint = f"say what it is in data.labels.map, such as '{red} {green} {blue}': null for ignored"
             if red == green == blue and red < len(self.classes):
                 hint += "; or if it is a class number, set data.labels.name: index"
@@ -276,7 +281,17 @@ class LabelCode:
             expected = f"a value of data.labels.map ({reprlib.repr(sorted(self.meaning))})"
         elif self.config.zero_is_void:
             expected = f"0 (ignored), 1..{count}"
-        text = f"{same} pixels have label {first}, expected {expected} or {IGNORE} (ignored), {place}; "
+        elif self.config.black_white:
+            expected = f"0 or {IGNORE}"
+        if self.meaning.get(IGNORE) == IGNORE:
+            expected += f" or {IGNORE} (ignored)"
+        text = f"{same} pixels have label {first}, expected {expected}, {place}; "
+        if self.config.black_white:
+            soft = "{name: colour, tolerance: 127}"
+            return (
+                text
+                + f"if edges are soft, set data.labels: {soft}, and write 'R G B' of black and white into classes.txt"
+            )
         if first < 0:
             return text + "if it means no class, add it to data.labels.ignore"
         if highest == int(strangers.min()) == count and self.config == replace(
@@ -284,114 +299,3 @@ class LabelCode:
         ):
             text += f"if the classes are 1..{count} and 0 is no class, set data.labels.zero_is_void; "
         return text + "add values to ignore to data.labels.ignore, or say in data.labels.map what values mean"
-
-
-def _entries(given: Entries | str | None, where: str) -> Entries:
-    """The entries of a map, which may be in a file."""
-    entries: Any = read_yaml(given, "a label map") if isinstance(given, str) else given
-    if entries is None and given is None:
-        return {}
-    if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"{where}: expected lines 'value: class'")
-    for entry in entries.items():
-        for side, kinds in zip(entry, (int | str, int | str | None), strict=True):
-            if isinstance(side, bool) or not isinstance(side, kinds):
-                raise ValueError(
-                    f"{where}: {entry[0]!r}: {entry[1]!r}, expected names or numbers, or null for ignored; put names "
-                    "such as 'no' or 'on' in quotes"
-                )
-    return entries
-
-
-def _class(given: int | str | None, classes: Classes, where: str) -> int:
-    """The class that an entry names, or 255."""
-    if given is None or given == IGNORE:
-        return IGNORE
-    if isinstance(given, str) and given in classes.names:
-        return classes.names.index(given)
-    number = _number(given)
-    if number is None or not 0 <= number < len(classes):
-        raise ValueError(
-            f"{where}: {given!r} is no class, expected 0..{len(classes) - 1}, null for ignored, or one of "
-            f"{', '.join(classes.names)}"
-        )
-    return number
-
-
-def _value(given: int | str, classes: Classes, where: str) -> int:
-    """The value of an index image that an entry is about."""
-    if isinstance(given, str) and given in classes.names:
-        return classes.names.index(given)
-    number = _number(given)
-    if number is None:
-        raise ValueError(
-            f"{where}: {given!r}, expected a value of the label files, or one of {', '.join(classes.names)}"
-        )
-    return number
-
-
-def _number(given: int | str) -> int | None:
-    return int(given) if isinstance(given, int) or re.fullmatch(r"-?\d{1,10}", given) else None
-
-
-def _colours(classes: Classes, entries: Entries, tolerance: int, where: str) -> dict[int, int]:
-    """The classes by colour ``0xRRGGBB``: their own colours, and those of a map."""
-    colours = [(red << 16) + (green << 8) + blue for red, green, blue in classes.palette]
-    of_class = dict(zip(classes.names, colours, strict=True))
-    if classes.guessed:
-        name = classes.names[classes.guessed[0]]
-        raise ValueError(
-            f"data.labels.name = 'colour': class {name!r} has no colour; write '{name} R G B' in classes.txt"
-        )
-    meaning: dict[int, int] = {}
-    for k, colour in enumerate(colours):
-        if colour in meaning:
-            names = f"{classes.names[meaning[colour]]!r} and {classes.names[k]!r}"
-            raise ValueError(
-                f"data.labels.name = 'colour': {names} have one colour, "
-                f"{_shown(classes.palette[k])}; expected a colour for each class"
-            )
-        meaning[colour] = k
-    for key, value in entries.items():
-        colour_of_key = of_class.get(key, _colour(key)) if isinstance(key, str) else None
-        if colour_of_key is None:
-            raise ValueError(f"{where}: {key!r}, expected a colour 'R G B' or '#rrggbb', or the name of a class")
-        meaning[colour_of_key] = _class(value, classes, where)
-    packed = sorted(meaning)
-    channels = _channels(np.array(packed))
-    for i in range(len(packed) if tolerance else 0):
-        far = np.abs(channels[i + 1 :] - channels[i]).max(axis=1, initial=0)
-        if (near := np.flatnonzero(far <= 2 * tolerance)).size:
-            a, b = (channels[j].tolist() for j in (i, i + 1 + near[0]))
-            raise ValueError(
-                f"data.labels.tolerance = {tolerance}: the colours {_shown(a)} and {_shown(b)} are {far[near[0]]} "
-                f"apart, so a colour can be near both; expected at most {(far[near[0]] - 1) // 2}"
-            )
-    return meaning
-
-
-def _colour(text: str) -> int | None:
-    """A colour as people write it -> ``0xRRGGBB``."""
-    if re.fullmatch(r"#[0-9a-fA-F]{6}", text):
-        return int(text[1:], 16)
-    match = _COLOUR.fullmatch(text.strip())
-    channels = [int(channel) for channel in match.groups()] if match else [256]
-    return (channels[0] << 16) + (channels[1] << 8) + channels[2] if max(channels) <= 255 else None
-
-
-def _packed(colours: np.ndarray) -> np.ndarray:
-    """``uint8 [..., 3]`` -> ``0xRRGGBB``, ``int32 [...]``."""
-    packed = colours[..., 0].astype(np.int32)
-    for channel in (1, 2):
-        packed <<= 8
-        packed |= colours[..., channel]
-    return packed
-
-
-def _channels(packed: np.ndarray) -> np.ndarray:
-    """``0xRRGGBB``, ``[n]`` -> ``int [n, 3]``."""
-    return np.stack([packed >> 16 & 255, packed >> 8 & 255, packed & 255], axis=1).astype(np.int64)
-
-
-def _shown(colour: Any) -> str:
-    return " ".join(map(str, colour))

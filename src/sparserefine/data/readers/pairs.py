@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path, PurePath
+from reprlib import repr as short
 
 from sparserefine.data.readers.dataset import Dataset, Sample, checked
 from sparserefine.data.readers.labels import INDEX, LabelsConfig
@@ -44,7 +45,7 @@ def pairs_csv(root: str | Path, split: str = "", labels: LabelsConfig = INDEX) -
     samples: dict[str, Sample] = {}
     for row in rows:
         if len(row) < len(header):
-            raise ValueError(f"{path}: row {divider.join(row)!r} has {len(row)} columns, expected {len(header)}")
+            raise ValueError(f"{path}: row {short(divider.join(row))} has {len(row)} columns, expected {len(header)}")
         image, label, of = (row[header.index(name)].strip() for name in _COLUMNS)
         if split and of != split:
             continue
