@@ -1,4 +1,4 @@
-"""``sparserefine data check`` and ``sparserefine data preview``."""
+"""``sparserefine data``: ``check`` and ``preview``."""
 
 from __future__ import annotations
 
