@@ -262,7 +262,7 @@ def test_colours_of_16_bits_in_other_files(tmp_path: Path) -> None:
     (tmp_path / "a.ppm").write_bytes(b"P6 # wide\n30 20\n65535\n" + data)
     assert read_image(tmp_path / "a.ppm").shape == (3, *SIZE)
     message = refused(tmp_path / "a.ppm", ImageConfig(range=(0, 3000)))
-    assert message == "colours of 16 bits, of which 8 are read; convert it to TIFF"
+    assert message == "colours of 16 bits, of which 8 are read; convert it to a TIFF of bands"
 
 
 # ---- other numbers
@@ -351,6 +351,21 @@ def test_an_image_without_any_data(tmp_path: Path) -> None:
     assert found.valid is not None
     assert not found.valid.any()
     assert (found.image == 0).all()
+
+
+@pytest.mark.parametrize(("bands", "valid"), [((1,), [False, True]), ((1, 2), None), ((2, 3), None)])
+def test_nodata_is_that_of_the_chosen_bands(bands: tuple[int, ...], valid: list[bool] | None, tmp_path: Path) -> None:
+    rgb = np.array([[[0, 5, 6], [1, 2, 0]]], np.uint8)
+    found = read_pixels(write_tiff(tmp_path / "a.tif", rgb, photometric=2, nodata="0"), ImageConfig(bands=bands)).valid
+    assert (None if found is None else found[0].tolist()) == valid
+
+
+@pytest.mark.usefixtures("no_rasterio")
+def test_nodata_of_colours_of_16_bits_needs_rasterio(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Pillow reads the higher 8 bits: 0 of all values below 256."""
+    path = write_tiff(tmp_path / "a.tif", SCENE[..., :3], photometric=2, nodata="0")
+    assert read_pixels(path).valid is None
+    assert "a.tif: nodata 0 is not looked for; rasterio does: pip install sparserefine[raster]" in caplog.text
 
 
 @raster

@@ -24,6 +24,7 @@ _OPTIONAL = {  # package: (the extra that installs it, what needs it)
     "onnxscript": ("onnxruntime", "runtime onnxruntime"),
     "openvino": ("openvino", "runtime openvino"),
     "matplotlib": ("plot", "benchmark --plot"),
+    "rasterio": ("raster", "images of any bands"),
 }
 _MODEL_LIBRARIES = {"torchvision": "torchvision:", "timm": "timm:", "segmentation-models-pytorch": "smp:"}
 

@@ -21,6 +21,7 @@ from sparserefine.files.tiff import BandsError, Tiff, check_transparency
 _log = logging.getLogger(__name__)
 _DARK = 2**14
 """A 16-bit image of lower values only has a range of its own, of 12 bits or so: it would be read nearly black."""
+_RASTERIO = "rasterio does: pip install sparserefine[raster]"
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
@@ -86,15 +87,17 @@ def from_picture(image: Image.Image, path: Path, tiff: Tiff | None, config: Imag
         if config.bands is None and image.mode in _WITH_ALPHA:
             raise BandsError(f"{image.mode} of {bits} bits; say which bands to read, such as images.bands: [1, 2, 3]")
         if tiff is not None or not _is_png(path):
-            raise RangeError(f"colours of {bits} bits, of which 8 are read; convert it to TIFF")
+            raise RangeError(f"colours of {bits} bits, of which 8 are read; convert it to a TIFF of bands")
         return None
     alpha = image.getchannel("A") if config.bands is None and image.mode in ("LA", "PA", "RGBA") else None
     if alpha is not None and tiff is not None:
         check_transparency(np.asarray(alpha), tiff)
     nodata = config.nodata if config.nodata is not None or tiff is None else tiff.nodata
     valid = None if tiff is None or not tiff.masked else _own_mask(path, tiff, config)
-    if nodata is not None:
-        valid = _with_data(_planes(image, None), valid, nodata)
+    if nodata is not None and bits > 8:  # the value cannot be told by its higher 8 bits
+        tell_once("nodata", f"{printable(path)}: nodata {nodata:g} is not looked for; {_RASTERIO}")
+    elif nodata is not None:
+        valid = _with_data(_planes(image, None if image.mode in ("P", "PA") else config.bands), valid, nodata)
     if config.bands is not None:
         return Samples(_planes(image, config.bands), valid)
     if image.mode == "F" or image.mode.startswith("I"):
@@ -113,8 +116,7 @@ def _own_mask(path: Path, tiff: Tiff, config: ImageConfig) -> np.ndarray | None:
     if not have_rasters():
         tell_once(
             "mask",
-            f"{printable(path)}: has a mask of the pixels with data, which is not read; rasterio reads it: "
-            "pip install sparserefine[raster]",
+            f"{printable(path)}: has a mask of the pixels with data, which is not read; {_RASTERIO}",
         )
         return None
     mask = read_mask(path)

@@ -16,7 +16,7 @@ import torch
 
 from sparserefine import __version__
 
-_LIBRARIES = ("torch", "lightning", "numpy", "pillow", "triton", "transformers", "timm", "onnxruntime")
+_LIBRARIES = ("torch", "lightning", "numpy", "pillow", "triton", "transformers", "timm", "onnxruntime", "rasterio")
 _GIT_S = 5
 """Longest time [s] to wait for git."""
 _RUNS_PROGRAMS = r"^(filter|include|includeif|extensions)\."
