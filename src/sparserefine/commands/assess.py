@@ -97,9 +97,9 @@ def _described(base: BaseConfig) -> str:
     )
 
 
-def _some(data: Dataset, count: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _some(data: Dataset, count: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
     """Images of all of the data, neighbours far apart, in an order of which each beginning is a fair choice too."""
     import random
 
     for index in random.Random(0).sample(range(len(data)), min(count, len(data))):
-        yield data.samples[index].name, *data.read(index)
+        yield data.samples[index].name, *data.example(index)

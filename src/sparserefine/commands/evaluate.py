@@ -67,7 +67,7 @@ def run(arguments: Namespace) -> int:
             file=sys.stderr,
         )
     dense = None if arguments.dense is None else dense_of(arguments, config, data.classes, device)
-    images = (data.read(index) for index in tqdm(range(len(data)), desc=arguments.split, unit="image"))
+    images = (data.example(index) for index in tqdm(range(len(data)), desc=arguments.split, unit="image"))
     with gpu_precision(arguments.precision, device):
         result = evaluate(refiner, images, dense=dense, boundary_px=config.boundary_px, repeats=arguments.repeats)
     print(result.table())

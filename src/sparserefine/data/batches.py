@@ -25,7 +25,7 @@ class CropBatch:
     Attributes:
         image: ``[B, C, H, W]``: uint8 if all crops are, else float32 in 0..1.
         label: integers ``[B, H, W]``, 255 where ignored or padded.
-        valid: ``bool [B, H, W]``, false where padded.
+        valid: ``bool [B, H, W]``, false where padded, or without data.
         logits: the base's outputs, B times ``float32 [K, h', w']``: their sizes may differ.
         windows: the part of the whole image that each crop shows.
         parts: the same of that part of the image which ``logits`` are of.
@@ -69,13 +69,21 @@ class CropBatch:
             pixels, truth, outputs = (x.to(where, non_blocking=True) for x in (crop.image, crop.label, crop.logits))
             here = (index, ..., slice(crop.size[0]), slice(crop.size[1]))
             image[here] = _recoloured(_resized(pixels, crop.size), crop.colour, pixels.dtype, dtype).flip(axes)
-            label[here] = F.interpolate(truth[None, None], crop.size, mode="nearest-exact")[0, 0].flip(axes)
+            label[here] = _nearest(truth, crop.size).flip(axes)
             valid[here] = True
+            if crop.valid is not None:
+                there = crop.valid.to(where, non_blocking=True).byte()
+                valid[here] = _nearest(there, crop.size).flip(axes)
             logits.append(outputs.float().flip(axes).to(device))
         image, label, valid = (x.to(device) for x in (image, label, valid))
         teacher = [crop.teacher.to(device) for crop in crops if crop.teacher is not None] or None
         windows, parts, names = ([getattr(crop, name) for crop in crops] for name in ("window", "part", "name"))
         return cls(image, label, valid, logits, windows, parts, names, teacher)
+
+
+def _nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Integers ``[h, w]`` -> ``[*size]``."""
+    return F.interpolate(values[None, None], size, mode="nearest-exact")[0, 0]
 
 
 def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:

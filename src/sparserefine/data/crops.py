@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
+from sparserefine.data.focus import with_data
 from sparserefine.data.readers.dataset import Dataset
 from sparserefine.images.classes import IGNORE
 from sparserefine.images.soft_labels import SoftLabels
@@ -89,6 +90,7 @@ class Crop:
         part: the same of that part of the image which ``logits`` are of.
         name: name of the sample it is cut from, for messages.
         teacher: the part of the teacher's prediction that the crop needs, mirrored already; ``None``: no teacher.
+        valid: ``bool [h, w]``, false where there is no data; ``None``: there is data everywhere.
     """
 
     image: Tensor
@@ -101,6 +103,7 @@ class Crop:
     part: Window
     name: str
     teacher: SoftLabels | None
+    valid: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Whole:
         name: name of the sample.
         teacher: the teacher's prediction for the whole image.
         focus: for ``AugmentConfig.focus``: pixels of ``logits`` that crops are drawn around, as indices into h' x w'.
+        valid: ``bool [H, W]``, false where there is no data; ``None``: there is data everywhere.
     """
 
     image: Tensor
@@ -122,11 +126,12 @@ class Whole:
     name: str = ""
     teacher: SoftLabels | None = None
     focus: Tensor | None = None
+    valid: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        parts = (self.image, self.label, self.logits, self.teacher, self.focus)
+        parts = (self.image, self.label, self.logits, self.teacher, self.focus, self.valid)
         return sum(part.nbytes for part in parts if part is not None)
 
 
@@ -173,7 +178,11 @@ def random_crop(
             top = math.floor(uniform(0, height - source[0] + 1))
             left = math.floor(uniform(0, width - source[1] + 1))
         there = slice(top, top + source[0]), slice(left, left + source[1])
-        if whole.teacher is not None and not bool((whole.label[there] != IGNORE).any()):
+        if (
+            whole.teacher is not None
+            and not bool((whole.label[there] != IGNORE).any())
+            and (whole.valid is None or bool(whole.valid[there].any()))
+        ):
             break  # there is something to learn without labels
         if _is_varied(whole.label[there], config.max_class_share):
             break
@@ -197,6 +206,7 @@ def random_crop(
         part,
         whole.name,
         whole.teacher.seen_by(window, config.crop, mirrored) if whole.teacher else None,
+        None if whole.valid is None else _cut(whole.valid, *there, pin=pin),
     )
 
 
@@ -340,12 +350,14 @@ class CropDataset(TorchDataset[Crop]):
         with self._one_reads[index]:
             if index in self._cache:
                 return self._cache[index]
-            image, label = self.data.read(index)
+            image, label, valid = self.data.example(index)
             size = (label.shape[0], label.shape[1])
             logits = self.logits(index, size)
             teacher = None if self.teacher is None else self.teacher(index, size)
             focus = self._focus(logits) if self._focus and self.config.focus else None
-            whole = Whole(image, label, logits, self.data.samples[index].name, teacher, focus)
+            if focus is not None and valid is not None:
+                focus = with_data(focus, logits, valid)
+            whole = Whole(image, label, logits, self.data.samples[index].name, teacher, focus, valid)
             with self._one_keeps:
                 if whole.nbytes <= self._cache_bytes_left:
                     self._cache_bytes_left -= whole.nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparserefine.images.uncertainty import entropy
@@ -28,3 +29,15 @@ class Focus:
         entropies = entropy(normalised(logits.float(), self.upsampling, dim=0), dim=0)
         threshold = 0.3 * entropy_limit(len(logits)) if self.threshold is None else self.threshold
         return (entropies > threshold).flatten().nonzero()[:, 0].to(torch.int32)
+
+
+def with_data(focus: Tensor, logits: Tensor, valid: Tensor) -> Tensor:
+    """Those of the coarse pixels in whose area the image has data.
+
+    Args:
+        focus: indices into h x w, ``int32 [n]``.
+        logits: ``[K, h, w]``.
+        valid: ``bool [H, W]``, false where the image has no data.
+    """
+    seen = F.adaptive_max_pool2d(valid[None].float(), (logits.shape[1], logits.shape[2])) > 0
+    return focus[seen.flatten()[focus.long()]]

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparserefine.data.readers.dataset import Example
 from sparserefine.files.text import first_line, printable
 from sparserefine.images.classes import IGNORE
 from sparserefine.images.upsampling import entropy_limit
@@ -60,7 +61,7 @@ def ladder(num_classes: int, own: float | None = None) -> tuple[float, ...]:
 @torch.no_grad()
 def assess(
     refiner: SparseRefiner,
-    images: Iterable[tuple[str, Tensor, Tensor]],
+    images: Iterable[tuple[str, Tensor, Tensor] | tuple[str, Tensor, Tensor, Tensor | None]],
     dense: Dense,
     *,
     minutes: float = MINUTES,
@@ -72,7 +73,8 @@ def assess(
 
     Args:
         refiner: an untrained one, of the shape to be trained, on the device to run on. Its budget is not applied.
-        images: name, image ``[C, H, W]`` and label ``[H, W]`` (255 ignored; everywhere, if there are no labels).
+        images: name, image ``[C, H, W]`` and label ``[H, W]`` (255 ignored; everywhere, if there are no labels); a
+            fourth item, ``bool [H, W]``, is false where the image has no data: nothing is refined or scored there.
         dense: the model to learn from, usually the base at full resolution.
         minutes: time for all of it.
         progress: called with a line of text when a step begins that may take long.
@@ -88,12 +90,14 @@ def assess(
     names: list[str] = []
     start, last = time.monotonic(), 0.0
     try:
-        for name, image, label in images:
+        for name, *item in images:
+            example = Example(*item)
+            image = example.image
             began = time.monotonic()
             if names and began - start + last > 60 * minutes:
                 break
             tell(f"{printable(name)}, {image.shape[1]} x {image.shape[2]} pixels")
-            look.at(image, label, deadline=start + 60 * minutes)
+            look.at(example, deadline=start + 60 * minutes)
             names.append(name)
             last = time.monotonic() - began
     finally:
@@ -127,17 +131,20 @@ class _Look:
         self.engine = self.refiner.engine.on(self.device)
         self.watch = Stopwatch(self.device, 1)
 
-    def at(self, image: Tensor, label: Tensor, *, deadline: float) -> None:
+    def at(self, example: Example, *, deadline: float) -> None:
         """Adds an image."""
-        batch, size = image[None].to(self.device), (image.shape[1], image.shape[2])
+        image, truth = example.image.to(self.device), example.label.to(self.device)
+        valid = None if example.valid is None else example.valid.to(self.device)
+        batch, size = image[None], (image.shape[1], image.shape[2])
         logits, base_ms, labels, entropies = self._coarse(batch, size)
         dense = self._dense(batch, size)
         bins = torch.bucketize(entropies, torch.tensor(self.thresholds, device=self.device))
-        counts = torch.bincount(bins.flatten(), minlength=len(self.thresholds) + 1).cpu()
+        known = bins.flatten() if valid is None else bins[valid]
+        counts = torch.bincount(known, minlength=len(self.thresholds) + 1).cpu()
         above = counts.flip(0).cumsum(0).flip(0)[1:]
-        self.densities.append((above / counts.sum()).tolist())
-        self._score(labels, dense, label.to(self.device), bins)
-        self._price(batch, logits, base_ms, deadline)
+        self.densities.append((above / bins.numel()).tolist())
+        self._score(labels, dense, truth, valid, bins)
+        self._price(batch, logits, valid, base_ms, deadline)
 
     def _coarse(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, float, Tensor, Tensor]:
         """The base's logits and their time [ms], coarse labels and entropies ``[H, W]``."""
@@ -169,24 +176,26 @@ class _Look:
         found: Tensor = labels[0]
         return found
 
-    def _score(self, coarse: Tensor, dense: Tensor, truth: Tensor, bins: Tensor) -> None:
+    def _score(self, coarse: Tensor, dense: Tensor, truth: Tensor, valid: Tensor | None, bins: Tensor) -> None:
         """Adds the confusion matrices of label maps ``[H, W]``."""
         if self.scored_on is None:
             self.scored_on = "labels" if bool((truth != IGNORE).any()) else "dense"
         truth = truth if self.scored_on == "labels" else dense
+        if valid is not None:
+            truth = torch.where(valid, truth, IGNORE)
         k, count = self.refiner.base.num_classes, len(self.thresholds) + 1
         maps = {"coarse": coarse, "dense": dense, "truth": truth}
         new = {name: binned_confusion(x, truth, bins, k, count).cpu() for name, x in maps.items()}
         self.better += main_score_of(new["dense"].sum(0)) > main_score_of(new["coarse"].sum(0))
         self.matrices = {name: x + self.matrices.get(name, 0) for name, x in new.items()}
 
-    def _price(self, x: Tensor, logits: Tensor, base_ms: float, deadline: float) -> None:
+    def _price(self, x: Tensor, logits: Tensor, valid: Tensor | None, base_ms: float, deadline: float) -> None:
         """Runs the refiner at two or three thresholds; adds time and operations at all of them."""
         points: list[tuple[float, float, float]] = []
-        densities = self.densities[-1]
+        densities, there = self.densities[-1], None if valid is None else valid[None]
 
         def refined() -> tuple[Refinement, Tensor]:
-            result = self.refiner.refine(x, logits)
+            result = self.refiner.refine(x, logits, valid=there)
             return result, result.labels()
 
         for index in _to_run(densities):

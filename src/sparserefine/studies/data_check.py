@@ -53,8 +53,10 @@ class SplitFacts:
         sizes: number of images of each ``HxW`` [px].
         kinds: number of images of each kind of pixels, such as ``3 x uint8``.
         pixels: number of pixels of each class.
-        ignored: number of pixels that are ignored.
+        ignored: number of pixels of labels that are ignored, those without data among them.
         images_with: number of images in which each class occurs.
+        seen: number of pixels of all images.
+        without_data: number of them that have no data.
     """
 
     split: str
@@ -65,13 +67,17 @@ class SplitFacts:
     pixels: list[int] = field(default_factory=list)
     ignored: int = 0
     images_with: list[int] = field(default_factory=list)
+    seen: int = 0
+    without_data: int = 0
 
-    def count(self, image: Tensor, label: Tensor | None) -> None:
-        """Adds an image ``[C, H, W]`` and its label ``[H, W]``."""
+    def count(self, image: Tensor, label: Tensor | None, valid: Tensor | None) -> None:
+        """Adds an image ``[C, H, W]``, its label ``[H, W]``, and where it has data, ``bool [H, W]``."""
         size = "x".join(map(str, image.shape[1:]))
         kind = f"{image.shape[0]} x {str(image.dtype).removeprefix('torch.')}"
         for counts, seen in ((self.sizes, size), (self.kinds, kind)):
             counts[seen] = counts.get(seen, 0) + 1
+        self.seen += image[0].numel()
+        self.without_data += 0 if valid is None else int((~valid).sum())
         if label is None:
             return
         self.labelled += 1
@@ -110,6 +116,8 @@ class DataReport:
         rows.append(["with label", *(str(f.labelled) for f in facts)])
         rows.append(["size", *(_most(f.sizes) for f in facts)])
         rows.append(["pixels", *(_most(f.kinds) for f in facts)])
+        if any(f.without_data for f in facts):
+            rows.append(["without data", *(f"{100 * f.without_data / max(1, f.seen):.2f} %" for f in facts)])
         if any(f.labelled for f in facts):
             rows.append(["share of the pixels", *("" for _ in facts)])
             for k, name in enumerate(self.classes):
@@ -172,12 +180,12 @@ def _of_split(role: str, data: Dataset, facts: SplitFacts) -> Iterator[Finding]:
             yield Finding("an image has no label, others have", role, sample.name, f"{sample.image}", wrong=True)
     for index, sample in enumerate(tqdm(data.samples, desc=f"{role}: images", unit="image", delay=2)):
         try:
-            image, label = data.read(index)
+            image, label, valid = data.example(index)
             orientation = orientation_of(sample.image)
         except (OSError, ValueError, MemoryError) as error:
             yield Finding("a file cannot be read as it is meant", role, sample.name, str(error), wrong=True)
             continue
-        facts.count(image, None if sample.label is None else label)
+        facts.count(image, None if sample.label is None else label, valid)
         if orientation != 1:
             shown = "as it is stored" if data.images.exif == "ignore" else "turned"
             yield Finding(
@@ -187,7 +195,9 @@ def _of_split(role: str, data: Dataset, facts: SplitFacts) -> Iterator[Finding]:
                 f"{sample.image}: orientation {orientation}; it is read {shown} (images.exif)",
                 wrong=False,
             )
-        if sample.label is not None and bool((label == IGNORE).all()):
+        if valid is not None and not bool(valid.any()):
+            yield Finding("no pixel of an image has data", role, sample.name, f"{sample.image}", wrong=False)
+        elif sample.label is not None and bool((label == IGNORE).all()):
             yield Finding("every pixel of a label is ignored", role, sample.name, f"{sample.label}", wrong=False)
     if len(facts.kinds) > 1:
         yield Finding("images differ in their pixels", role, "", _all(facts.kinds), wrong=False)

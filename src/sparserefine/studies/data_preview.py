@@ -48,10 +48,11 @@ def preview(data: Dataset, images: int, refiner: SparseRefiner | None = None) ->
 
 def _row(data: Dataset, index: int, refiner: SparseRefiner | None) -> Iterator[tuple[str, Tensor]]:
     """Caption and picture of each column."""
-    image, label = data.read(index)
+    image, label, valid = data.example(index)
     sample, k = data.samples[index], len(data.classes)
     size = f"{image.shape[2]}x{image.shape[1]}"
-    yield f"{printable(sample.name)}, {size}", image
+    without = "" if valid is None else f", {100 * float((~valid).float().mean()):.1f} % without data"
+    yield f"{printable(sample.name)}, {size}{without}", image
     if sample.label is None:
         yield "no label", image
     else:
@@ -61,7 +62,7 @@ def _row(data: Dataset, index: int, refiner: SparseRefiner | None) -> Iterator[t
     engine, there = refiner.engine.on(image.device), (image.shape[1], image.shape[2])
     coarse = refiner.coarse_of(refiner.base(image[None]), there)
     labels, entropies = engine.uncertainty(coarse)
-    mask = refiner.selector.mask(entropies, None, engine)[0]
+    mask = refiner.selector.mask(entropies, None if valid is None else valid[None], engine)[0]
     right = (labels[0] == label)[label < k]
     told = f", {100 * float(right.float().mean()):.1f} % right" if right.numel() else ""
     seen = "x".join(map(str, refiner.base.input_size(*there)[::-1]))

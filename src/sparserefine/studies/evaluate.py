@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparserefine.data.readers.dataset import Example
 from sparserefine.files.text import printable
 from sparserefine.images.classes import IGNORE
 from sparserefine.refiner import SparseRefiner
@@ -145,7 +146,7 @@ def _undefined(where: str, rows: dict[str, dict[str, Any]]) -> Iterator[str]:
 @torch.no_grad()
 def evaluate(
     refiner: SparseRefiner,
-    images: Iterable[tuple[Tensor, Tensor]],
+    images: Iterable[tuple[Tensor, Tensor] | Example],
     *,
     dense: Dense | None = None,
     boundary_px: int | None = None,
@@ -161,7 +162,8 @@ def evaluate(
 
     Args:
         refiner: with its base, on the device to run on.
-        images: image ``[C, H, W]`` and label ``[H, W]`` (255 ignored; everywhere, if the image has no label).
+        images: image ``[C, H, W]`` and label ``[H, W]`` (255 ignored; everywhere, if the image has no label); a third
+            item, ``bool [H, W]``, is false where the image has no data: nothing is refined or scored there.
         dense: dense model to compare with, usually the base's architecture at full resolution.
         boundary_px: width of the band of boundary IoU [px]; ``None``: 2 % of the diagonal.
         repeats: timed runs of each prediction of each image; their median is reported. On a GPU each prediction also
@@ -181,9 +183,13 @@ def evaluate(
     densities: list[float] = []
     stages: dict[str, list[float]] = {}
     count = 0
-    for image, label in images:
+    for item in images:
+        image, label, valid = Example(*item)
         count += 1
         batch, truth = image[None].to(device), label.to(device)
+        there = None if valid is None else valid[None].to(device)
+        if there is not None:
+            truth = torch.where(there[0], truth, IGNORE)
         height, width = truth.shape
         size = (height, width)
         labels: dict[str, Tensor] = {}
@@ -191,8 +197,8 @@ def evaluate(
         def coarse_labels(x: Tensor = batch, size: tuple[int, int] = size) -> Tensor:
             return engine.uncertainty(refiner.coarse_of(refiner.base(x), size))[0]
 
-        def refined(x: Tensor = batch) -> tuple[Refinement, Tensor]:
-            result = refiner(x)
+        def refined(x: Tensor = batch, there: Tensor | None = there) -> tuple[Refinement, Tensor]:
+            result = refiner(x, there)
             return result, result.labels()
 
         # A runtime compiles for each new size, which is not to be timed.
@@ -227,7 +233,7 @@ def evaluate(
         if dense is not None:
             labels["dense_at_sites"] = result.with_sites(labels["dense"].flatten()[sites])
         maps = {name: labels[name][0] for name in names}
-        board.add({name: x.cpu() for name, x in maps.items()}, truth.cpu(), result.sites.mask()[0].cpu())
+        board.add({name: x.cpu() for name, x in maps.items()}, truth.cpu(), result.sites.mask()[0].cpu(), valid)
         densities.append(result.density)
         for stage, duration in result.timings_ms.items():
             stages.setdefault(stage, []).append(duration)

@@ -167,27 +167,29 @@ class Scoreboard:
         self.agreement = {name: Row.zero(num_classes) for name in agreeing}
         self.wrong, self.different = Selected(), Selected()
 
-    def add(self, maps: Mapping[str, Tensor], truth: Tensor, sites: Tensor) -> None:
+    def add(self, maps: Mapping[str, Tensor], truth: Tensor, sites: Tensor, valid: Tensor | None = None) -> None:
         """Adds one image, all tensors on the CPU.
 
         Args:
             maps: label maps ``[H, W]`` by name.
-            truth: ``[H, W]``. If all of it is ignored, the image has no labels, and all pixels count in the agreement.
+            truth: ``[H, W]``, ignored where there is no data. If all of it is, the image has no labels, and all pixels
+                with data count in the agreement.
             sites: ``bool [H, W]``.
+            valid: ``bool [H, W]``, false where there is no data; ``None``: there is data everywhere.
         """
-        valid = truth != IGNORE
-        labelled = bool(valid.any())
+        counted = truth != IGNORE
+        labelled = bool(counted.any())
         if not labelled:
-            valid = torch.ones_like(valid)
-        bands = {name: boundary_bands(labels, valid, self._k, self._px) for name, labels in maps.items()}
+            counted = torch.ones_like(counted) if valid is None else valid
+        bands = {name: boundary_bands(labels, counted, self._k, self._px) for name, labels in maps.items()}
         if labelled:
-            self.wrong.add((maps["coarse"] != truth) & valid, sites)
-            true_bands = boundary_bands(truth, valid, self._k, self._px)
+            self.wrong.add((maps["coarse"] != truth) & counted, sites)
+            true_bands = boundary_bands(truth, counted, self._k, self._px)
             for name, row in self.rows.items():
                 row.score(maps[name], truth, (bands[name], true_bands), sites)
-        if self.agreement:
-            dense = torch.where(valid, maps["dense"].to(truth.dtype), IGNORE)
-            self.different.add((maps["coarse"] != dense) & valid, sites)
+        if self.agreement and bool(counted.any()):
+            dense = torch.where(counted, maps["dense"].to(truth.dtype), IGNORE)
+            self.different.add((maps["coarse"] != dense) & counted, sites)
             for name, row in self.agreement.items():
                 row.score(maps[name], dense, (bands[name], bands["dense"]), sites)
 

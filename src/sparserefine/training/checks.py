@@ -113,5 +113,6 @@ def _sites_with_target(refiner: SparseRefiner, item: WholeImage, device: torch.d
     engine = refiner.engine.on(device)
     coarse = refiner.coarse_of(item.logits[None].to(device), (item.label.shape[0], item.label.shape[1]))
     _, entropies = engine.uncertainty(coarse)
-    mask = refiner.selector.mask(entropies, None, engine)[0].cpu()
+    valid = None if item.valid_batch is None else item.valid_batch.to(device)
+    mask = refiner.selector.mask(entropies, valid, engine)[0].cpu()
     return bool((mask if item.teacher is not None else mask & (item.label != IGNORE)).any())

@@ -22,6 +22,7 @@ class WholeImage(NamedTuple):
         label: ``uint8 [H, W]``, 255 where ignored.
         logits: the base's outputs, ``float32 [K, h, w]``.
         teacher: the teacher's prediction; ``None``: no teacher.
+        valid: ``bool [H, W]``, false where there is no data; ``None``: there is data everywhere.
     """
 
     name: str
@@ -29,6 +30,12 @@ class WholeImage(NamedTuple):
     label: Tensor
     logits: Tensor
     teacher: SoftLabels | None = None
+    valid: Tensor | None = None
+
+    @property
+    def valid_batch(self) -> Tensor | None:
+        """``valid`` of a batch of this image, ``bool [1, H, W]``."""
+        return None if self.valid is None else self.valid[None]
 
 
 class WholeImages(TorchDataset[WholeImage]):
@@ -46,11 +53,11 @@ class WholeImages(TorchDataset[WholeImage]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> WholeImage:
-        image, label = self.data.read(index)
+        image, label, valid = self.data.example(index)
         size = (label.shape[0], label.shape[1])
         teacher = None if self.teacher is None else self.teacher(index, size)
         logits = self.logits(index, size).float()
-        return WholeImage(self.data.samples[index].name, image, label, logits, teacher)
+        return WholeImage(self.data.samples[index].name, image, label, logits, teacher, valid)
 
     @staticmethod
     def collate(items: list[WholeImage]) -> WholeImage:

@@ -140,12 +140,13 @@ class RefinerModule(L.LightningModule):
 
     def validation_step(self, item: WholeImage, index: int) -> None:
         """Scores one whole image."""
-        result = self.refiner.refine(item.image[None], item.logits[None])
+        result = self.refiner.refine(item.image[None], item.logits[None], valid=item.valid_batch)
         k, labels = self.refiner.base.num_classes, {"coarse": result.coarse_labels[0], "refined": result.labels()[0]}
         truths = {"": item.label} if self.labelled else {}
         if item.teacher is not None:
             size, engine = (item.label.shape[0], item.label.shape[1]), self.refiner.engine.on(item.label.device)
-            truths[_AGREEMENT] = teacher_labels(item.teacher, size, engine)
+            taught = teacher_labels(item.teacher, size, engine)
+            truths[_AGREEMENT] = taught if item.valid is None else torch.where(item.valid, taught, IGNORE)
         for kind, truth in truths.items():
             for name, predicted in labels.items():
                 self._counts[kind + name] += Counts.of(predicted, truth, k)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,21 @@ class Sample:
     name: str
     image: Path
     label: Path | None = None
+
+
+class Example(NamedTuple):
+    """An image as it is trained on or scored.
+
+    Attributes:
+        image: as :func:`sparserefine.read_image` gives it, ``[C, H, W]``.
+        label: ``uint8 [H, W]``, 255 where ignored: also where there is no data, and everywhere without a label file.
+        valid: ``bool [H, W]``, false where there is no data, so that nothing is refined, learnt or scored there;
+            ``None``: there is data everywhere.
+    """
+
+    image: Tensor
+    label: Tensor
+    valid: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +80,11 @@ class Dataset:
                 )
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Reads an image and its label.
+        """Reads an image and its label, as in :meth:`example`."""
+        return self.example(index)[:2]
 
-        The image is as :func:`sparserefine.read_image` gives it, the label ``uint8 [H, W]`` with 255 at ignored pixels.
-        Pixels without data are ignored; without a label file, all are.
+    def example(self, index: int) -> Example:
+        """Reads an image, its label, and where it has data.
 
         Raises:
             ImageError: a file cannot be read.
@@ -77,18 +93,18 @@ class Dataset:
         """
         sample = self.samples[index]
         pixels = read_pixels(sample.image, self.images)
-        image = pixels.image
+        image, valid = pixels.image, pixels.valid
         if sample.label is None:
-            return image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
+            return Example(image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8), valid)
         label = self.read_label(index)
         if image.shape[1:] != label.shape:
             raise ValueError(
                 f"{sample.label}: label is {tuple(label.shape)} pixels, image {sample.image.name} "
                 f"{tuple(image.shape[1:])}; they must be equal"
             )
-        if pixels.valid is not None:
-            label[~pixels.valid] = IGNORE
-        return image, label
+        if valid is not None:
+            label[~valid] = IGNORE
+        return Example(image, label, valid)
 
     def read_label(self, index: int) -> Tensor:
         """Reads a label alone, as in :meth:`read`; the sample has one."""
