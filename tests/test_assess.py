@@ -299,7 +299,7 @@ def test_refinement_that_does_not_fit_at_high_densities_is_left_out(images, cloc
     refiner, tried = untrained(base_at(0.25)), []
     refine = refiner.refine
 
-    def small(image, logits):
+    def small(image, logits, valid=None):
         result = refine(image, logits)
         tried.append(result.density)
         if len(set(tried)) > 1:

@@ -73,6 +73,10 @@ def refiner_of(model: Any = uncertain, ratio: float = 0.5) -> SparseRefiner:
     return SparseRefiner(base, RefinerConfig(selector=Selector(0.1), extractor=ExtractorConfig((4, 8)))).eval()
 
 
+def dense_of(model: Any) -> FrozenBase:
+    return FrozenBase(model, 2, BaseConfig(ratio=1.0, mean=(0.0,) * 3, std=(1.0,) * 3))
+
+
 # ---- data sets
 
 
@@ -244,7 +248,7 @@ def test_a_base_that_is_uncertain_only_where_there_is_no_data_teaches_nothing(
 def test_evaluate_neither_refines_nor_scores_what_has_no_data(labelled: bool) -> None:
     image, label, valid = image_label_valid()
     wrong = torch.where(valid, label if labelled else IGNORE, 1 if labelled else IGNORE)
-    dense = FrozenBase(black_is_one, 2, BaseConfig(ratio=1.0))
+    dense = dense_of(black_is_one)
     seen: list[Tensor] = []
 
     def look(result: Refinement, maps: dict[str, Tensor]) -> None:
@@ -255,6 +259,9 @@ def test_evaluate_neither_refines_nor_scores_what_has_no_data(labelled: bool) ->
     assert result.agreement is not None
     assert result.agreement["coarse"]["accuracy"] == 1  # they differ where there is no data only
     assert result.differences_selected == 0
+    control = evaluate(refiner_of(), [(image, wrong)], dense=dense, boundary_px=2)
+    assert control.density == 1
+    assert control.differences_selected == 1
     if labelled:
         of_class_0 = float((label[valid] == 0).float().mean())
         assert result.rows["coarse"]["accuracy"] == pytest.approx(of_class_0)
@@ -263,7 +270,7 @@ def test_evaluate_neither_refines_nor_scores_what_has_no_data(labelled: bool) ->
 
 def test_an_image_without_any_data_adds_nothing() -> None:
     image, label, valid = image_label_valid()
-    dense = FrozenBase(black_is_one, 2, BaseConfig(ratio=1.0))
+    dense = dense_of(black_is_one)
     examples = [Example(image, label, valid), Example(image, label, torch.zeros_like(valid))]
     both, first = (evaluate(refiner_of(), part, dense=dense, boundary_px=2) for part in (examples, examples[:1]))
     for name, row in first.rows.items():
@@ -280,13 +287,13 @@ def bright_or_black(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(z), z], 1)
 
 
-BRIGHT = 178
+BRIGHT = 178.5
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_assess_neither_refines_nor_scores_what_has_no_data(labelled: bool) -> None:
     image, _, valid = image_label_valid()
-    dense = FrozenBase(bright_or_black, 2, BaseConfig(ratio=1.0))
+    dense = dense_of(bright_or_black)
     truth = (image.float().mean(0) > BRIGHT).byte()  # the dense model is wrong where there is no data, and only there
     label = truth if labelled else torch.full_like(truth, IGNORE)
     refiner = refiner_of()
