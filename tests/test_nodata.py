@@ -207,11 +207,22 @@ def test_what_a_teacher_says_where_there_is_no_data_is_no_loss(targets: str, tmp
     assert learnt(module, image, torch.full_like(label, IGNORE), nowhere, taught) == (0, 0)
 
 
-def test_validation_scores_what_has_data(tmp_path: Path) -> None:
-    module, (image, label, valid) = module_of(tmp_path), image_label_valid()
+def watched(refiner: SparseRefiner, monkeypatch: pytest.MonkeyPatch) -> list[Refinement]:
+    """The results of all further calls of ``refiner.refine``."""
     seen: list[Refinement] = []
-    refine = module.refiner.refine
-    module.refiner.refine = lambda *given, **named: (seen.append(refine(*given, **named)), seen[-1])[1]  # type: ignore[method-assign,func-returns-value]  # watches it
+    refine = refiner.refine
+
+    def watch(*given: Any, **named: Any) -> Refinement:
+        seen.append(refine(*given, **named))
+        return seen[-1]
+
+    monkeypatch.setattr(refiner, "refine", watch)
+    return seen
+
+
+def test_validation_scores_what_has_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, (image, label, valid) = module_of(tmp_path), image_label_valid()
+    seen = watched(module.refiner, monkeypatch)
     soft = SoftLabels.of(black_is_one(image[None].float())[0], "logits")
     module.validation_step(WholeImage("a", image, label, torch.zeros(2, 12, 16), soft, valid), 0)
     assert torch.equal(seen[0].sites.mask()[0], valid)
@@ -291,25 +302,18 @@ BRIGHT = 178.5
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_assess_neither_refines_nor_scores_what_has_no_data(labelled: bool) -> None:
+def test_assess_neither_refines_nor_scores_what_has_no_data(labelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     image, _, valid = image_label_valid()
     dense = dense_of(bright_or_black)
     truth = (image.float().mean(0) > BRIGHT).byte()  # the dense model is wrong where there is no data, and only there
     label = truth if labelled else torch.full_like(truth, IGNORE)
     refiner = refiner_of()
-    densities: list[float] = []
-    refine = refiner.refine
-
-    def watched(*given: Any, **named: Any) -> Refinement:
-        result = refine(*given, **named)
-        densities.append(result.density)
-        return result
-
-    refiner.refine = watched  # type: ignore[method-assign]  # watches it
+    seen = watched(refiner, monkeypatch)
     result = assess(refiner, [("a", image, label, valid)], dense)
     share = float(valid.float().mean())
     assert [rung.density for rung in result.rungs] == pytest.approx([share] * len(result.rungs))
-    assert densities == pytest.approx([share] * len(densities))
+    assert all(torch.equal(one.sites.mask()[0], valid) for one in seen)
+    assert seen
     assert result.dense.score == 1
     if labelled:
         assert assess(refiner_of(), [("a", image, label)], dense).dense.score < 1
@@ -320,7 +324,7 @@ def test_assess_neither_refines_nor_scores_what_has_no_data(labelled: bool) -> N
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each image has a block without data, a fifth of its height in all of its width."""
+    """The upper quarter of each image has no data."""
     write_project(tmp_path)
     monkeypatch.chdir(tmp_path)
     for path in sorted((tmp_path / "data" / "images").iterdir()):

@@ -63,11 +63,12 @@ def _row(data: Dataset, index: int, refiner: SparseRefiner | None) -> Iterator[t
     coarse = refiner.coarse_of(refiner.base(image[None]), there)
     labels, entropies = engine.uncertainty(coarse)
     mask = refiner.selector.mask(entropies, None if valid is None else valid[None], engine)[0]
+    known = torch.ones_like(mask) if valid is None else valid  # what has no data is black, and of no entropy
     right = (labels[0] == label)[label < k]
     told = f", {100 * float(right.float().mean()):.1f} % right" if right.numel() else ""
     seen = "x".join(map(str, refiner.base.input_size(*there)[::-1]))
-    yield f"base: {seen}{told}", overlay(image, labels[0], data.classes)
-    yield f"entropy, 0 to {entropy_limit(k):.2f} nats", heat(entropies[0], entropy_limit(k))
+    yield f"base: {seen}{told}", overlay(image, labels[0], data.classes) * known
+    yield f"entropy, 0 to {entropy_limit(k):.2f} nats", heat(entropies[0] * known, entropy_limit(k))
     yield f"sites: {100 * float(mask.float().mean()):.1f} %", sites_picture(image, mask)
 
 
