@@ -233,7 +233,8 @@ def evaluate(
         if dense is not None:
             labels["dense_at_sites"] = result.with_sites(labels["dense"].flatten()[sites])
         maps = {name: labels[name][0] for name in names}
-        board.add({name: x.cpu() for name, x in maps.items()}, truth.cpu(), result.sites.mask()[0].cpu(), valid)
+        on_cpu = {name: x.cpu() for name, x in maps.items()}
+        board.add(on_cpu, truth.cpu(), result.sites.mask()[0].cpu(), None if valid is None else valid.cpu())
         densities.append(result.density)
         for stage, duration in result.timings_ms.items():
             stages.setdefault(stage, []).append(duration)
