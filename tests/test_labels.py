@@ -217,7 +217,7 @@ def test_the_sign_is_that_of_the_file(bits: int, form: int, expected: int, tmp_p
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("a.webp", "lossy WebP"), ("a.jp2", "lossy JPEG 2000"), ("a.tif", "TIFF with jpeg compression")],
+    [("a.webp", "lossy WebP"), ("a.jp2", "JPEG 2000"), ("a.tif", "TIFF with jpeg compression")],
 )
 def test_other_formats_with_loss(name: str, words: str, tmp_path: Path) -> None:
     options: dict[str, dict[str, object]] = {
@@ -233,7 +233,7 @@ def test_other_formats_with_loss(name: str, words: str, tmp_path: Path) -> None:
 
 def test_the_same_formats_without_loss(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)
-    for name, options in (("a.webp", {"lossless": True}), ("a.jp2", {}), ("a.tif", {"compression": "tiff_lzw"})):
+    for name, options in (("a.webp", {"lossless": True}), ("a.tif", {"compression": "tiff_lzw"})):
         Image.fromarray(np.stack([values] * 3, -1)).save(tmp_path / name, **options)
         assert torch.equal(read_label(tmp_path / name), torch.from_numpy(values).long())
 

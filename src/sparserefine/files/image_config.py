@@ -30,6 +30,7 @@ class Percentiles:
         low, high = self.percentile
         if not 0 <= low < high <= 100:
             raise ValueError(f"percentile = [{low}, {high}], expected two of 0 to 100, the lower one first")
+        object.__setattr__(self, "percentile", (float(low), float(high)))
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,12 @@ class ImageConfig:
             )
         if self.exif not in (None, "apply", "ignore"):
             raise ValueError(f"images.exif = {self.exif!r}, expected 'apply' or 'ignore'")
-        if self.nodata is not None and math.isinf(self.nodata):
-            raise ValueError(f"images.nodata = {self.nodata}, expected a finite number or NaN")
+        if self.nodata is not None:
+            if not math.isfinite(self.nodata):
+                raise ValueError(
+                    f"images.nodata = {self.nodata}, expected a finite number: NaN and infinity are never data"
+                )
+            object.__setattr__(self, "nodata", float(self.nodata))  # 0 and 0.0 are one value, and one digest
         if self.max_megapixels is not None and not 0 < self.max_megapixels <= MAX_MEGAPIXELS:
             raise ValueError(
                 f"images.max_megapixels = {self.max_megapixels}, expected above 0 and at most {MAX_MEGAPIXELS:.0f}"

@@ -37,6 +37,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".g
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 """Pillow's names of the formats of :data:`IMAGE_SUFFIXES`. No other decoder of Pillow's sees a file, whatever its name:
 some run programs (EPS: Ghostscript), and few of them are tested as much."""
+_ANIMATED = ("GIF", "PNG", "WEBP")
 MAX_PIXELS = 2**31
 """Largest width x height that is read unless ``images.max_megapixels`` says otherwise. A file of a few megabytes may
 decompress to that many pixels, at 4 bytes each in memory; lower it where images come from strangers."""
@@ -116,6 +117,8 @@ def opened(path: Path, what: str, *, turn: int | None = None, most_pixels: int |
         applied = 1
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             applied = _known(image.tag_v2.get(_ORIENTATION))  # by load()
+            if read_tiff(path) is None:  # Pillow takes more than the standard
+                raise BandsError(f"a TIFF with an odd header, so what its bands are is not known; {REWRITE}")
             check_tiff(image, path)
         elif image.format == "JPEG2000":
             check_jpeg_2000(path)
@@ -222,6 +225,8 @@ def read_pixels(path: str | Path, config: ImageConfig = ImageConfig()) -> Pixels
             with opened(path, "an image", turn=turn, most_pixels=most_pixels) as image:
                 picture = from_picture(image, path, tiff, config)
                 orientation = 1 if picture else _orientation(image)
+                if image.format in _ANIMATED and getattr(image, "is_animated", False):
+                    tell_once("pages", f"{printable(path)}: an animation; only its first picture is read")
             found = picture or from_raster(path, "PNG", "colours of 16 bits", None, orientation, config)
         if config.range is None:
             warn_if_dark(found, path)

@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from sparserefine.files.images import FORMATS, ImageError, opened
+from sparserefine.files.samples import bits_of
 from sparserefine.files.text import printable
 from sparserefine.files.tiff import read_tiff
 
 _LOSSLESS = "write it again from its source in a format without loss: PNG"
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 """Compressions of TIFF that change values. WebP has a form without loss; which one it is, the header does not say."""
+_SEVERAL_CHANNELS = ("RGB", "RGBA", "LA", "CMYK", "YCbCr", "LAB")
 _ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _HEAD = 1 << 16
 """Bytes of a file in which its headers are looked for."""
@@ -125,23 +128,27 @@ def _check_exact(image: Image.Image, path: Path) -> None:
         problem = "JPEG"
     elif kind == "WEBP" and _lossy_webp(path):
         problem = "lossy WebP"
-    elif kind == "JPEG2000" and _lossy_jpeg_2000(head):
-        problem = "lossy JPEG 2000"
+    elif kind == "JPEG2000":  # without loss, or cut off at some size: its headers do not tell
+        problem = "JPEG 2000"
     elif kind == "TIFF" and image.info.get("compression") in _LOSSY_TIFF:
         problem = f"TIFF with {image.info['compression']} compression"
     if problem:
         raise ImageError(
             f"{printable(path)}: {problem}, which changes values, and a changed value is another class; {_LOSSLESS}"
         )
-    bits = 8
-    if kind == "PNG" and head[25] in (2, 6):
-        bits = head[24]
-    elif kind == "TIFF" and image.mode in ("RGB", "RGBA"):
-        bits = max(getattr(image, "tag_v2", {}).get(258, (8,)))
-    if bits > 8:
+    bits = max(image.tag_v2.get(258, (8,))) if isinstance(image, TiffImageFile) else bits_of(path)
+    if bits > 8 and image.mode in _SEVERAL_CHANNELS:
         raise ImageError(
             f"{printable(path)}: {bits} bits in each of several channels, expected 8; save one channel only"
         )
+    if 1 < bits < 8 and image.mode == "L":
+        between = np.flatnonzero(image.histogram()[1:255]) + 1
+        if between.size:
+            value, most = between[0], 2**bits - 1
+            raise ImageError(
+                f"{printable(path)}: greys of {bits} bits, in which a viewer shows number {value * most // 255} as "
+                f"{value}, so it is not clear which one is meant; expected 8 bits: save it with them"
+            )
     match = re.match(rb"P[2356](?:\s+(?:#[^\n]*\n\s*)*(\d+)){3}", head)
     if match and int(match[1]) not in (255, 65535):
         raise ImageError(
@@ -169,11 +176,3 @@ def _lossy_webp(path: Path) -> bool:
             length = struct.unpack("<I", head[4:])[0]
             file.seek(length + length % 2, 1)
     return False
-
-
-def _lossy_jpeg_2000(head: bytes) -> bool:
-    """Whether the first coding style in a JPEG 2000 file is the transform with floating-point numbers."""
-    at = head.find(b"\xff\x4f\xff\x51") + 2
-    while head[at : at + 1] == b"\xff" and head[at : at + 2] != b"\xff\x52":
-        at += 2 + int.from_bytes(head[at + 2 : at + 4], "big")
-    return head[at + 13 : at + 14] == b"\0"

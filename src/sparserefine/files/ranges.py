@@ -19,13 +19,17 @@ class RangeError(ValueError):
 def check_meaning(kind: str, bits: int, bands: int, config: ImageConfig) -> None:
     """Raises :class:`RangeError` if values of this kind (``uint``, ``int``, ``float``) need a range and have none.
 
-    Whole numbers of one band are let through where no bands are chosen: :func:`to_pixels` looks at them.
+    Complex ones can have none. Whole numbers of one band of 16 bits or more are let through where no bands are chosen:
+    :func:`to_pixels` looks at them.
     """
-    if config.range is not None or (kind == "uint" and bits <= 16):
+    if kind.startswith("complex"):
+        raise RangeError(f"{kind} pixels of {bits} bits, expected whole or floating-point ones; store their magnitude")
+    # Of one band, fewer than 8 bits are read as 8.
+    if config.range is not None or (kind == "uint" and bits <= 16 and (bits >= 8 or bands == 1)):
         return
     if kind == "float":
         seen = "floating-point pixels"
-    elif config.bands is None and bands == 1:
+    elif config.bands is None and bands == 1 and bits > 8:
         return
     else:
         seen = f"integer pixels of {bits} bits{'' if kind == 'uint' else ' with sign'}"
@@ -68,13 +72,17 @@ def _of_full_scale(values: np.ndarray, config: ImageConfig) -> Tensor:
         return torch.from_numpy(values.astype(np.float32)) / _WHITE
     if len(values) > 1:
         return torch.from_numpy((values >> 8).astype(np.uint8))  # as Pillow does, which reads colours of 16 bits so
-    wide = values.astype(np.int64)
-    if wide.min() < 0 or wide.max() > _WHITE:
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if low < 0 or high > _WHITE:
         raise RangeError(
-            f"integer pixels {wide.min()}..{wide.max()}, expected 0..{_WHITE}; say which values become 0 and 1, such "
-            "as images.range: [0, 10000], or convert them to 16 bits"
+            f"integer pixels {low}..{high}, expected 0..{_WHITE}; say which values become 0 and 1, such as "
+            "images.range: [0, 10000], or convert them to 16 bits"
         )
-    return torch.from_numpy(((wide * 255 + _WHITE // 2) // _WHITE).astype(np.uint8))
+    scaled = values.astype(np.uint32)  # in place: it has four times the bytes of the result
+    scaled *= 255
+    scaled += _WHITE // 2
+    scaled //= _WHITE
+    return torch.from_numpy(scaled.astype(np.uint8))
 
 
 def _in_range(values: np.ndarray, valid: np.ndarray | None, config: ImageConfig) -> Tensor:

@@ -12,10 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sparserefine.files.claims import REWRITE, ClaimError
+from sparserefine.files.claims import ClaimError
 
 _opening = threading.Lock()
 """Warnings are filtered while a file is opened, and the filters are global."""
+
+_ALONE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO"}
+"""Options of GDAL: files beside the image count for nothing, such as a mask, whatever they are."""
 
 
 def have_rasters() -> bool:
@@ -60,15 +63,16 @@ def _opened(path: Path, driver: str, described: str) -> Iterator[Any]:
         import rasterio
     except ImportError as error:
         raise ClaimError(
-            f"{described}, which Pillow does not read; rasterio does: pip install sparserefine[raster]; or {REWRITE}"
+            f"{described}, which Pillow does not read; rasterio does: pip install sparserefine[raster]"
         ) from error
     try:
-        with _opening, warnings.catch_warnings():
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            # Only what it is: some drivers of GDAL follow the names of files, and addresses, in what they read.
-            dataset = rasterio.open(path.absolute(), driver=driver)
-        with dataset:
-            yield dataset
+        with rasterio.Env(**_ALONE):
+            with _opening, warnings.catch_warnings():
+                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+                # Only what it is: some drivers of GDAL follow the names of files, and addresses, in what they read.
+                dataset = rasterio.open(path.absolute(), driver=driver)
+            with dataset:
+                yield dataset
     except rasterio.errors.RasterioError as error:
         raise ClaimError(f"not a readable image, or cut short ({error}); check the file") from error
 

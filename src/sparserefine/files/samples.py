@@ -82,7 +82,7 @@ def from_picture(image: Image.Image, path: Path, tiff: Tiff | None, config: Imag
         RangeError: more of its bits count than are read.
     """
     # Of colours, Pillow reads 8 bits.
-    bits = 8 if image.mode.startswith("I") or image.mode == "F" else _bits(path) if tiff is None else tiff.bits
+    bits = 8 if image.mode.startswith("I") or image.mode == "F" else bits_of(path) if tiff is None else tiff.bits
     if bits > 8 and (config.range is not None or config.bands is not None):
         if config.bands is None and image.mode in _WITH_ALPHA:
             raise BandsError(f"{image.mode} of {bits} bits; say which bands to read, such as images.bands: [1, 2, 3]")
@@ -102,7 +102,12 @@ def from_picture(image: Image.Image, path: Path, tiff: Tiff | None, config: Imag
         return Samples(_planes(image, config.bands), valid)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)[None]
-        return Samples(values, _with_data(values, valid, None))
+        if tiff is not None and tiff.depth == "uint32":  # Pillow has no such type
+            values = values.view(np.uint32)
+        valid = _with_data(values, valid, None)
+        if tiff is not None and tiff.white_is_zero and tiff.depth == "uint16":  # Pillow inverts 8 bits only
+            values = 65535 - values
+        return Samples(values, valid)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -145,7 +150,7 @@ def _is_png(path: Path) -> bool:
         return file.read(4) == b"\x89PNG"
 
 
-def _bits(path: Path) -> int:
+def bits_of(path: Path) -> int:
     """Bits of a sample in a file whose colours may have more than 8: PNG, JPEG 2000 and PPM say so in their headers."""
     with path.open("rb") as file:
         head = file.read(1 << 16)

@@ -24,10 +24,10 @@ NODATA = 42113
 """GDAL's tag of the value that marks pixels without data."""
 _SUBFILE, _ORIENTATION, _EXTRA, _FORMAT, _PLANES, _SAMPLES = 254, 274, 338, 339, 284, 277
 _KINDS = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex float"}
-_GREY, _RGB, _PALETTE, _CMYK = 1, 2, 3, 5
+_WHITE_IS_ZERO, _GREY, _RGB, _PALETTE, _CMYK = 0, 1, 2, 3, 5
 """Photometric interpretations."""
 _COLOURS = {
-    0: ("grey",),
+    _WHITE_IS_ZERO: ("grey",),
     _GREY: ("grey",),
     _RGB: ("red", "green", "blue"),
     _PALETTE: ("number of a colour",),
@@ -43,6 +43,8 @@ _TRANSPARENCY = (1, 2, 999)
 """Marks of an extra band; the last one is that of an old Corel Draw."""
 _PILLOWS_GREY = (*tuple(f"uint{n}" for n in (1, 2, 4, 8, 12, 16, 32)), "int16", "int32", "float32")
 """One band that Pillow reads as it is; it does not know the sign of 8 bits."""
+_STRETCHED = ("uint2", "uint4")
+"""Which it stretches to 8 bits."""
 _MOST_PAGES = 1000
 """That are counted."""
 _WHICH = "say which to read, such as images.bands: [1, 2, 3]"
@@ -102,6 +104,11 @@ class Tiff:
         """Whether the one extra band is said to be transparency. Some programs leave out the mark."""
         missing = self.extra == () and self.photometric == _RGB
         return self.bands == self.colours + 1 and (missing or self.extra[:1] in [(mark,) for mark in _TRANSPARENCY])
+
+    @property
+    def white_is_zero(self) -> bool:
+        """Whether the values are shown inverted."""
+        return self.photometric == _WHITE_IS_ZERO
 
     def described(self) -> str:
         """Such as ``4 bands of uint16``."""
@@ -218,6 +225,8 @@ def check_bands(tiff: Tiff, config: ImageConfig) -> None:
         if max(config.bands) > there:
             raise BandsError(f"images.bands asks for band {max(config.bands)}, the file has {tiff.named_bands()}")
         return
+    if tiff.white_is_zero and tiff.bits > 8 and config.range is not None:
+        raise BandsError(f"{tiff.described()}, of which 0 is white; images.bands: [1] reads them as they are stored")
     if tiff.bands == tiff.colours:
         return
     shallow = tiff.bits <= 8 or (tiff.photometric == _RGB and config.range is None)
@@ -268,7 +277,9 @@ def pillow_reads(tiff: Tiff, config: ImageConfig, rasters: bool) -> bool:
         return False
     declared = config.range is not None or config.bands is not None
     if tiff.bands == 1:
-        return tiff.depth in _PILLOWS_GREY and not (tiff.depth == "uint32" and declared)
+        exact = tiff.depth not in _STRETCHED if config.range is not None else True
+        inverted = tiff.white_is_zero and tiff.depth == "uint8" and config.bands is not None
+        return tiff.depth in _PILLOWS_GREY and exact and not inverted and not (tiff.depth == "uint32" and declared)
     if tiff.depth == "uint16":
         return tiff.contiguous and not declared and (tiff.bands > 3 or not rasters) and tiff.photometric != _GREY
     if tiff.depth != "uint8" or (tiff.photometric == _GREY and not tiff.transparent):

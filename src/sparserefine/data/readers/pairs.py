@@ -37,18 +37,23 @@ def pairs_csv(root: str | Path, split: str = "", labels: LabelsConfig = INDEX) -
     classes = read_classes(path.parent / "classes.txt", labels.ignore)
     lines = read_lines(path, "a table of image, label and split", max_bytes=_MAX_BYTES)
     divider = next((sign for sign in "\t;" if lines and sign in lines[0]), ",")
-    rows = csv.reader(lines, delimiter=divider, skipinitialspace=True)
-    header = [name.strip().lower() for name in next(rows, [])]
+    try:
+        names, *rows = list(csv.reader(lines, delimiter=divider, skipinitialspace=True)) or [[]]
+    except csv.Error as error:
+        raise ValueError(f"{path}: no table of {','.join(_COLUMNS)} ({error}); check quotes") from error
+    header = [name.strip().lower() for name in names]
     missing = [name for name in _COLUMNS if name not in header]
     if missing:
         raise ValueError(f"{path}: no column {missing[0]!r}, expected a first line {','.join(_COLUMNS)}")
     samples: dict[str, Sample] = {}
     for row in rows:
-        if len(row) < len(header):
+        if len(row) < len(header) or any(row[len(header) :]):
             raise ValueError(f"{path}: row {short(divider.join(row))} has {len(row)} columns, expected {len(header)}")
         image, label, of = (row[header.index(name)].strip() for name in _COLUMNS)
         if split and of != split:
             continue
+        if not image.strip("./"):
+            raise ValueError(f"{path}: row {short(divider.join(row))} names no image, expected its path")
         name = _name(image)
         if name in samples:
             raise ValueError(f"{path}: {samples[name].image} and {image} are two images called {name}; remove one")
