@@ -109,6 +109,25 @@ def test_exif_is_told(project, capsys):
     assert "orientation 3; it is read as it is stored" in text
 
 
+def test_one_split_for_two_purposes_is_no_mistake(project, capsys):
+    code, text, report = check(capsys, "--data.test", "val")
+    assert code == 0
+    assert list(report["splits"]) == ["train", "val"]
+    same, *others = report["findings"]
+    assert same["message"] == "test is val"
+    assert {f["kind"].partition("/")[0] for f in others} == {"a file of images", "a file of labels"}
+
+
+def test_data_alone_needs_no_model_and_no_run(capsys):
+    data = ["--data.name", "folder", "--data.root", "data"]
+    assert main(["data", "check", *data]) == 0
+    assert capsys.readouterr().out.endswith("\n0 mistakes\n")
+    assert main(["data", "preview", *data, "--without_base"]) == 0
+    assert Path("sheet.png").is_file()
+    assert main(["data", "preview", *data]) == 1
+    assert "--without_base" in capsys.readouterr().err
+
+
 def test_unlabelled_data(project, capsys):
     shutil.rmtree(project / "labels")
     code, text, report = check(capsys)

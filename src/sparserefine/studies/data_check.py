@@ -147,6 +147,10 @@ def check_data(config: DataConfig, read: Callable[[str], Dataset], roles: Sequen
     data: dict[str, Dataset] = {}
     for role in roles:
         split = getattr(config, role)
+        same = next((other for other, fact in facts.items() if fact.split == split), None)
+        if same is not None:
+            findings.append(Finding("two splits are one by the configuration", role, "", f"{role} is {same}", wrong=False))
+            continue
         facts[role] = SplitFacts(split)
         try:
             data[role] = read(split)
@@ -155,7 +159,7 @@ def check_data(config: DataConfig, read: Callable[[str], Dataset], roles: Sequen
     for role, part in data.items():
         findings += _of_split(role, part, facts[role])
     findings += _of_all(data, facts)
-    if config.name == "folder" and len(data) == len(_ROLES):
+    if config.name == "folder" and len(roles) == len(_ROLES) and len(data) == len(facts):
         findings += _left_over(Path(config.root), data)
     findings.sort(key=lambda finding: not finding.wrong)
     classes = next((part.classes.names for part in data.values()), ())
