@@ -149,7 +149,9 @@ def check_data(config: DataConfig, read: Callable[[str], Dataset], roles: Sequen
         split = getattr(config, role)
         same = next((other for other, fact in facts.items() if fact.split == split), None)
         if same is not None:
-            findings.append(Finding("two splits are one by the configuration", role, "", f"{role} is {same}", wrong=False))
+            findings.append(
+                Finding("two splits are one by the configuration", role, "", f"{role} is {same}", wrong=False)
+            )
             continue
         facts[role] = SplitFacts(split)
         try:
