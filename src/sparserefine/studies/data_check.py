@@ -107,7 +107,7 @@ class DataReport:
         rows: list[list[str]] = [["", *self.splits]]
         rows.append(["split", *(printable(f.split) for f in facts)])
         rows.append(["images", *(str(f.images) for f in facts)])
-        rows.append(["with label", *(str(f.labelled) for f in facts)])
+        rows.append(["labels read", *(str(f.labelled) for f in facts)])
         rows.append(["size", *(_most(f.sizes) for f in facts)])
         rows.append(["pixels", *(_most(f.kinds) for f in facts)])
         if any(f.labelled for f in facts):
