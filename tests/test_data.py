@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import trees
 from projects import write_project
 from sparserefine.commands.main import main
 from sparserefine.files.images import read_image, write_png
@@ -107,6 +110,39 @@ def test_exif_is_told(project, capsys):
     assert code == 0
     assert [f["file"] for f in report["findings"]] == ["0"]
     assert "orientation 3; it is read as it is stored" in text
+
+
+def test_one_split_for_two_purposes_is_no_mistake(project, capsys):
+    code, _, report = check(capsys, "--data.test", "val")
+    assert code == 0
+    assert list(report["splits"]) == ["train", "val"]
+    same, *others = report["findings"]
+    assert same["message"] == "test is val"
+    assert {f["kind"].partition("/")[0] for f in others} == {"a file of images", "a file of labels"}
+
+
+def test_data_alone_needs_no_model_and_no_run(capsys):
+    data = ["--data.name", "folder", "--data.root", "data"]
+    assert main(["data", "check", *data]) == 0
+    assert capsys.readouterr().out.endswith("\n0 mistakes\n")
+    assert main(["data", "preview", *data, "--without_base"]) == 0
+    assert Path("sheet.png").is_file()
+    assert main(["data", "preview", *data]) == 1
+    assert "--without_base" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_commands_of_the_page(project, capsys):
+    """Those of docs/datasets.md, as they stand there."""
+    page = Path(__file__).resolve().parents[1] / "docs" / "datasets.md"
+    trees.TREES["camvid_colours"](Path("CamVid"), (48, 64))
+    Path("config.yaml").rename("mine.yaml")
+    (block,) = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for command in block.splitlines():
+        program, *arguments = shlex.split(command)
+        assert program == "sparserefine"
+        assert main(arguments) == 0, capsys.readouterr()
+    assert {path.name for path in Path().glob("*.*n*")} >= {"found.json", "sheet.png", "labels.png"}
 
 
 def test_unlabelled_data(project, capsys):

@@ -525,6 +525,8 @@ def test_bad_classes_file(text: str, words: str, tmp_path: Path) -> None:
 def test_missing_classes_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"classes\.txt: no classes file"):
         read_classes(tmp_path / "classes.txt")
+    with pytest.raises(ValueError, match=r"nowhere: no such folder.*data\.root"):
+        read_classes(tmp_path / "nowhere" / "classes.txt")
 
 
 def test_as_many_colours_as_names() -> None:

@@ -21,15 +21,20 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 """What the command line ends with if not 0; documented in docs/getting_started.md."""
 
 
-def add_config(parser: ArgumentParser) -> None:
-    """``CONFIG.yaml``, and an option for each field of :class:`sparserefine.Config`."""
+def add_config(parser: ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """``CONFIG.yaml``, and an option for each field of :class:`sparserefine.Config`.
+
+    Args:
+        parser: of a command.
+        without: fields of which the command makes options of its own.
+    """
     from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
     from sparserefine.training.config import Config
 
     parser.usage = f"{parser.prog} CONFIG.yaml [options] [--a.b value ...]"
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; may also be given as the first argument")
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(Config, skip=set(without))
 
 
 def config_of(arguments: Namespace) -> Config:

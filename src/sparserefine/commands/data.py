@@ -19,15 +19,22 @@ _SPLITS = ("train", "val", "test")
 def add_arguments(parser: ArgumentParser) -> None:
     """Action, configuration, and what each action takes."""
     parser.add_argument("action", choices=ACTIONS, help="check: read every file; preview: draw some images")
-    add_config(parser)
+    add_config(parser, without=("out",))
     parser.usage = (
         f"{parser.prog} check CONFIG.yaml [options] [--a.b value ...]\n"
-        f"       {parser.prog} preview CONFIG.yaml --out SHEET.png [options] [--a.b value ...]"
+        f"       {parser.prog} preview CONFIG.yaml [--out SHEET.png] [options] [--a.b value ...]"
     )
+    parser.add_argument("--out", default="sheet.png", help="preview: where the sheet goes, a PNG file")
     parser.add_argument("--split", choices=_SPLITS, help="which part of the data; default: check all, preview train")
     parser.add_argument("--json", help="check: also write everything that was found to this JSON file")
     parser.add_argument("--most_images", type=int, default=6, help="preview: how many images")
     parser.add_argument("--without_base", action="store_true", help="preview: images and labels only")
+
+
+def complete(parsed: Namespace) -> None:
+    """Without a base, which a look at the data does not need, no input size of one is asked for."""
+    if not parsed.base.name and parsed.base.size is None:
+        parsed.base.ratio = 1.0
 
 
 def run(arguments: Namespace) -> int:
@@ -57,6 +64,8 @@ def _preview(arguments: Namespace, config: Config) -> int:
     from sparserefine.studies.data_preview import preview
     from sparserefine.training.loop import build_refiner
 
+    if not config.base.name and not arguments.without_base:
+        raise ValueError("base.name is empty: name a model, or add --without_base to see images and labels only")
     if not config.out.lower().endswith(".png"):
         raise ValueError(f"out = {config.out}: say where the sheet goes, such as --out sheet.png")
     data = config.read(getattr(config.data, arguments.split or "train"))

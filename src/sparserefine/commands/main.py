@@ -124,6 +124,8 @@ def _run(name: str, arguments: list[str]) -> int:
             return EXIT_USAGE
     parser = parser_of(name)
     parsed = parser.parse_args(_config_as_option(parser, arguments))
+    if hasattr(command, "complete"):
+        command.complete(parsed)
     return int(command.run(parser.instantiate(parsed)))
 
 

@@ -59,6 +59,8 @@ def read_classes(path: Path, ignore: Sequence[int] = ()) -> Classes:
     Raises:
         ValueError: there is no such file, it is no text of that form, or it has fewer than two classes.
     """
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent}: no such folder, expected one with {path.name}; check data.root")
     if not path.exists():
         raise ValueError(f"{path}: no classes file; write one class per line, such as 'road' or 'road 128 64 128'")
     names: list[str] = []

@@ -113,7 +113,7 @@ class DataReport:
         rows: list[list[str]] = [["", *self.splits]]
         rows.append(["split", *(printable(f.split) for f in facts)])
         rows.append(["images", *(str(f.images) for f in facts)])
-        rows.append(["with label", *(str(f.labelled) for f in facts)])
+        rows.append(["labels read", *(str(f.labelled) for f in facts)])
         rows.append(["size", *(_most(f.sizes) for f in facts)])
         rows.append(["pixels", *(_most(f.kinds) for f in facts)])
         if any(f.without_data for f in facts):
@@ -155,6 +155,12 @@ def check_data(config: DataConfig, read: Callable[[str], Dataset], roles: Sequen
     data: dict[str, Dataset] = {}
     for role in roles:
         split = getattr(config, role)
+        same = next((other for other, fact in facts.items() if fact.split == split), None)
+        if same is not None:
+            findings.append(
+                Finding("two splits are one by the configuration", role, "", f"{role} is {same}", wrong=False)
+            )
+            continue
         facts[role] = SplitFacts(split)
         try:
             data[role] = read(split)
@@ -163,7 +169,7 @@ def check_data(config: DataConfig, read: Callable[[str], Dataset], roles: Sequen
     for role, part in data.items():
         findings += _of_split(role, part, facts[role])
     findings += _of_all(data, facts)
-    if config.name == "folder" and len(data) == len(_ROLES):
+    if config.name == "folder" and len(roles) == len(_ROLES) and len(data) == len(facts):
         findings += _left_over(Path(config.root), data)
     findings.sort(key=lambda finding: not finding.wrong)
     classes = next((part.classes.names for part in data.values()), ())

@@ -278,7 +278,8 @@ class LabelCode:
         count, highest = len(self.classes), int(strangers.max())
         expected = f"0..{count - 1}"
         if self.config.map is not None:
-            expected = f"a value of data.labels.map ({reprlib.repr(sorted(self.meaning))})"
+            known = [value for value, meant in self.meaning.items() if (value, meant) != (IGNORE, IGNORE)]
+            expected = f"a value of data.labels.map ({reprlib.repr(sorted(known))})"
         elif self.config.zero_is_void:
             expected = f"0 (ignored), 1..{count}"
         elif self.config.black_white:
