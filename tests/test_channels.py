@@ -231,6 +231,15 @@ def test_a_refiner_as_a_base(channels: int) -> None:
     refiner_of(channels, base=base)(image)
 
 
+def test_a_refiner_as_a_base_of_images_that_are_read_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+    base = FrozenBase(refined(refiner_of(3, images=ImageConfig(range="12bit"))), config=BaseConfig(ratio=0.5))
+    refiner_of(3, base=base, images=ImageConfig(range=(0, 1000), exif="ignore"))
+    assert "a refiner of images with bands None, range 12bit; these have bands None, range (0.0, 1000.0)" in caplog.text
+    caplog.clear()
+    refiner_of(3, base=base, images=ImageConfig(range=(0, 4095), exif="ignore"))
+    assert not caplog.text
+
+
 def test_bands_of_another_model_for_the_same_images() -> None:
     """Of the same kind it sees what the base sees, unless it is told otherwise; then it has its own normalisation."""
     base = BaseConfig("unet:a", ratio=0.5, mean=(0.1, 0.2, 0.3), bands=(3, 2, 1))

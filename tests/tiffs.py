@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def write_tiff(
     nodata: str = "",
     geo: bool = False,
     orientation: int = 1,
-    order: str = "<",
+    order: Literal["<", ">"] = "<",
 ) -> Path:
     """An uncompressed TIFF in one strip (or one for each band).
 

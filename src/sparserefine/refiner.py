@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparserefine.bases.base import FrozenBase
 from sparserefine.bases.loaded import LoadedModel
-from sparserefine.bases.refined import refined
+from sparserefine.bases.refined import RefinedModel, refined
 from sparserefine.capture import CapturedRefiner, Recipe, capture
 from sparserefine.engines.choose import EngineChoice
 from sparserefine.files.tensors import check_weights, read_tensors
@@ -79,6 +79,8 @@ class SparseRefiner(nn.Module):
         self.config = config = config or RefinerConfig()
         config.selector.check(k)
         base.check_channels(config.channels)
+        if isinstance(base.model, RefinedModel) and base.config.bands is None:
+            base.model.warn_if_read_otherwise(config.images)
         self.base = base
         self.extractor = config.extractor.build(k, config.channels)
         self.ensembler = build_ensembler(config.ensembler, k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 
 from sparserefine.bases.loaded import LoadedModel
 from sparserefine.engines.choose import EngineChoice
+from sparserefine.files.image_config import ImageConfig
 from sparserefine.images.classes import Classes
 from sparserefine.sparse import SparseUNet
 from sparserefine.sparse.quantisation import is_calibrated
 
 RefinerReader = Callable[[str], LoadedModel]
 """Reads the refiner of that name as a base, with :func:`refined`. Refiners lie above bases, so it is handed down."""
+
+_log = logging.getLogger(__name__)
 
 
 class Refiner(Protocol):
@@ -62,6 +66,16 @@ class RefinedModel(nn.Module):
         """Multiply-accumulates for the last image of that size [px]. They depend on it: ``None`` before the first."""
         base, refining = self.refiner.base.macs(height, width), self._refining.get((height, width))
         return None if base is None or refining is None else base + refining
+
+    def warn_if_read_otherwise(self, images: ImageConfig) -> None:
+        """Warns if image files are not read as the refiner was trained on them: other bands, or another range."""
+        own: ImageConfig = self.refiner.config.images
+        if (own.bands, own.ranges or own.range) != (images.bands, images.ranges or images.range):
+            _log.warning(
+                "the base is a refiner of images with bands %s, range %s; these have bands %s, range %s; set "
+                "images.bands and images.range to its own",
+                *(own.bands, own.range, images.bands, images.range),
+            )
 
     @property
     def settings(self) -> str:
