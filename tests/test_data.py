@@ -81,6 +81,14 @@ def test_a_split_that_cannot_be_read_does_not_hide_the_others(project, capsys):
     assert report["splits"]["val"]["images"] == 1
 
 
+def test_no_test_split_is_no_mistake(project, capsys):
+    (project / "test.txt").unlink()
+    code, _, report = check(capsys)
+    assert code == 0
+    assert [(f["kind"], f["split"]) for f in report["findings"]] == [("the split cannot be read", "test")]
+    assert check(capsys, "--split", "test")[0] == 1
+
+
 def test_masks_of_0_and_255(project, capsys):
     for name in "0123":
         label = read_image(project / "labels" / f"{name}.png")[0]

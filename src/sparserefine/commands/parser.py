@@ -45,7 +45,9 @@ class Parser(jsonargparse.ArgumentParser):
                 if option == "--config" and not value:
                     self.error("--config is empty; is a shell variable unset?")
                 if option == "--config" and not value.startswith(("{", "-")):
-                    regular_file(Path(value).absolute(), _CONFIGURATION)
+                    regular_file(
+                        Path(value).absolute(), f"{_CONFIGURATION} or a name that `sparserefine recipes` lists"
+                    )
                 if option.removeprefix("--") in self._groups() and not value.startswith("{"):
                     self.error(f"{option} {value}: expected entries, '{{name: value}}'; --config takes a file")
             parsed = super().parse_args(args, **options)
