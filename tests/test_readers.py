@@ -211,6 +211,14 @@ def test_a_split_without_labels_beside_one_that_has_some(data: Path) -> None:
         folder(data)
 
 
+def test_all_images_without_a_label_are_named(data: Path) -> None:
+    for name in ("c", "d", "e"):
+        sample(data, f"train/{name}")
+        (data / "labels" / "train" / f"{name}.png").unlink()
+    with pytest.raises(ValueError, match=r"train/c\.png: no label .*c\.png, and none for 2 more: train/d, train/e$"):
+        folder(data, "train")
+
+
 def test_masks_without_labels_are_ignored_too(data: Path) -> None:
     (data / "classes.txt").write_text("ground\nline\n")
     (data / "labels").rename(data / "gone")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from sparserefine.files.digest import sha256_of
 from sparserefine.files.image_config import ImageConfig
 from sparserefine.files.images import IMAGE_SUFFIXES, orientation_of, read_pixels, stored_size
 from sparserefine.files.regular import regular_file
+from sparserefine.files.text import printable
 from sparserefine.images.classes import IGNORE, Classes
 
 
@@ -29,6 +30,10 @@ class Sample:
     name: str
     image: Path
     label: Path | None = None
+
+
+_MOST_NAMED = 20
+"""Images without a label, in a message."""
 
 
 class Example(NamedTuple):
@@ -219,12 +224,23 @@ def pairs(
             samples[name] = Sample(name, regular_file(file, "an image"))
             continue
         found = label_files.get(name, [])
-        if not found:
-            raise ValueError(f"{file}: no label {labels / name}{label_suffix}.png")
         if len(found) > 1:
             raise ValueError(f"{found[0]} and {found[1]}: two labels of one image; remove one")
-        samples[name] = Sample(name, regular_file(file, "an image"), regular_file(found[0], "a label image"))
+        label = regular_file(found[0], "a label image") if found else None
+        samples[name] = Sample(name, regular_file(file, "an image"), label)
+    without = [sample for sample in samples.values() if sample.label is None]
+    if labels is not None and without:
+        raise ValueError(f"{without[0].image}: no label {labels / without[0].name}{label_suffix}.png{_others(without)}")
     return list(samples.values())
+
+
+def _others(samples: Sequence[Sample]) -> str:
+    """The names of all but the first, as the end of a message."""
+    names = [sample.name for sample in samples[1:]]
+    if not names:
+        return ""
+    shown = ", ".join(map(printable, names[:_MOST_NAMED])) + (", ..." if len(names) > _MOST_NAMED else "")
+    return f", and none for {len(names)} more: {shown}"
 
 
 def _image_files(folder: Path, root: Path, suffix: str) -> Iterator[tuple[Path, str]]:
