@@ -22,7 +22,7 @@ from sparserefine.bases.other import other_config
 from sparserefine.bases.refined import refined
 from sparserefine.data.batches import CropBatch
 from sparserefine.data.crops import AugmentConfig, Crop, Uniform, Whole, random_crop
-from sparserefine.data.readers.dataset import Dataset
+from sparserefine.data.readers.dataset import Dataset, Example
 from sparserefine.files.image_config import ImageConfig
 from sparserefine.images.classes import Classes
 from sparserefine.images.normalisation import default_normalisation
@@ -446,14 +446,14 @@ def test_benchmark(tmp_path: Path) -> None:
 
 def with_channels(monkeypatch: pytest.MonkeyPatch, channels: int, *, floats: bool) -> None:
     """Makes readers deliver images of so many channels: red, green and blue, and these again."""
-    read = Dataset.read
+    example = Dataset.example
 
-    def replaced(self: Dataset, index: int) -> tuple[Tensor, Tensor]:
-        image, label = read(self, index)
+    def replaced(self: Dataset, index: int) -> Example:
+        image, label, valid = example(self, index)
         image = image.repeat(6, 1, 1)[:channels]
-        return (image.float() / 255 if floats else image), label
+        return Example(image.float() / 255 if floats else image, label, valid)
 
-    monkeypatch.setattr(Dataset, "read", replaced)
+    monkeypatch.setattr(Dataset, "example", replaced)
 
 
 @pytest.mark.slow
