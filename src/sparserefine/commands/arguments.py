@@ -44,6 +44,13 @@ def config_of(arguments: Namespace) -> Config:
     return Config(**{name: arguments[name] for name in Config.__dataclass_fields__})
 
 
+def add_split(parser: ArgumentParser, default: str | None, purpose: str) -> None:
+    """``--split``, the field of :class:`DataConfig` that names it."""
+    from sparserefine.data.readers.config import ROLES
+
+    parser.add_argument("--split", default=default, choices=ROLES, help=f"which part of the data{purpose}")
+
+
 def add_device(parser: ArgumentParser) -> None:
     """``--device``, a name for :func:`sparserefine.machine.device.device_named`."""
     parser.add_argument(

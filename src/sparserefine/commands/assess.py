@@ -10,6 +10,7 @@ from sparserefine.commands.arguments import (
     add_device,
     add_engine,
     add_precision,
+    add_split,
     config_of,
     dense_of,
     results_file,
@@ -35,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Configuration, dense model, images and time."""
     add_config(parser)
     add_dense(parser, "teacher")
-    parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="which part of the data")
+    add_split(parser, "val", "")
     parser.add_argument("--most_images", type=int, default=10, help="look at so many images at most, 1 to 10")
     parser.add_argument(
         "--minutes", type=float, default=2.0, help="time for all of it; one image is looked at in any case"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparserefine.commands.arguments import EXIT_FAILED, add_config, config_of, results_file
+from sparserefine.commands.arguments import EXIT_FAILED, add_config, add_split, config_of, results_file
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 ACTIONS = ("check", "preview")
 """The first argument, before the configuration."""
-_SPLITS = ("train", "val", "test")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -25,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         f"       {parser.prog} preview CONFIG.yaml [--out SHEET.png] [options] [--a.b value ...]"
     )
     parser.add_argument("--out", default="sheet.png", help="preview: where the sheet goes, a PNG file")
-    parser.add_argument("--split", choices=_SPLITS, help="which part of the data; default: check all, preview train")
+    add_split(parser, None, "; default: check all, preview train")
     parser.add_argument("--json", help="check: also write everything that was found to this JSON file")
     parser.add_argument("--most_images", type=int, default=6, help="preview: how many images")
     parser.add_argument("--without_base", action="store_true", help="preview: images and labels only")
@@ -46,11 +45,12 @@ def run(arguments: Namespace) -> int:
 def _check(arguments: Namespace, config: Config) -> int:
     from dataclasses import asdict
 
+    from sparserefine.data.readers.config import ROLES
     from sparserefine.files.results import write_results
     from sparserefine.studies.data_check import check_data
 
     results = results_file(arguments.json)
-    roles = (arguments.split,) if arguments.split else _SPLITS
+    roles = (arguments.split,) if arguments.split else ROLES
     report = check_data(config.data, config.read, roles)
     print(report.table())
     if results is not None:

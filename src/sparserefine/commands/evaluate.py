@@ -11,6 +11,7 @@ from sparserefine.commands.arguments import (
     add_dense,
     add_precision,
     add_refiner,
+    add_split,
     config_of,
     dense_of,
     refiner_of,
@@ -26,9 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_config(parser)
     add_refiner(parser)
     add_precision(parser)
-    parser.add_argument(
-        "--split", default="test", choices=("train", "val", "test"), help="which part of the data to score"
-    )
+    add_split(parser, "test", " to score")
     add_dense(parser, "none; data without labels need one")
     parser.add_argument("--repeats", type=int, default=1, help="timed runs of each image; their median is reported")
     parser.add_argument("--json", help="also write all scores and costs to this JSON file")

@@ -11,14 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparserefine.data.readers.check import check_labels
-from sparserefine.data.readers.config import DataConfig
+from sparserefine.data.readers.config import ROLES, DataConfig
 from sparserefine.data.readers.dataset import Dataset, Sample
 from sparserefine.files.digest import sha256_of
 from sparserefine.files.images import IMAGE_SUFFIXES, orientation_of
 from sparserefine.files.text import printable
 from sparserefine.images.classes import IGNORE
 
-_ROLES = ("train", "val", "test")
 _MOST_SHOWN = 8
 """Findings of one kind in the table; all are in the JSON file."""
 
@@ -171,7 +170,7 @@ def check_data(config: DataConfig, read: Callable[[str], Dataset], roles: Sequen
     for role, part in data.items():
         findings += _of_split(role, part, facts[role])
     findings += _of_all(data, facts)
-    if config.name == "folder" and len(roles) == len(_ROLES) and len(data) == len(facts):
+    if config.name == "folder" and len(roles) == len(ROLES) and len(data) == len(facts):
         findings += _left_over(Path(config.root), data)
     findings.sort(key=lambda finding: not finding.wrong)
     classes = next((part.classes.names for part in data.values()), ())

@@ -29,6 +29,8 @@ PUBLISHED = {
     "voc2012": voc2012,
 }
 """Readers of published datasets, which know their labels."""
+ROLES = ("train", "val", "test")
+"""Fields of :class:`DataConfig` that name a split."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class DataConfig:
             raise ValueError(f"data.name = {self.name!r}, expected one of {', '.join(known)}")
         if not self.root.strip():
             raise ValueError("data.root is empty, expected the dataset's folder")
-        for name in ("train", "val", "test"):
+        for name in ROLES:
             if not getattr(self, name):
                 raise ValueError(f"data.{name} is empty, expected a split of {self.root}")
         labels = self.labels.also(self.ignore, self.black_white)
