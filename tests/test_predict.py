@@ -13,13 +13,6 @@ import torch
 from PIL import Image
 
 from sparserefine import (
-    BaseConfig,
-    Classes,
-    ExtractorConfig,
-    FrozenBase,
-    RefinerConfig,
-    Selector,
-    SparseRefiner,
     read_image,
     read_label,
 )
@@ -32,16 +25,7 @@ from sparserefine.files.images import read_pixels, save_png
 from sparserefine.files.lock import LockedError, locked
 from sparserefine.files.whole import temporary_name
 from sparserefine.inference.predict import Failure, predict
-
-CLASSES = Classes(("background", "road", "car"), ((0, 0, 0), (128, 64, 128), (0, 0, 142)))
-
-
-def tiny_refiner(model=None):
-    torch.manual_seed(0)
-    base = FrozenBase(model or UNet(3, planes=(4, 8)), 3, BaseConfig(ratio=0.5))
-    selector = Selector(budget=200)
-    config = RefinerConfig(selector=selector, extractor=ExtractorConfig((4, 8)))
-    return SparseRefiner(base, config, classes=CLASSES).eval()
+from tiny import CLASSES, tiny_refiner
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,13 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from sparserefine import (
-    BaseConfig,
     Classes,
-    ExtractorConfig,
-    FrozenBase,
     ImageConfig,
-    RefinerConfig,
     Selector,
     SparseRefiner,
     read_image,
     read_label,
 )
-from sparserefine.bases.families.unet import UNet
 from sparserefine.commands.main import main
 from sparserefine.data.readers.dataset import Dataset, Sample
 from sparserefine.files.image_config import Percentiles
@@ -32,23 +27,12 @@ from sparserefine.files.rasters import have_rasters
 from sparserefine.files.tiff import GEO, placed
 from sparserefine.inference.predict import predict
 from tiffs import write_tiff
+from tiny import CLASSES, tiny_refiner
 
-CLASSES = Classes(("background", "road", "car"), ((0, 0, 0), (128, 64, 128), (0, 0, 142)))
 SIZE = (24, 32)
 WIDE = np.random.default_rng(5).integers(1, 3000, (*SIZE, 8)).astype(np.uint16)
 RGB = np.random.default_rng(6).integers(1, 256, (*SIZE, 3)).astype(np.uint8)
 raster = pytest.mark.skipif(not have_rasters(), reason="needs rasterio: pip install sparserefine[raster]")
-
-
-def refiner_of(images: ImageConfig | None = None, selector: Selector | None = None) -> SparseRefiner:
-    torch.manual_seed(0)
-    base = FrozenBase(UNet(3, planes=(4, 8)), 3, BaseConfig(ratio=0.5))
-    config = RefinerConfig(
-        selector=selector or Selector(budget=200),
-        extractor=ExtractorConfig((4, 8)),
-        images=images or ImageConfig(),
-    )
-    return SparseRefiner(base, config, classes=CLASSES).eval()
 
 
 @torch.no_grad()
@@ -58,7 +42,7 @@ def expected(refiner: SparseRefiner, path: Path) -> torch.Tensor:
 
 def test_a_geotiff_keeps_its_place(tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "a.tif", RGB, photometric=2, geo=True)
-    refiner = refiner_of()
+    refiner = tiny_refiner()
     report = predict([path], refiner, tmp_path / "out")
     assert report.written == (tmp_path / "out" / "a.tif",)
     assert torch.equal(read_label(report.written[0]), expected(refiner, path))
@@ -77,7 +61,7 @@ def test_other_programs_find_the_place_of_the_labels(nodata: str, tmp_path: Path
     pixels = RGB.copy()
     pixels[2:9, 3:8] = 0
     path = write_tiff(tmp_path / "a.tif", pixels, photometric=2, geo=True, nodata=nodata)
-    (written,) = predict([path], refiner_of(), tmp_path / "out").written
+    (written,) = predict([path], tiny_refiner(), tmp_path / "out").written
     with rasterio.open(path) as before, rasterio.open(written) as after:
         assert before.crs == after.crs == rasterio.crs.CRS.from_epsg(32633)
         assert before.transform == after.transform == rasterio.Affine(0.5, 0, 500_000, 0, -0.5, 4_000_000)
@@ -91,7 +75,7 @@ def test_formats(given: str, suffixes: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     write_tiff(tmp_path / "in" / "a.tif", RGB, photometric=2, geo=True)
     Image.fromarray(RGB).save(tmp_path / "in" / "b.tif")
-    refiner = refiner_of()
+    refiner = tiny_refiner()
     report = predict([tmp_path / "in"], refiner, tmp_path / "out", format=given, overlay=True)
     assert not report.failures
     a, b = suffixes.split()
@@ -105,8 +89,8 @@ def test_formats(given: str, suffixes: str, tmp_path: Path) -> None:
 
 def test_a_turned_geotiff_has_no_place(tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "a.tif", RGB, photometric=2, geo=True, orientation=6)
-    assert predict([path], refiner_of(), tmp_path / "out").written == (tmp_path / "out" / "a.png",)
-    kept = refiner_of(ImageConfig(exif="ignore"))
+    assert predict([path], tiny_refiner(), tmp_path / "out").written == (tmp_path / "out" / "a.png",)
+    kept = tiny_refiner(images=ImageConfig(exif="ignore"))
     assert predict([path], kept, tmp_path / "out").written == (tmp_path / "out" / "a.tif",)
 
 
@@ -114,7 +98,7 @@ def test_where_there_is_no_data_nothing_is_selected_and_the_label_says_so(tmp_pa
     pixels = RGB.copy()
     pixels[5:15, 4:30] = 0
     path = write_tiff(tmp_path / "a.tif", pixels, photometric=2, nodata="0")
-    everything = refiner_of(selector=Selector(threshold=0.0))
+    everything = tiny_refiner(selector=Selector(threshold=0.0))
     for given in ("png", "tif"):
         report = predict([path], everything, tmp_path / "out", format=given, overlay=True, overwrite=True)
         assert not report.failures
@@ -129,7 +113,7 @@ def test_where_there_is_no_data_nothing_is_selected_and_the_label_says_so(tmp_pa
 
 def test_valid_is_checked() -> None:
     with pytest.raises(ValueError, match=r"valid is torch.bool \(1, 4, 4\), expected torch.bool \(1, 24, 32\)"):
-        refiner_of()(torch.zeros(1, 3, *SIZE), torch.ones(1, 4, 4, dtype=torch.bool))
+        tiny_refiner()(torch.zeros(1, 3, *SIZE), torch.ones(1, 4, 4, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +130,7 @@ def test_valid_is_checked() -> None:
 def test_predict_reads_as_the_stored_refiner_was_trained(how: ImageConfig, tmp_path: Path) -> None:
     bands = 8 if how.bands else 1
     path = write_tiff(tmp_path / "a.tif", WIDE[..., :bands], photometric=1, extra=[0] * (bands - 1))
-    refiner = refiner_of(how)
+    refiner = tiny_refiner(images=how)
     refiner.save_pretrained(tmp_path / "refiner")
     assert "images" in json.loads((tmp_path / "refiner" / "config.json").read_text())
     loaded = SparseRefiner.from_pretrained(tmp_path / "refiner")
@@ -158,16 +142,16 @@ def test_predict_reads_as_the_stored_refiner_was_trained(how: ImageConfig, tmp_p
 
 
 def test_what_is_the_default_or_the_machines_is_not_stored(tmp_path: Path) -> None:
-    refiner_of(ImageConfig(max_megapixels=5)).save_pretrained(tmp_path / "a")
+    tiny_refiner(images=ImageConfig(max_megapixels=5)).save_pretrained(tmp_path / "a")
     assert "images" not in json.loads((tmp_path / "a" / "config.json").read_text())
-    refiner_of(ImageConfig(nodata=0, max_megapixels=5)).save_pretrained(tmp_path / "b")
+    tiny_refiner(images=ImageConfig(nodata=0, max_megapixels=5)).save_pretrained(tmp_path / "b")
     assert SparseRefiner.from_pretrained(tmp_path / "b").config.images == ImageConfig(nodata=0)
 
 
 def test_the_limit_of_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    refiner_of().save_pretrained(tmp_path / "refiner")
+    tiny_refiner().save_pretrained(tmp_path / "refiner")
     Image.fromarray(RGB).save(tmp_path / "a.png")
     command = ["predict", "a.png", "--refiner", "refiner", "--out", "out", "--device", "cpu"]
     monkeypatch.chdir(tmp_path)
